@@ -1,0 +1,4 @@
+from megatron_apt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Configuration: small frozen dataclasses, each of which checks itself. A run is a function that returns a RunConfig (see examples/)."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from megatron_apt.models.config import ModelConfig
+
+
+def _check(condition: bool, field_name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{field_name}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh. Data parallelism takes the processes that tp x cp x pp leaves."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = True
+    """With tp > 1: split activations between blocks over the tensor-parallel ranks."""
+    context_parallel: Literal["ulysses", "all_gather"] = "ulysses"
+    timeout_minutes: float = 10.0
+
+    def __post_init__(self):
+        for name in ("tp", "cp", "pp"):
+            _check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: tuple[str, ...] = ()
+    """Folders written by `megatron-apt encode`; several are mixed, e.g. images and videos."""
+    weights: tuple[int, ...] = ()
+    """How many microbatches of each folder stand in one turn of the mixture; empty: one of each."""
+    text_length: int = 0
+    """Pad or cut captions to this many tokens; 0 keeps each caption's own length."""
+
+    def __post_init__(self):
+        weights = self.weights or (1,) * len(self.shards)
+        _check(len(weights) == len(self.shards), "data.weights", self.weights, f"give one weight for each of the {len(self.shards)} folders")
+        _check(all(w >= 1 for w in weights), "data.weights", self.weights, "weights are whole numbers of at least 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    kind: Literal["adamw", "rmsprop"] = "rmsprop"
+    lr: float = 5e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+    alpha: float = 0.9
+    """RMSProp only: decay of its single state, the mean square gradient."""
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """AdamW only; acts on matrices, not on biases, norms or tables."""
+    warmup: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    ema: float = 0.995
+    """Decay of the fp32 moving average of the generator; 0 turns it off."""
+
+    def __post_init__(self):
+        _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
+        _check(0 <= self.ema < 1, "optimizer.ema", self.ema, "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Stage 0: flow matching."""
+
+    condition_dropout: float = 0.1
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    """Shift of the logit-normal t towards noise (method: shift(t, s))."""
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Stage 1: discrete-time consistency distillation with guidance folded in."""
+
+    steps: int = 32
+    shift: float = 24.0
+    guidance_scale: float = 7.5
+
+    def __post_init__(self):
+        _check(self.steps >= 1, "consistency.steps", self.steps, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class AptConfig:
+    """Stage 2: adversarial post-training. Every ablation of the paper is a change of one field."""
+
+    loss: Literal["non_saturating", "hinge", "relativistic"] = "non_saturating"
+    ar1_lambda: float = 100.0
+    ar1_sigma: float = 0.1
+    """In units of the scaled latent: 0.01 for images, 0.1 for videos."""
+    ar2_lambda: float = 0.0
+    ar2_sigma: float = 0.1
+    timestep_shift: float = 1.0
+    """s of the discriminator's t ~ shift(U(0, 1), s): 1 for images, 12 for videos."""
+    timestep_fixed: float = -1.0
+    """>= 0 gives the discriminator this t always; t = 0 is the collapse case of the paper."""
+    discriminator_depth: float = 1.0
+    """Share of the backbone's layers the discriminator keeps."""
+    head_layers: tuple[float, ...] = (16 / 36, 26 / 36, 1.0)
+    """Depths of the query heads, as fractions of the discriminator's layers, counted after the block."""
+    train_backbone: bool = True
+    """False freezes the discriminator's backbone and trains heads only (LADD, not APT)."""
+    discriminator_init: Literal["diffusion", "distilled"] = "diffusion"
+    discriminator_lr: float = 0.0
+    """0 takes optimizer.lr."""
+    head_lr_scale: float = 1.0
+    unmatched_conditions: bool = False
+    """Also shows the discriminator real samples with another sample's condition, as fakes."""
+    condition_dropout: float = 0.0
+    two_step_t: float = 0.5
+    exact_r1_every: int = 0
+    """Every so many iterations compute the exact R1 penalty beside aR1 (small scale only); 0 never."""
+
+    def __post_init__(self):
+        _check(self.ar1_lambda >= 0, "apt.ar1_lambda", self.ar1_lambda, "must not be negative")
+        _check(self.ar1_sigma > 0, "apt.ar1_sigma", self.ar1_sigma, "must be positive")
+        _check(0 < self.discriminator_depth <= 1, "apt.discriminator_depth", self.discriminator_depth, "is a share in (0, 1]")
+        _check(
+            bool(self.head_layers) and all(0 < f <= 1 for f in self.head_layers), "apt.head_layers", self.head_layers, "are fractions of depth in (0, 1]"
+        )
+        _check(self.timestep_fixed <= 1, "apt.timestep_fixed", self.timestep_fixed, "t lies in [0, 1]; negative means the ensemble")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Checkpoints that a run starts from (folders written by training; `path:ema` or `path:raw` picks the weights, EMA first)."""
+
+    generator: str = ""
+    diffusion: str = ""
+    """Teacher of the consistency stage, and backbone of the discriminator."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When to stop by itself, with the last good checkpoint kept."""
+
+    collapse_window: int = 50
+    """Iterations in a row that a sign of collapse must last; 0 turns the alarm off."""
+    collapse_d_loss: float = 0.02
+    """Discriminator loss below which it has won for good."""
+    collapse_diversity: float = 0.05
+    """Mean distance between generated samples, as a share of that between real ones, below which they are one sample."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    method: Literal["flow", "consistency", "apt"] = "apt"
+    output: str = "runs/run"
+    seed: int = 0
+    iterations: int = 100
+    global_batch: int = 64
+    micro_batch: int = 64
+    """Samples of one microbatch on one data-parallel rank; gradient accumulation makes up the global batch."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    apt: AptConfig = field(default_factory=AptConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    log_every: int = 10
+    save_every: int = 0
+    """0 saves at the end only."""
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+    wandb: str = ""
+    """Weights & Biases project; needs the wandb package. Empty: not used."""
+
+    def __post_init__(self):
+        _check(self.iterations >= 0, "iterations", self.iterations, "must not be negative")
+        _check(self.micro_batch >= 1, "micro_batch", self.micro_batch, "must be at least 1")
+        _check(self.global_batch % self.micro_batch == 0, "global_batch", self.global_batch, f"use a multiple of micro_batch={self.micro_batch}")
+        if self.method != "flow":
+            _check(bool(self.init.diffusion), "init.diffusion", self.init.diffusion, f"the {self.method} stage needs a diffusion checkpoint")
+        if self.method == "apt":
+            _check(bool(self.init.generator), "init.generator", self.init.generator, "APT starts G from a distilled checkpoint")
+
+
+def check_fits(config: RunConfig) -> None:
+    """The checks that concern more than one part.
+
+    Raises:
+        ValueError: naming the fields, the values and the remedy.
+    """
+    model, parallel = config.model, config.parallel
+    if model.heads % parallel.tp:
+        raise ValueError(f"model.heads={model.heads} do not split over parallel.tp={parallel.tp}; use a tp that divides the heads")
+    local_heads = model.heads // parallel.tp
+    if parallel.context_parallel == "ulysses" and local_heads % parallel.cp:
+        raise ValueError(
+            f"model.heads={model.heads} over parallel.tp={parallel.tp} leaves {local_heads} heads, which do not split over "
+            f"parallel.cp={parallel.cp}; use --parallel.context-parallel all_gather or another cp"
+        )
+
+
+def to_dict(config: RunConfig) -> dict:
+    """Plain JSON-ready form, written beside every checkpoint and log."""
+    return asdict(config)

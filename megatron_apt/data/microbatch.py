@@ -1,0 +1,125 @@
+"""A microbatch on one rank: its tokens, its conditions, and every random number a method may draw for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal, keyed_uniform
+from megatron_apt.models.embeddings import patch_grid, patchify
+from megatron_apt.models.layout import Grid, Layout, build_layout
+from megatron_apt.models.mmdit import Condition
+from megatron_apt.parallel.mesh import Mesh
+
+LatentShape = tuple[int, int, int, int]
+
+
+def pack_latents(shapes: tuple[LatentShape, ...], patch: Grid, make: Callable[[list[int], LatentShape], Tensor]) -> Tensor:
+    """Packed tokens of samples in order; `make(rows, shape)` gives the (len(rows), C, F, H, W) latents of the samples of one shape."""
+    if len(set(shapes)) == 1:
+        return patchify(make(list(range(len(shapes))), shapes[0]), patch)
+    parts: list[Tensor | None] = [None] * len(shapes)
+    for shape in dict.fromkeys(shapes):
+        rows = [i for i, other in enumerate(shapes) if other == shape]
+        for i, tokens in zip(rows, patchify(make(rows, shape), patch).chunk(len(rows)), strict=True):
+            parts[i] = tokens
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Microbatch:
+    """Samples of one microbatch.
+
+    Attributes:
+        positions: (n,) place of each sample in the run's endless sample stream. With (seed, iteration, phase, purpose) it keys every draw, so
+            noise depends on neither rank, mesh nor the way the global batch is cut into microbatches.
+        sample_ids: index of each sample in its dataset, for messages.
+        shapes: latent shape (C, F, H, W) of each sample.
+        x: (T_visual, C * patch) clean latents, this rank's tokens.
+        condition, null, negative: each sample's own text, the empty caption and the fixed negative prompt, n of each.
+        global_batch: samples of the whole iteration, over which losses are averaged.
+    """
+
+    mesh: Mesh
+    patch: Grid
+    positions: Tensor
+    sample_ids: tuple[int, ...]
+    shapes: tuple[LatentShape, ...]
+    x: Tensor
+    condition: Condition
+    null: Condition
+    negative: Condition
+    seed: int
+    iteration: int
+    global_batch: int
+    phase: str = ""
+
+    def for_phase(self, phase: str) -> "Microbatch":
+        return replace(self, phase=phase)
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(patch_grid(shape[1:], self.patch) for shape in self.shapes)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.layout_for(self.condition)
+
+    def layout_for(self, condition: Condition) -> Layout:
+        """Layout for one or several copies of these samples under as many conditions."""
+        return build_layout(self.grids * (len(condition.lengths) // len(self.grids)), condition.lengths, self.mesh)
+
+    def noise(self, purpose: str) -> Tensor:
+        """N(0, I) shaped like x, drawn in latent layout from (seed, iteration, phase, position, purpose)."""
+        key = derive_key(self.seed, self.iteration, self.phase, purpose)
+
+        def make(rows: list[int], shape: LatentShape) -> Tensor:
+            numel = shape[0] * shape[1] * shape[2] * shape[3]
+            return keyed_normal(key, self.positions[rows], numel, dtype=self.x.dtype).view(len(rows), *shape)
+
+        return pack_latents(self.shapes, self.patch, make).index_select(0, self.layout.visual.index)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """U(0, 1), one number per sample, (n,)."""
+        return keyed_uniform(derive_key(self.seed, self.iteration, self.phase, purpose), self.positions, 1, dtype=self.x.dtype)[:, 0]
+
+    def normal(self, purpose: str) -> Tensor:
+        """N(0, 1), one number per sample, (n,)."""
+        return keyed_normal(derive_key(self.seed, self.iteration, self.phase, purpose), self.positions, 1, dtype=self.x.dtype)[:, 0]
+
+    def times(self, t: float) -> Tensor:
+        """The same time for every sample, (n,)."""
+        return self.x.new_full((len(self.shapes),), t)
+
+    def token_mean(self, squared: Tensor) -> Tensor:
+        """Contribution of (T_visual, P) elementwise values to the mean over the global batch of each sample's mean."""
+        return (self.layout.sample_sum(squared) / self.layout.sample_numel(squared.shape[1])).sum() / self.global_batch
+
+    def sample_mean(self, values: Tensor) -> Tensor:
+        """Contribution of (n,) per-sample values, equal on every context-parallel rank, to their mean over the global batch."""
+        return values.sum() / (self.global_batch * self.mesh.cp.size)
+
+
+def dropped(batch: Microbatch, probability: float, purpose: str) -> Condition:
+    """The samples' conditions with each replaced by the empty caption with this probability."""
+    if probability == 0:
+        return batch.condition
+    drop = (batch.uniform(purpose) < probability).tolist()
+    return choose(batch.null, batch.condition, drop)
+
+
+def choose(a: Condition, b: Condition, take_a: list[bool]) -> Condition:
+    """Per sample: a's text where the flag is set, else b's."""
+    texts_a, texts_b = a.tokens.split(a.lengths), b.tokens.split(b.lengths)
+    texts = [ta if flag else tb for ta, tb, flag in zip(texts_a, texts_b, take_a, strict=True)]
+    mask = torch.tensor(take_a, device=a.pooled.device)[:, None]
+    return Condition(torch.cat(texts), tuple(len(t) for t in texts), torch.where(mask, a.pooled, b.pooled))
+
+
+def rolled(condition: Condition) -> Condition:
+    """Each sample's text given to the next sample: unmatched pairs."""
+    texts = condition.tokens.split(condition.lengths)
+    texts = (texts[-1], *texts[:-1])
+    return Condition(torch.cat(texts), tuple(len(t) for t in texts), condition.pooled.roll(1, 0))

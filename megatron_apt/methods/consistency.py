@@ -1,0 +1,73 @@
+"""Stage 1: discrete-time consistency distillation with guidance folded in (Song et al. 2023; APT paper, section 3.2).
+
+With f(x_t, t) = x_t - t v(x_t, t), so that f(x, 0) = x by construction:
+    E || f_student(x_t, t) - sg f_student(x_s, s) ||^2,   x_s = x_t + (s - t) v_cfg(x_t, t) one Euler step of the teacher,
+    v_cfg = v(negative) + w (v(c) - v(negative)),   t -> s neighbours on a shifted grid.
+"""
+
+import torch
+
+from megatron_apt.config import RunConfig
+from megatron_apt.conventions import interpolate, predict_sample, shift
+from megatron_apt.data.microbatch import Microbatch
+from megatron_apt.methods import losses
+from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
+from megatron_apt.methods.flow import build_generator
+from megatron_apt.parallel.mesh import Mesh
+
+
+def grid_times(u: torch.Tensor, steps: int, s: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neighbouring times (t_n, t_{n-1}) of the shifted grid for uniform u in (0, 1): n uniform on 1..steps, so t_steps = 1 and t_0 = 0."""
+    n = (u * steps).floor().clamp(max=steps - 1) + 1
+    return shift(n / steps, s), shift((n - 1) / steps, s)
+
+
+def guided(stacked: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance of a stacked (conditional | negative) velocity."""
+    conditional, negative = stacked.chunk(2)
+    return negative + scale * (conditional - negative)
+
+
+def method(config: RunConfig, mesh: Mesh) -> Method:
+    """Student and frozen teacher; the chain is teacher -> student target -> student."""
+    c = config.consistency
+
+    def noisy(batch: Microbatch):
+        t, s = grid_times(batch.uniform("t"), c.steps, c.shift)
+        return interpolate(batch.x, batch.noise("z"), batch.layout.expand(t)), t, s
+
+    def feed_teacher(batch: Microbatch, _) -> Inputs:
+        x_t, t, _s = noisy(batch)
+        both = batch.condition.join(batch.negative)
+        return Inputs(torch.cat((x_t, x_t)), torch.cat((t, t)), both, batch.layout_for(both))
+
+    def stepped(batch: Microbatch, outputs):
+        x_t, t, s = noisy(batch)
+        return x_t + batch.layout.expand(s - t) * guided(outputs[0], c.guidance_scale), s
+
+    def feed_target(batch: Microbatch, outputs) -> Inputs:
+        x_s, s = stepped(batch, outputs)
+        return Inputs(x_s, s, batch.condition, batch.layout)
+
+    def feed_student(batch: Microbatch, _) -> Inputs:
+        x_t, t, _s = noisy(batch)
+        return Inputs(x_t, t, batch.condition, batch.layout)
+
+    def loss(batch: Microbatch, outputs):
+        x_t, t, _s = noisy(batch)
+        x_s, s = stepped(batch, outputs)
+        target = predict_sample(x_s, outputs[1], batch.layout.expand(s))
+        value = batch.token_mean(losses.squared_error(predict_sample(x_t, outputs[2], batch.layout.expand(t)), target))
+        return value, {"loss": value.detach()}
+
+    roles = {
+        "generator": Role(
+            lambda: build_generator(config, mesh),
+            source=config.init.generator or config.init.diffusion,
+            optimizer=config.optimizer,
+            ema=config.optimizer.ema > 0,
+        ),
+        "teacher": Role(lambda: build_generator(config, mesh), source=config.init.diffusion),
+    }
+    chain = (Segment("teacher", "none", feed_teacher), Segment("generator", "none", feed_target), Segment("generator", "full", feed_student))
+    return Method(roles, (Phase("consistency", (Branch("distil", chain, loss),), updates="generator"),))

@@ -1,0 +1,1 @@
+"""The MMDiT, its discriminator, codecs and text encoders."""

@@ -1,0 +1,70 @@
+"""Shape of the diffusion transformer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """MMDiT: separate text and visual weights in every layer, joint attention, 3D rotary embedding on visual tokens.
+
+    Defaults are the `tiny` preset, which trains on a CPU in minutes.
+    """
+
+    depth: int = 6
+    width: int = 64
+    heads: int = 4
+    mlp_ratio: int = 4
+    latent_channels: int = 4
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns that make one token."""
+    text_width: int = 32
+    """Width of the text encoder's output."""
+    modulation: Literal["block", "single"] = "block"
+    """AdaLN: a projection per block, or one shared projection plus a learned offset per block (AdaLN-single)."""
+    pooled_text: bool = True
+    """Also adds the projected mean of the text embedding to the timestep embedding."""
+    last_block_text: bool = False
+    """Gives the last block a full text stream, whose output nothing reads (kept where a published parameter count has it)."""
+    rope_theta: float = 10000.0
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps only each block's input and runs the block again in the backward pass."""
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple")
+        if (self.width // self.heads) % 2 or self.width // self.heads < 6:
+            raise ValueError(f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even head size of at least 6")
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one visual token before embedding."""
+        f, h, w = self.patch
+        return self.latent_channels * f * h * w
+
+
+def tiny() -> ModelConfig:
+    return ModelConfig()
+
+
+def seaweed_8b() -> ModelConfig:
+    """The 8B shape of the APT paper: 36 * (2*4*d^2 + 2*8*d^2) = 8.15e9 weights in the layers, plus embeddings."""
+    return ModelConfig(
+        depth=36,
+        width=3072,
+        heads=24,
+        latent_channels=16,
+        text_width=4096,
+        modulation="single",
+        last_block_text=True,
+        dtype="bfloat16",
+        recompute="full",
+    )
+
+
+PRESETS = {"tiny": tiny, "seaweed_8b": seaweed_8b}

@@ -1,0 +1,104 @@
+"""The discriminator: the diffusion backbone with learned-query cross-attention heads at several depths and one fp32 logit per sample.
+
+A head (APT paper, Figure 1), with h the visual tokens after its block:
+    q = norm(Wq token); k = norm(Wk RMSNorm(h)); v = Wv RMSNorm(h)
+    y = token + Wo attention(q, k, v);   y = y + MLP(Norm(y))
+The heads' tokens are joined on channels, normalised and projected to the logit. The last projection of the diffusion model is not used.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
+from megatron_apt.models import parameters
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.layout import Layout
+from megatron_apt.models.mmdit import Condition, MMDiT, RMSNorm
+from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
+from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
+from megatron_apt.parallel.collectives import max_over, sum_over
+from megatron_apt.parallel.mesh import Mesh
+
+
+def head_blocks(fractions: tuple[float, ...], depth: int) -> tuple[int, ...]:
+    """Blocks (from 1) after which the heads stand: 16/36, 26/36, 36/36 of 36 layers are 16, 26, 36.
+
+    Raises:
+        ValueError: two fractions fall on one block of so shallow a network.
+    """
+    blocks = tuple(max(1, round(fraction * depth)) for fraction in fractions)
+    if len(set(blocks)) != len(blocks):
+        raise ValueError(f"apt.head_layers={fractions} fall on blocks {blocks} of {depth}, some twice; give fewer or more distant fractions")
+    return tuple(sorted(blocks))
+
+
+class QueryHead(nn.Module):
+    """One cross-attention-only transformer block whose single query is a learned token: visual tokens -> (n, D)."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, backend: Backend):
+        super().__init__()
+        self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
+        d, dtype = model.width, DTYPES[model.dtype]
+        tokens = transformer_config(model, mesh)  # acts on visual tokens, split by sequence parallelism
+        single = transformer_config(model, mesh, sequence_parallel=False)  # acts on one vector per sample, whole on every rank
+        column, row = backend.column_parallel_linear, backend.row_parallel_linear
+        self.token = declare(nn.Parameter(torch.empty(1, d, dtype=dtype)), parameters.normal(0.02))
+        self.norm_tokens = RMSNorm((d,), dtype, tp_partial=mesh.sequence_parallel)
+        self.linear_q = column_linear(column, d, d, single, mesh)
+        self.linear_kv = column_linear(column, d, 2 * d, tokens, mesh)  # output features ordered (head, k | v, K)
+        self.q_norm = RMSNorm((self.head_size,), dtype, tp_partial=True)
+        self.k_norm = RMSNorm((self.head_size,), dtype, tp_partial=True)
+        self.linear_proj = row_linear(row, d, d, single, mesh)
+        self.norm_mlp = RMSNorm((d,), dtype, tp_partial=False)
+        self.linear_fc1 = column_linear(column, d, model.mlp_ratio * d, single, mesh)
+        self.linear_fc2 = row_linear(row, model.mlp_ratio * d, d, single, mesh)
+
+    def forward(self, h: Tensor, layout: Layout) -> Tensor:
+        q = self.q_norm(self.linear_q(self.token)[0].view(self.heads, self.head_size))
+        kv = self.linear_kv(self.norm_tokens(h))[0].unflatten(-1, (self.heads, 2, self.head_size))
+        stream = layout.visual
+        sample = None if stream.uniform else stream.sample
+        k, v = (kv if stream.uniform else stream.unfold(kv)).unbind(-2)
+        top, total, acc = learnable_query_attention(q, self.k_norm(k), v, sample, layout.samples)
+        attended = self._merge(top, total, acc).flatten(1).to(self.token.dtype)
+        y = self.token + self.linear_proj(attended)[0]
+        return y + self.linear_fc2(F.gelu(self.linear_fc1(self.norm_mlp(y))[0]))[0]
+
+    def _merge(self, top: Tensor, total: Tensor, acc: Tensor) -> Tensor:
+        """Softmax over ALL tokens of a sample, whose parts lie on the context-parallel ranks: log-sum-exp of three small tensors."""
+        axis = self.mesh.cp
+        if axis.size == 1:
+            return acc / total.unsqueeze(-1)
+        share = torch.exp(top - max_over(top, axis)).unsqueeze(-1)
+        both = sum_over(torch.cat((total.unsqueeze(-1), acc), dim=-1) * share, axis)
+        return both[..., 1:] / both[..., :1]
+
+
+class Discriminator(nn.Module):
+    """D(x, t, condition) -> one logit per sample.
+
+    Args:
+        model: shape of the diffusion model.
+        mesh: device mesh.
+        depth: layers kept of the backbone.
+        head_fractions: depths of the heads as fractions of `depth`.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...]):
+        super().__init__()
+        self.taps = head_blocks(head_fractions, depth)
+        self.backbone = MMDiT(model, mesh, depth=depth, output=False)
+        backend, width = choose_backend(mesh.device.type), len(self.taps) * model.width
+        self.heads = nn.ModuleList(QueryHead(model, mesh, backend) for _ in self.taps)
+        logit_dtype = torch.promote_types(DTYPES[model.dtype], torch.float32)
+        self.norm_weight = declare(nn.Parameter(torch.empty(width, dtype=logit_dtype)), parameters.ones)
+        self.norm_bias = declare(nn.Parameter(torch.empty(width, dtype=logit_dtype)), parameters.zeros)
+        self.logit = linear(width, 1, logit_dtype)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
+        """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank. Arguments as in MMDiT.forward."""
+        _, _, _, hidden = self.backbone.hidden_states(x, t, condition, layout, self.taps)
+        tokens = torch.cat([head(h, layout) for head, h in zip(self.heads, hidden, strict=True)], dim=-1).to(self.logit.weight.dtype)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
+        return self.logit(tokens).squeeze(-1)

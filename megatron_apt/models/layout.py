@@ -1,0 +1,177 @@
+"""Where every token of a packed microbatch lives: which sample, which rank, which attention range.
+
+Letters: n samples, T tokens on this rank, s tokens of each sample when all are equal, D width, H local heads, K head size.
+
+A microbatch is one sequence per stream, samples one after another. Context parallelism gives each rank one contiguous chunk of EVERY sample;
+chunks may be uneven. Hidden states have two forms, and per-sample vectors broadcast over both:
+    uniform   (n, s, D)   all samples equally long (the fast path: attention is a plain batch)
+    packed    (T, 1, D)   anything else
+Sequence parallelism splits the first dimension of either form over the tensor-parallel ranks.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_apt.parallel.mesh import Mesh
+
+Grid = tuple[int, int, int]  # tokens of a sample over (frames, rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Tokens of one kind (visual or text) of a microbatch, as this rank holds them."""
+
+    lengths: tuple[int, ...]  # tokens of each sample, over all ranks
+    counts: tuple[int, ...]  # tokens of each sample on this rank
+    index: Tensor  # (T,) position of each local token in the whole packed sequence
+    sample: Tensor  # (T,) sample of each local token
+    uniform: bool
+    padding: int  # rows added at the end of the packed form so that it splits over the tensor-parallel ranks
+    modulation: Tensor | None  # rows of a per-sample (n, D) tensor that belong to this rank's part of the first dimension; None = all
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (n, s, ...) or (T + padding, 1, ...)."""
+        if self.uniform:
+            return x.unflatten(0, (len(self.counts), self.counts[0]))
+        if self.padding:
+            x = torch.cat((x, x.new_zeros(self.padding, *x.shape[1:])))
+        return x.unsqueeze(1)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """Inverse of `fold`."""
+        x = x.flatten(0, 1)
+        return x[: len(x) - self.padding] if self.padding else x
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(n, D) per-sample vectors -> a shape that broadcasts over this rank's (sequence-parallel) hidden states."""
+        return (values if self.modulation is None else values.index_select(0, self.modulation)).unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGroup:
+    """Samples of equal length: rows of the query and key arrays that attend to each other."""
+
+    query: Tensor  # (g, lq)
+    key: Tensor  # (g, lk)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One packed microbatch on one rank. Made by `build_layout`, cached, never changed."""
+
+    grids: tuple[Grid, ...]
+    visual: Stream
+    text: Stream
+    token_counts: tuple[int, ...]  # visual + text tokens on each context-parallel rank
+    groups: tuple[AttentionGroup, ...]  # of the packed attention; empty when the batched form applies
+    restore: Tensor | None  # puts the concatenated group outputs back in packed order
+    positions: Tensor  # (T_visual, 3) int64: frame, row, column of each local visual token
+
+    @property
+    def samples(self) -> int:
+        return len(self.grids)
+
+    @property
+    def batched(self) -> bool:
+        return not self.groups
+
+    def sample_sum(self, x: Tensor) -> Tensor:
+        """(T_visual, ...) -> (n,): sum over this rank's elements of each sample."""
+        rows = x.flatten(1).sum(1)
+        if self.visual.uniform:
+            return rows.view(self.samples, -1).sum(1)
+        return rows.new_zeros(self.samples).index_add(0, self.visual.sample, rows)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """(n,) per-sample numbers -> (T_visual, 1), one row for each local visual token."""
+        return values.index_select(0, self.visual.sample).unsqueeze(1)
+
+    def sample_numel(self, width: int) -> Tensor:
+        """(n,) number of elements of each whole sample whose tokens are `width` wide."""
+        return torch.tensor([length * width for length in self.visual.lengths], device=self.positions.device)
+
+
+def chunk(length: int, parts: int, part: int) -> tuple[int, int]:
+    """Half-open range of `length` tokens that belongs to `part`; chunks differ by at most one token."""
+    return length * part // parts, length * (part + 1) // parts
+
+
+@lru_cache(maxsize=256)
+def build_layout(grids: tuple[Grid, ...], text_lengths: tuple[int, ...], mesh: Mesh) -> Layout:
+    """Layout of a microbatch with one grid and one caption length per sample.
+
+    Raises:
+        ValueError: no samples, a count mismatch, or a sample with fewer tokens than context-parallel ranks.
+    """
+    if not grids or len(grids) != len(text_lengths):
+        raise ValueError(f"{len(grids)} grids and {len(text_lengths)} captions: a microbatch needs one of each per sample, and at least one sample")
+    visual_lengths = tuple(f * h * w for f, h, w in grids)
+    for length in visual_lengths:
+        if length < mesh.cp.size:
+            raise ValueError(f"a sample of {length} visual tokens does not split over parallel.cp={mesh.cp.size}; use larger samples or a smaller cp")
+    visual = _stream(visual_lengths, mesh)
+    text = _stream(text_lengths, mesh)
+    groups, restore = (), None
+    if mesh.cp.size > 1 or not (visual.uniform and text.uniform):
+        groups, restore = _attention_groups(visual_lengths, text_lengths, mesh)
+    counts = tuple(
+        sum(stop - start for lengths in (visual_lengths, text_lengths) for start, stop in (chunk(n, mesh.cp.size, r) for n in lengths))
+        for r in range(mesh.cp.size)
+    )
+    cells = [torch.cartesian_prod(*(torch.arange(size) for size in grid)) for grid in grids]
+    positions = torch.cat(cells).to(mesh.device).index_select(0, visual.index)
+    return Layout(grids, visual, text, counts, groups, restore, positions)
+
+
+def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
+    n, tp = len(lengths), mesh.tp.size if mesh.sequence_parallel else 1
+    ranges = [chunk(length, mesh.cp.size, mesh.cp.rank) for length in lengths]
+    counts = tuple(stop - start for start, stop in ranges)
+    starts = list(accumulate(lengths, initial=0))
+    index = torch.cat([torch.arange(starts[i] + a, starts[i] + b) for i, (a, b) in enumerate(ranges)])
+    sample = torch.repeat_interleave(torch.arange(n), torch.tensor(counts))
+    # The uniform form splits over tensor-parallel ranks by whole samples. Every rank must choose the same form, hence lengths, not counts.
+    uniform = len(set(lengths)) == 1 and lengths[0] % mesh.cp.size == 0 and n % tp == 0
+    padding = 0 if uniform else -len(index) % tp
+    modulation = None
+    if tp > 1 or not uniform:
+        rows = torch.arange(n) if uniform else torch.cat((sample, sample.new_zeros(padding)))
+        modulation = rows.chunk(tp)[mesh.tp.rank if tp > 1 else 0].to(mesh.device)
+    return Stream(lengths, counts, index.to(mesh.device), sample.to(mesh.device), uniform, padding, modulation)
+
+
+def _attention_groups(visual: tuple[int, ...], text: tuple[int, ...], mesh: Mesh) -> tuple[tuple[AttentionGroup, ...], Tensor]:
+    """Rows of each sample in the rank-major array [text | visual] of rank 0, then of rank 1, ...; queries stay local under all_gather."""
+    rows = _gathered_rows(visual, text, mesh.cp.size)
+    everything = range(mesh.cp.size)
+    query_ranks = everything if mesh.context_parallel == "ulysses" else (mesh.cp.rank,)
+    base = rows["base"][query_ranks[0]]
+    by_length: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for i in range(len(visual)):
+        query = torch.cat([rows[i, r] for r in query_ranks]) - base
+        key = torch.cat([rows[i, r] for r in everything])
+        by_length.setdefault((len(query), len(key)), []).append((query, key))
+    groups = tuple(
+        AttentionGroup(torch.stack([q for q, _ in members]).to(mesh.device), torch.stack([k for _, k in members]).to(mesh.device))
+        for members in by_length.values()
+    )
+    order = torch.cat([group.query.flatten() for group in groups])
+    return groups, torch.argsort(order)
+
+
+def _gathered_rows(visual: tuple[int, ...], text: tuple[int, ...], ranks: int) -> dict:
+    rows, offset = {"base": []}, 0
+    for r in range(ranks):
+        rows["base"].append(offset)
+        parts: list[list[Tensor]] = [[] for _ in visual]
+        for lengths in (text, visual):
+            for i, length in enumerate(lengths):
+                start, stop = chunk(length, ranks, r)
+                parts[i].append(torch.arange(offset, offset + stop - start))
+                offset += stop - start
+        rows.update({(i, r): torch.cat(part) for i, part in enumerate(parts)})
+    return rows

@@ -1,0 +1,219 @@
+"""MMDiT: a diffusion transformer with separate weights for text and visual tokens and joint attention (Esser et al. 2024).
+
+Built from Megatron-Core linear layers: tensor parallelism splits heads and MLP features, sequence parallelism the activations between them,
+context parallelism the tokens of each sample. Letters as in layout.py.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from megatron_apt.models import parameters
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate
+from megatron_apt.models.layout import Layout, Stream
+from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
+from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
+from megatron_apt.parallel.context import joint_attention
+from megatron_apt.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Text conditions of a microbatch, whole on every rank: packed tokens (sum of lengths, E), their lengths, and each sample's mean (n, E)."""
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    pooled: Tensor
+
+    @staticmethod
+    def pack(texts: list[Tensor]) -> "Condition":
+        """From one (length, E) embedding per sample."""
+        return Condition(torch.cat(texts), tuple(len(t) for t in texts), torch.stack([t.mean(0) for t in texts]))
+
+    def join(self, other: "Condition") -> "Condition":
+        """The samples of both, one after the other."""
+        return Condition(torch.cat((self.tokens, other.tokens)), self.lengths + other.lengths, torch.cat((self.pooled, other.pooled)))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension with a learned scale; statistics in at least fp32."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, tp_partial: bool):
+        super().__init__()
+        self.weight = declare(nn.Parameter(torch.empty(shape, dtype=dtype)), parameters.ones, tp_partial=tp_partial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without affine part, which AdaLN supplies."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class Modulation(nn.Module):
+    """AdaLN vectors of one place: (n, count * D) from the condition c, as `count` tensors (n, D).
+
+    "block": a projection of silu(c) of its own. "single": a learned offset added to vectors projected once for all blocks.
+    """
+
+    def __init__(self, count: int, model: ModelConfig, mesh: Mesh, part: type):
+        super().__init__()
+        self.count, self.mesh = count, mesh
+        self.single = model.modulation == "single"
+        if self.single:
+            self.offset = declare(nn.Parameter(torch.empty(count * model.width, dtype=DTYPES[model.dtype])), parameters.normal(0.02))
+        else:
+            config = transformer_config(model, mesh, sequence_parallel=False)
+            self.linear = column_linear(part, model.width, count * model.width, config, mesh, parameters.zeros, gather_output=True)
+
+    def forward(self, c: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+        vectors = shared[:, : len(self.offset)] + self.offset if self.single else self.linear(F.silu(c))[0]
+        if self.mesh.sequence_parallel:
+            # Each rank uses the vectors on its own tokens only, so their gradients are parts of a sum.
+            vectors = copy_to_tensor_model_parallel_region(vectors, group=self.mesh.tp.group)
+        return vectors.chunk(self.count, dim=-1)
+
+
+class BlockStream(nn.Module):
+    """One stream (visual or text) of a block: modulated norms, QKV, output projection and MLP.
+
+    With `update=False` the stream only supplies keys and values, as text does in a last block whose text output nothing reads.
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, parts: StreamSubmodules, update: bool):
+        super().__init__()
+        config, d = transformer_config(model, mesh), model.width
+        self.update, self.heads, self.head_size = update, model.heads // mesh.tp.size, model.head_size
+        self.modulation = Modulation(6 if update else 2, model, mesh, parts.modulation)
+        # Output features are ordered (head, q | k | v, K), so that a tensor-parallel slice holds whole heads.
+        self.linear_qkv = column_linear(parts.linear_qkv, d, 3 * d, config, mesh)
+        self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True)
+        if update:
+            self.linear_proj = row_linear(parts.linear_proj, d, d, config, mesh)
+            self.linear_fc1 = column_linear(parts.linear_fc1, d, model.mlp_ratio * d, config, mesh)
+            self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp_ratio * d, d, config, mesh)
+
+    def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream, rotary: Tensor | None):
+        """x (a, b, D) -> qkv (a, b, H, 3, K) with q, k normalised and rotated, and the vectors for `after_attention`."""
+        shift, scale, *rest = (stream.per_token(v) for v in self.modulation(c, shared))
+        qkv = self.linear_qkv(torch.addcmul(shift, layer_norm(x), 1 + scale))[0].unflatten(-1, (self.heads, 3, self.head_size))
+        qk, v = qkv.split((2, 1), dim=-2)
+        qk = self.qk_norm(qk)
+        if rotary is not None:
+            qk = rotate(qk, rotary)
+        return torch.cat((qk, v), dim=-2), rest
+
+    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor]) -> Tensor:
+        gate, shift_mlp, scale_mlp, gate_mlp = vectors
+        x = torch.addcmul(x, gate, self.linear_proj(attended)[0])
+        h = self.linear_fc1(torch.addcmul(shift_mlp, layer_norm(x), 1 + scale_mlp))[0]
+        return torch.addcmul(x, gate_mlp, self.linear_fc2(F.gelu(h, approximate="tanh"))[0])
+
+
+class Block(nn.Module):
+    """One MMDiT layer."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool):
+        super().__init__()
+        self.mesh = mesh
+        self.visual = BlockStream(model, mesh, parts.visual, update=True)
+        self.text = BlockStream(model, mesh, parts.text, update=update_text)
+        self.attention = parts.core_attention(transformer_config(model, mesh), layer_number)
+
+    def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
+        visual_qkv, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
+        text_qkv, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
+        text_out, visual_out = joint_attention(text_qkv, visual_qkv, layout, self.mesh, self.attention)
+        x = self.visual.after_attention(x, visual_out, visual_vectors)
+        return x, self.text.after_attention(text, text_out, text_vectors) if self.text.update else text
+
+
+class MMDiT(nn.Module):
+    """The diffusion transformer: v = model(x_t, t, condition).
+
+    Args:
+        model: shape.
+        mesh: device mesh.
+        depth: layers to build; fewer than model.depth gives the lower part of the network.
+        output: with the final projection to a velocity (a discriminator's backbone has none).
+    """
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True):
+        super().__init__()
+        self.model, self.mesh = model, mesh
+        depth, dtype, d = depth or model.depth, DTYPES[model.dtype], model.width
+        self.x_embed = linear(model.patch_width, d, dtype)
+        self.text_embed = linear(model.text_width, d, dtype)
+        self.time_embed = TimestepEmbedding(d, dtype)
+        self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
+        self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
+        spec = mmdit_block_spec(choose_backend(mesh.device.type))
+        last_text = [True] * (depth - 1) + [model.last_block_text]
+        self.blocks = nn.ModuleList(Block(model, mesh, spec, i + 1, last_text[i]) for i in range(depth))
+        self.final = FinalLayer(model, mesh, spec.visual.modulation) if output else None
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
+        """Velocity of every local visual token.
+
+        Args:
+            x: (T_visual, C * patch) this context-parallel rank's tokens, as `patchify` orders them.
+            t: (n,) times in [0, 1], one per sample.
+            condition: text of the n samples, whole.
+            layout: from `build_layout` with the samples' grids and condition.lengths.
+
+        Returns:
+            (T_visual, C * patch), in x's dtype.
+        """
+        h, c, shared, _ = self.hidden_states(x, t, condition, layout, taps=())
+        v = self.final(h, c, shared, layout)
+        if self.mesh.sequence_parallel:
+            v = gather_from_sequence_parallel_region(v, tensor_parallel_output_grad=False, group=self.mesh.tp.group)
+        return layout.visual.unfold(v).to(x.dtype)
+
+    def hidden_states(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout, taps: tuple[int, ...]):
+        """Runs the blocks; returns (last hidden state, c, shared modulation, hidden states after the blocks numbered in `taps`, from 1)."""
+        dtype = self.x_embed.weight.dtype
+        h = layout.visual.fold(self.x_embed(x.to(dtype)))
+        text = layout.text.fold(self.text_embed(condition.tokens.to(dtype).index_select(0, layout.text.index)))
+        c = self.time_embed(t)
+        if self.pooled_embed is not None:
+            c = c + self.pooled_embed(condition.pooled.to(dtype))
+        shared = self.shared_modulation(F.silu(c)) if self.shared_modulation is not None else None
+        if self.mesh.sequence_parallel:
+            h, text = (scatter_to_sequence_parallel_region(y, group=self.mesh.tp.group) for y in (h, text))
+        rotary = rotary_table(layout, self.model.head_size, self.model.rope_theta, dtype)
+        tapped = []
+        for number, block in enumerate(self.blocks, 1):
+            h, text = self._run(block, h, text, c, shared, layout, rotary)
+            if number in taps:
+                tapped.append(h)
+        return h, c, shared, tapped
+
+    def _run(self, block: Block, h, text, c, shared, layout, rotary):
+        if self.model.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(lambda h, text, c, shared: block(h, text, c, shared, layout, rotary), False, h, text, c, shared)
+        return block(h, text, c, shared, layout, rotary)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection of each visual token to its patch of velocity."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, part: type):
+        super().__init__()
+        self.modulation = Modulation(2, model, mesh, part)
+        self.linear = linear(model.width, model.patch_width, DTYPES[model.dtype], parameters.zeros, tp_partial=mesh.sequence_parallel)
+
+    def forward(self, x: Tensor, c: Tensor, shared: Tensor | None, layout: Layout) -> Tensor:
+        shift, scale = (layout.visual.per_token(v) for v in self.modulation(c, shared))
+        return self.linear(torch.addcmul(shift, layer_norm(x), 1 + scale))

@@ -1,0 +1,122 @@
+"""What a parameter's shards are, how they start, and which gradients are partial.
+
+Every parameter carries two facts set where it is built:
+    sharded_dim   the dimension split over tensor parallelism, or None when every rank holds it whole
+    tp_partial    True when each tensor-parallel rank sees only a part of the tokens or heads, so its gradient is a part of the sum
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from megatron_apt.kernels.keyed_noise import derive_key
+from megatron_apt.parallel.mesh import Mesh
+
+Init = Callable[[Tensor, torch.Generator], None]
+
+
+def xavier(weight: Tensor, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(weight, generator=generator)
+
+
+def zeros(weight: Tensor, generator: torch.Generator) -> None:
+    weight.zero_()
+
+
+def ones(weight: Tensor, generator: torch.Generator) -> None:
+    weight.fill_(1.0)
+
+
+def normal(std: float) -> Init:
+    def fill(weight: Tensor, generator: torch.Generator) -> None:
+        weight.normal_(std=std, generator=generator)
+
+    return fill
+
+
+def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None, tp_partial: bool = False) -> nn.Parameter:
+    """Attaches the facts of this module's docstring to a parameter."""
+    parameter.initial = init
+    parameter.sharded_dim = sharded_dim
+    parameter.tp_partial = tp_partial
+    return parameter
+
+
+def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier, gather_output: bool = False) -> nn.Module:
+    """A linear layer whose output features are split over tensor parallelism."""
+    layer = build_module(
+        part,
+        width_in,
+        width_out,
+        config=config,
+        init_method=lambda weight: None,
+        gather_output=gather_output,
+        bias=True,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_comm_buffer_name=None,
+        tp_group=mesh.tp.group,
+    )
+    declare(layer.weight, init, sharded_dim=0)
+    declare(layer.bias, zeros, sharded_dim=0)
+    return layer
+
+
+def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier) -> nn.Module:
+    """A linear layer whose input features are split over tensor parallelism."""
+    layer = build_module(
+        part,
+        width_in,
+        width_out,
+        config=config,
+        init_method=lambda weight: None,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_comm_buffer_name=None,
+        tp_group=mesh.tp.group,
+    )
+    declare(layer.weight, init, sharded_dim=1)
+    declare(layer.bias, zeros, tp_partial=config.sequence_parallel)
+    return layer
+
+
+def linear(width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False, bias: bool = True) -> nn.Linear:
+    """A linear layer that every tensor-parallel rank holds whole."""
+    layer = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=bias, dtype=dtype)
+    declare(layer.weight, init, tp_partial=tp_partial)
+    if bias:
+        declare(layer.bias, zeros, tp_partial=tp_partial)
+    return layer
+
+
+def full_shape(parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
+    """Shape of the parameter over all tensor-parallel ranks."""
+    shape = list(parameter.shape)
+    if parameter.sharded_dim is not None:
+        shape[parameter.sharded_dim] *= mesh.tp.size
+    return tuple(shape)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
+    """Fills every parameter from (seed, its name): the same model on every mesh.
+
+    Weights are drawn whole, in fp32 on the CPU, and each rank keeps its slice.
+    """
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(derive_key(seed, "weights", name) >> 1)
+        whole = torch.empty(full_shape(parameter, mesh))
+        parameter.initial(whole, generator)
+        if parameter.sharded_dim is not None:
+            whole = whole.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
+        parameter.copy_(whole)
+
+
+def count(model: nn.Module, mesh: Mesh) -> int:
+    """Number of weights over all tensor-parallel ranks."""
+    return sum(math.prod(full_shape(parameter, mesh)) for parameter in model.parameters())

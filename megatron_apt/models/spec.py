@@ -1,0 +1,154 @@
+"""Which classes a model is built from: Transformer Engine on CUDA, torch on CPU. Nothing else in the package asks which machine it is."""
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.parallel.mesh import Mesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class _FusedBias:
+    """Linear without communication as one call: bias inside the matrix product, and no weight gradient when the weight is frozen.
+
+    Megatron-Core's own function adds the bias in a second pass over the output.
+    """
+
+    def _forward_impl(self, input, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, **kwargs):
+        if allreduce_dgrad or sequence_parallel:
+            kwargs |= {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
+            return super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
+        return F.linear(input, weight, bias)
+
+
+class LocalColumnParallelLinear(_FusedBias, ColumnParallelLinear):
+    pass
+
+
+class LocalRowParallelLinear(_FusedBias, RowParallelLinear):
+    def forward(self, input_):
+        if self.tp_group.size() == 1 and not self.skip_bias_add:
+            return F.linear(input_, self.weight, self.bias), None
+        return super().forward(input_)
+
+
+class LocalAttention(torch.nn.Module):
+    """Full attention on (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K)."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int):
+        super().__init__()
+
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+class TransformerEngineAttention(torch.nn.Module):
+    """The same contract on Transformer Engine's fused attention. Context parallelism stays outside (parallel/context.py)."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int):
+        super().__init__()
+        import transformer_engine.pytorch
+
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.attention = transformer_engine.pytorch.DotProductAttention(
+            heads, config.kv_channels, qkv_format="bshd", attn_mask_type="no_mask", attention_dropout=0.0, layer_number=layer_number
+        )
+
+    def forward(self, q, k, v):
+        return self.attention(q.contiguous(), k.contiguous(), v.contiguous()).unflatten(-1, q.shape[-2:])
+
+
+class Backend(Protocol):
+    """The parts that differ between machines; the rest of a model is plain torch."""
+
+    column_parallel_linear: type
+    row_parallel_linear: type
+    core_attention: type
+
+
+@dataclass(frozen=True)
+class LocalBackend:
+    column_parallel_linear: type = LocalColumnParallelLinear
+    row_parallel_linear: type = LocalRowParallelLinear
+    core_attention: type = LocalAttention
+
+
+@dataclass(frozen=True)
+class TransformerEngineBackend:
+    column_parallel_linear: type = te.TEColumnParallelLinear
+    row_parallel_linear: type = te.TERowParallelLinear
+    core_attention: type = TransformerEngineAttention
+
+
+@functools.lru_cache
+def choose_backend(device_type: str) -> Backend:
+    """Transformer Engine where it can run; otherwise torch, with one warning if that wastes a GPU."""
+    if device_type != "cuda":
+        return LocalBackend()
+    if te.HAVE_TE:  # without it the classes are mocks that build silently
+        return TransformerEngineBackend()
+    warnings.warn("Transformer Engine is not installed: using torch layers on CUDA. `pip install megatron_apt[gpu]` for its kernels and FP8.", stacklevel=2)
+    return LocalBackend()
+
+
+@dataclass(frozen=True)
+class StreamSubmodules:
+    """Linear layers of one stream (visual or text) of a block."""
+
+    linear_qkv: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+    linear_fc1: ModuleSpec | type
+    linear_fc2: ModuleSpec | type
+    modulation: ModuleSpec | type
+
+
+@dataclass(frozen=True)
+class BlockSubmodules:
+    visual: StreamSubmodules
+    text: StreamSubmodules
+    core_attention: ModuleSpec | type
+
+
+def mmdit_block_spec(backend: Backend) -> BlockSubmodules:
+    """Parts of an MMDiT block on a backend."""
+    stream = StreamSubmodules(
+        linear_qkv=backend.column_parallel_linear,
+        linear_proj=backend.row_parallel_linear,
+        linear_fc1=backend.column_parallel_linear,
+        linear_fc2=backend.row_parallel_linear,
+        # Acts on one vector per sample, so torch's layer serves on every machine.
+        modulation=LocalColumnParallelLinear,
+    )
+    return BlockSubmodules(visual=stream, text=stream, core_attention=backend.core_attention)
+
+
+def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool | None = None) -> TransformerConfig:
+    """Megatron-Core's view of the model. Weights are initialised by `parameters.initialise`, so Megatron-Core leaves them alone."""
+    return TransformerConfig(
+        num_layers=model.depth,
+        hidden_size=model.width,
+        ffn_hidden_size=model.width * model.mlp_ratio,
+        num_attention_heads=model.heads,
+        kv_channels=model.head_size,
+        tensor_model_parallel_size=mesh.tp.size,
+        sequence_parallel=mesh.sequence_parallel if sequence_parallel is None else sequence_parallel,
+        params_dtype=DTYPES[model.dtype],
+        bf16=model.dtype == "bfloat16",
+        use_cpu_initialization=mesh.device.type == "cpu",
+        perform_initialization=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+    )

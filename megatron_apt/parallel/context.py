@@ -1,0 +1,58 @@
+"""Joint attention of a packed microbatch, on one rank or split over context-parallel ranks.
+
+Ulysses trades tokens for heads by an all-to-all on either side of a local attention; all_gather keeps queries local and collects every
+rank's keys and values. Both give every query its sample's whole text and picture; chunks may be uneven.
+"""
+
+import torch
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_apt.models.layout import Layout
+from megatron_apt.parallel.mesh import Mesh
+
+
+def joint_attention(text_qkv: Tensor, visual_qkv: Tensor, layout: Layout, mesh: Mesh, attention) -> tuple[Tensor, Tensor]:
+    """Attention of each sample over its own text and visual tokens.
+
+    Args:
+        text_qkv, visual_qkv: (a, b, H, 3, K) in the layout's folded form, this rank's tokens and heads.
+        attention: (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K).
+
+    Returns:
+        Text and visual outputs, (a, b, H * K), in the same folded form.
+    """
+    if layout.batched:
+        qkv = torch.cat((text_qkv, visual_qkv), dim=1)
+        out = attention(*qkv.unbind(3)).flatten(2)
+        return out.split((text_qkv.shape[1], visual_qkv.shape[1]), dim=1)
+    text, visual = layout.text.unfold(text_qkv), layout.visual.unfold(visual_qkv)
+    qkv = torch.cat((text, visual))
+    if mesh.cp.size == 1:
+        out = _attend_groups(*qkv.unbind(2), layout, attention)
+    elif mesh.context_parallel == "ulysses":
+        out = _ulysses(qkv, layout, mesh, attention)
+    else:
+        sizes = list(layout.token_counts)
+        keys_values = gather_from_sequence_parallel_region(
+            qkv[:, :, 1:].contiguous(), tensor_parallel_output_grad=True, group=mesh.cp.group, output_split_sizes=sizes
+        )
+        out = _attend_groups(qkv[:, :, 0], *keys_values.unbind(2), layout, attention)
+    text, visual = out.flatten(1).split((len(text), len(visual)))
+    return layout.text.fold(text), layout.visual.fold(visual)
+
+
+def _attend_groups(q: Tensor, k: Tensor, v: Tensor, layout: Layout, attention) -> Tensor:
+    out = [attention(q[group.query], k[group.key], v[group.key]).flatten(0, 1) for group in layout.groups]
+    return torch.cat(out).index_select(0, layout.restore)
+
+
+def _ulysses(qkv: Tensor, layout: Layout, mesh: Mesh, attention) -> Tensor:
+    """(T, H, 3, K) -> (T, H, K), with each rank attending for H / cp heads over all tokens in between."""
+    cp, tokens = mesh.cp.size, len(qkv)
+    sizes = list(layout.token_counts)
+    sent = qkv.unflatten(1, (cp, -1)).transpose(0, 1).reshape(cp * tokens, -1)
+    gathered = all_to_all(mesh.cp.group, sent, sizes, [tokens] * cp).view(sum(sizes), -1, 3, qkv.shape[-1])
+    out = _attend_groups(*gathered.unbind(2), layout, attention)
+    back = all_to_all(mesh.cp.group, out.reshape(sum(sizes), -1), [tokens] * cp, sizes)
+    return back.view(cp, tokens, -1, qkv.shape[-1]).transpose(0, 1).reshape(tokens, -1, qkv.shape[-1])

@@ -1,0 +1,38 @@
+"""The device mesh: sizes, coordinates and process groups, made once at start-up and passed down."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the mesh: how many ranks it has, which of them this process is, and their group."""
+
+    size: int
+    rank: int
+    group: Any  # torch.distributed.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """tensor (tp), context (cp), pipeline (pp) and data (dp) parallel axes of this process.
+
+    `dp_cp` joins dp and cp: weights are replicated over it, so gradients are summed over it. `world` is every rank.
+    """
+
+    tp: Axis
+    cp: Axis
+    pp: Axis
+    dp: Axis
+    dp_cp: Axis
+    world: Axis
+    device: torch.device
+    sequence_parallel: bool  # activations between blocks are split over tp along their first dimension
+    context_parallel: str  # "ulysses" or "all_gather"
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes logs."""
+        return self.world.rank == 0

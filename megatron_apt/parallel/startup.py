@@ -1,0 +1,106 @@
+"""Start-up: the only place that knows whether this is CUDA + NCCL or CPU + gloo, python, torchrun or srun."""
+
+import datetime
+import os
+import subprocess
+
+import torch
+import torch.distributed as dist
+
+from megatron_apt.config import ParallelConfig
+from megatron_apt.parallel.mesh import Axis, Mesh
+
+
+def start(config: ParallelConfig) -> Mesh:
+    """Joins the process group, lays the mesh over it and returns it. Safe to call again with the same sizes.
+
+    Raises:
+        ValueError: the mesh does not fit the number of processes.
+    """
+    cuda = torch.cuda.is_available()
+    rank, world, local_rank = _placement()
+    if cuda:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    model_parallel = config.tp * config.cp * config.pp
+    if world % model_parallel:
+        raise ValueError(
+            f"tp={config.tp} x cp={config.cp} x pp={config.pp} = {model_parallel} ranks do not divide the {world} processes started; "
+            f"start a multiple of {model_parallel} processes or change --parallel.tp / cp / pp"
+        )
+    if config.pp > 1:
+        raise ValueError(f"parallel.pp={config.pp}: only the one-stage case of the executor exists in this version; use --parallel.pp 1")
+    if not dist.is_initialized():
+        _join("nccl" if cuda else "gloo", rank, world, config.timeout_minutes)
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            context_parallel_size=config.cp,
+            create_gloo_process_groups=cuda,  # without CUDA every group is gloo already
+        )
+    mesh = _mesh(parallel_state, config, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    sizes = (mesh.tp.size, mesh.cp.size, mesh.pp.size)
+    if sizes != (config.tp, config.cp, config.pp):
+        raise ValueError(f"this process already runs a mesh tp, cp, pp = {sizes}, which cannot become {(config.tp, config.cp, config.pp)}")
+    return mesh
+
+
+def stop() -> None:
+    """Leaves the process group; a later `start` may lay another mesh."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _placement() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun, from an srun step, or 0 of 1 under plain python."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
+    # A batch script also has SLURM_PROCID; only inside an srun step do the other tasks exist.
+    if "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def _join(backend: str, rank: int, world: int, timeout_minutes: float) -> None:
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        # No port is opened for a lone process: several may run on one machine.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_host()
+    # A port of the job's own, so that two jobs sharing a node do not meet.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "9500")) % 20000))
+    dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise ValueError("MASTER_ADDR is not set and there is no SLURM node list; start with torchrun or srun, or set MASTER_ADDR and MASTER_PORT")
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
+    def axis(group) -> Axis:
+        return Axis(dist.get_world_size(group), dist.get_rank(group), group)
+
+    return Mesh(
+        tp=axis(parallel_state.get_tensor_model_parallel_group()),
+        cp=axis(parallel_state.get_context_parallel_group()),
+        pp=axis(parallel_state.get_pipeline_model_parallel_group()),
+        dp=axis(parallel_state.get_data_parallel_group()),
+        dp_cp=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        world=axis(dist.group.WORLD),
+        device=device,
+        sequence_parallel=config.sequence_parallel and config.tp > 1,
+        context_parallel=config.context_parallel,
+    )

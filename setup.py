@@ -1,0 +1,40 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_apt",
+    version="0.1.0",
+    description="Megatron-style adversarial post-training: video diffusion transformers into one-step generators",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megatron_apt", "megatron_apt.*"]), "megatron_apt.kernels"],
+    # A top-level import name `kernels` would shadow Hugging Face's package of that name.
+    package_dir={"megatron_apt.kernels": "kernels"},
+    package_data={"megatron_apt.evaluate": ["*.template"]},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.16.1",
+        "nvidia-dali-cuda130>=2.4",
+        "av>=14",
+        "diffusers>=0.35",
+        "matplotlib>=3.9",
+        "numpy>=2.0",
+        "pillow>=11",
+        "psutil>=6",
+        "rich>=13",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.18",
+        "transformers>=4.57",
+        "tyro>=0.9",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-dali-cuda130>=2.4"],
+        "dev": ["hypothesis>=6", "pytest>=8", "ruff>=0.9", "scikit-video>=1.1.11", "scipy>=1.14"],
+        "wandb": ["wandb>=0.18"],
+    },
+    entry_points={"console_scripts": ["megatron-apt=megatron_apt.cli:main"]},
+)
