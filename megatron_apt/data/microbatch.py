@@ -1,7 +1,7 @@
 """A microbatch on one rank: its tokens, its conditions, and every random number a method may draw for it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -55,9 +55,10 @@ class Microbatch:
     iteration: int
     global_batch: int
     phase: str = ""
+    drawn: dict[str, Tensor] = field(default_factory=dict)  # noise is used by several segments of a branch, drawn once
 
     def for_phase(self, phase: str) -> "Microbatch":
-        return replace(self, phase=phase)
+        return replace(self, phase=phase, drawn={})
 
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
@@ -73,13 +74,16 @@ class Microbatch:
 
     def noise(self, purpose: str) -> Tensor:
         """N(0, I) shaped like x, drawn in latent layout from (seed, iteration, phase, position, purpose)."""
+        if purpose in self.drawn:
+            return self.drawn[purpose]
         key = derive_key(self.seed, self.iteration, self.phase, purpose)
 
         def make(rows: list[int], shape: LatentShape) -> Tensor:
             numel = shape[0] * shape[1] * shape[2] * shape[3]
             return keyed_normal(key, self.positions[rows], numel, dtype=self.x.dtype).view(len(rows), *shape)
 
-        return pack_latents(self.shapes, self.patch, make).index_select(0, self.layout.visual.index)
+        self.drawn[purpose] = pack_latents(self.shapes, self.patch, make).index_select(0, self.layout.visual.index)
+        return self.drawn[purpose]
 
     def uniform(self, purpose: str) -> Tensor:
         """U(0, 1), one number per sample, (n,)."""

@@ -11,13 +11,14 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from megatron_apt.config import OptimizerConfig
+from megatron_apt.config import GuardConfig, OptimizerConfig
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.mmdit import Condition
 
 Grad = Literal["full", "input", "none"]
 Metrics = dict[str, Tensor]
+Values = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,19 @@ class Role:
 
 @dataclass(frozen=True)
 class Method:
-    """Roles by name, the phases of one iteration, and an optional measurement after it."""
+    """A training method.
+
+    Attributes:
+        roles: networks by name; the one to be sampled and exported is "generator".
+        phases: of one iteration, in order.
+        summarise: turns the summed metrics of an iteration into what is logged.
+        signs_of_collapse: (logged values, thresholds) -> message per sign now present.
+        check, check_every: a measurement on each microbatch after every so many iterations (0: never).
+    """
 
     roles: dict[str, Role]
     phases: tuple[Phase, ...]
+    summarise: Callable[[Values], Values] = lambda values: values
+    signs_of_collapse: Callable[[Values, GuardConfig], dict[str, str]] = lambda values, guards: {}
     check: Callable[[dict[str, nn.Module], Microbatch], Metrics] | None = None
     check_every: int = 0

@@ -1,0 +1,1 @@
+"""How good the samples are (Frechet distance, class accuracy, diversity), and the report a person reads."""

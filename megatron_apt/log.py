@@ -1,0 +1,64 @@
+"""Where a run's numbers go: JSONL always, TensorBoard by default, Weights & Biases only when asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_apt.config import RunConfig, to_dict
+
+
+class RunLog:
+    """Writes one row per iteration to OUTPUT/log.jsonl, and scalars to OUTPUT/tensorboard.
+
+    Args:
+        start: iteration the run starts or resumes at; later rows of an interrupted run are dropped.
+    """
+
+    def __init__(self, config: RunConfig, start: int):
+        self.path = Path(config.output) / "log.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if json.loads(line)["iteration"] <= start]
+        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = self._wandb = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start + 1)
+        if config.wandb:
+            self._wandb = _start_wandb(config)
+
+    def _lines(self) -> list[str]:
+        # The last line may be cut short by a kill; it is written again.
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        return [line.rstrip("\n") for line in lines if line.endswith("}\n")]
+
+    def row(self, iteration: int, values: Mapping[str, float], scalars: bool) -> None:
+        """Appends a row; `scalars` also sends it to the dashboards."""
+        self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        self._file.flush()
+        if scalars and self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        if scalars and self._wandb:
+            self._wandb.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(config: RunConfig):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"wandb={config.wandb!r} asks for Weights & Biases, which is not installed: pip install wandb, or leave the field empty") from error
+    return wandb.init(project=config.wandb, config=to_dict(config), resume="allow")
+
+
+def read_rows(path: str | Path) -> list[dict[str, float]]:
+    """Rows of a log.jsonl, oldest first."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

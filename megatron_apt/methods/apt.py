@@ -1,0 +1,300 @@
+"""Stage 2: adversarial post-training (APT paper, sections 3.3-3.5).
+
+    L_D = mean f(D(x), real) + mean f(D(x_hat), fake) + lambda mean (D(x) - D(x + sigma n))^2        L_G = mean g(D(x_hat)),   x_hat = z - v(z, c, 1)
+
+    G phase   fake   G(full) -> D(input)                                          updates generator
+    D phase   real   D(full) on x and x + sigma n, one microbatch
+              fake   G(none) -> D(full)                                           updates discriminator
+
+D sees clean samples and a timestep label t ~ shift(U(0, 1), s), one per sample; a sample and its perturbation share label, condition,
+dropout and packing. A relativistic loss compares real and fake logits, so there D takes both in one branch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_apt.config import AptConfig, GuardConfig, RunConfig
+from megatron_apt.conventions import one_step_sample, shift
+from megatron_apt.data.microbatch import Microbatch, dropped, rolled
+from megatron_apt.methods import losses
+from megatron_apt.methods.base import Branch, Inputs, Method, Metrics, Phase, Role, Segment, Values
+from megatron_apt.methods.flow import build_generator
+from megatron_apt.models import parameters
+from megatron_apt.models.discriminator import Discriminator
+from megatron_apt.models.mmdit import Condition
+from megatron_apt.parallel.mesh import Mesh
+
+_UNPAIRED = {
+    "non_saturating": (losses.non_saturating_d_real, losses.non_saturating_d_fake, losses.non_saturating_g),
+    "hinge": (losses.hinge_d_real, losses.hinge_d_fake, losses.hinge_g),
+}
+
+
+def method(config: RunConfig, mesh: Mesh) -> Method:
+    """Roles generator and discriminator; phases G and D, one update each."""
+    branches = _relativistic(config.apt) if config.apt.loss == "relativistic" else _unpaired(config.apt)
+    (g_branch, *d_branches) = branches
+    phases = (Phase("g", (g_branch,), updates="generator"), Phase("d", tuple(d_branches), updates="discriminator"))
+    return Method(
+        _roles(config, mesh),
+        phases,
+        summarise=summarise,
+        signs_of_collapse=signs_of_collapse,
+        check=_exact_r1(config.apt),
+        check_every=config.apt.exact_r1_every,
+    )
+
+
+def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
+    apt = config.apt
+
+    def build_discriminator() -> Discriminator:
+        depth = max(1, round(apt.discriminator_depth * config.model.depth))
+        model = Discriminator(config.model, mesh, depth, apt.head_layers).to(mesh.device)
+        parameters.initialise(model, mesh, config.seed)
+        return model
+
+    base_lr = apt.discriminator_lr or config.optimizer.lr
+
+    def lr_scale(name: str) -> float:
+        return (base_lr if name.startswith("backbone.") else base_lr * apt.head_lr_scale) / config.optimizer.lr
+
+    return {
+        "generator": Role(
+            lambda: build_generator(config, mesh), source=config.init.generator, optimizer=config.optimizer, ema=config.optimizer.ema > 0
+        ),
+        "discriminator": Role(
+            build_discriminator,
+            source=config.init.diffusion if apt.discriminator_init == "diffusion" else config.init.generator,
+            target="backbone",
+            optimizer=config.optimizer,
+            trains=lambda name: apt.train_backbone or not name.startswith("backbone."),
+            lr_scale=lr_scale,
+        ),
+    }
+
+
+# --- what the networks see
+
+
+def condition_of(batch: Microbatch, apt: AptConfig) -> Condition:
+    """The samples' conditions, the same wherever they are used in one phase."""
+    return dropped(batch, apt.condition_dropout, "dropout")
+
+
+def label(batch: Microbatch, apt: AptConfig, purpose: str) -> Tensor:
+    """Timestep label of D for each sample, (n,): t ~ shift(U(0, 1), s) (eq. 6, 7), or the fixed one of the ablation."""
+    return batch.times(apt.timestep_fixed) if apt.timestep_fixed >= 0 else shift(batch.uniform(purpose), apt.timestep_shift)
+
+
+def _feed_generator(apt: AptConfig):
+    def feed(batch: Microbatch, _) -> Inputs:
+        condition = condition_of(batch, apt)
+        return Inputs(batch.noise("z"), batch.times(1.0), condition, batch.layout_for(condition))
+
+    return feed
+
+
+def fakes(batch: Microbatch, outputs: Sequence[Tensor]) -> Tensor:
+    return one_step_sample(batch.noise("z"), outputs[0])
+
+
+def stacked(batch: Microbatch, samples: list[Tensor], times: list[Tensor], conditions: list[Condition]) -> Inputs:
+    """Several versions of the microbatch as one: (x, x + sigma n, ...) with one label and one condition each."""
+    condition = conditions[0]
+    for other in conditions[1:]:
+        condition = condition.join(other)
+    return Inputs(torch.cat(samples), torch.cat(times), condition, batch.layout_for(condition))
+
+
+def with_perturbed(batch: Microbatch, samples: Tensor, strength: float, sigma: float, purpose: str) -> list[Tensor]:
+    """[x], or [x, x + sigma n] where a regulariser of this strength compares the two."""
+    return [samples, samples + sigma * batch.noise(purpose)] if strength else [samples]
+
+
+def _feed_real(apt: AptConfig):
+    def feed(batch: Microbatch, _) -> Inputs:
+        samples = with_perturbed(batch, batch.x, apt.ar1_lambda, apt.ar1_sigma, "ar1")
+        copies = len(samples)
+        return stacked(batch, samples, [label(batch, apt, "t_real")] * copies, [condition_of(batch, apt)] * copies)
+
+    return feed
+
+
+def _feed_fake(apt: AptConfig, regularised: bool):
+    def feed(batch: Microbatch, outputs) -> Inputs:
+        samples = with_perturbed(batch, fakes(batch, outputs), apt.ar2_lambda if regularised else 0.0, apt.ar2_sigma, "ar2")
+        copies = len(samples)
+        return stacked(batch, samples, [label(batch, apt, "t_fake")] * copies, [condition_of(batch, apt)] * copies)
+
+    return feed
+
+
+# --- losses over logits
+
+
+def _penalised(batch: Microbatch, logits: Tensor, adversarial: Tensor, strength: float, name: str) -> tuple[Tensor, Metrics]:
+    """Adversarial loss of the first half of the logits, plus strength * (first half - second half)^2 if there is a second half."""
+    loss = batch.sample_mean(adversarial)
+    metrics = {"d/loss": loss.detach()}
+    if strength:
+        penalty = batch.sample_mean(losses.approximate_r1(*logits.chunk(2)))
+        metrics[name] = penalty.detach()
+        loss = loss + strength * penalty
+    return loss, metrics
+
+
+def _first(logits: Tensor, strength: float) -> Tensor:
+    return logits.chunk(2)[0] if strength else logits
+
+
+def _unpaired(apt: AptConfig) -> list[Branch]:
+    d_real, d_fake, g = _UNPAIRED[apt.loss]
+
+    def g_loss(batch: Microbatch, outputs):
+        loss = batch.sample_mean(g(outputs[1]))
+        return loss, {"g/loss": loss.detach(), "g/logit_fake": batch.sample_mean(outputs[1].detach()), **statistics(batch, outputs)}
+
+    def real_loss(batch: Microbatch, outputs):
+        real = _first(outputs[0], apt.ar1_lambda)
+        loss, metrics = _penalised(batch, outputs[0], d_real(real), apt.ar1_lambda, "d/ar1")
+        return loss, metrics | _logit_metrics(batch, real.detach(), real=True)
+
+    def fake_loss(batch: Microbatch, outputs):
+        fake = _first(outputs[1], apt.ar2_lambda)
+        loss, metrics = _penalised(batch, outputs[1], d_fake(fake), apt.ar2_lambda, "d/ar2")
+        return loss, metrics | _logit_metrics(batch, fake.detach(), real=False)
+
+    branches = [
+        Branch("fake", (Segment("generator", "full", _feed_generator(apt)), Segment("discriminator", "input", _feed_fake(apt, False))), g_loss),
+        Branch("real", (Segment("discriminator", "full", _feed_real(apt)),), real_loss),
+        Branch("fake", (Segment("generator", "none", _feed_generator(apt)), Segment("discriminator", "full", _feed_fake(apt, True))), fake_loss),
+    ]
+    if apt.unmatched_conditions:
+        branches.append(Branch("unmatched", (Segment("discriminator", "full", _feed_unmatched(apt)),), _unmatched_loss(d_fake)))
+    return branches
+
+
+def _feed_unmatched(apt: AptConfig):
+    def feed(batch: Microbatch, _) -> Inputs:
+        return stacked(batch, [batch.x], [label(batch, apt, "t_unmatched")], [rolled(batch.condition)])
+
+    return feed
+
+
+def _unmatched_loss(d_fake):
+    def loss(batch: Microbatch, outputs):
+        value = batch.sample_mean(d_fake(outputs[0]))
+        return value, {"d/loss_unmatched": value.detach()}
+
+    return loss
+
+
+def _relativistic(apt: AptConfig) -> list[Branch]:
+    def feed_pair(regularised: bool):
+        def feed(batch: Microbatch, outputs) -> Inputs:
+            real = with_perturbed(batch, batch.x, apt.ar1_lambda if regularised else 0.0, apt.ar1_sigma, "ar1")
+            fake = with_perturbed(batch, fakes(batch, outputs), apt.ar2_lambda if regularised else 0.0, apt.ar2_sigma, "ar2")
+            copies = len(real) + len(fake)
+            return stacked(batch, real + fake, [label(batch, apt, "t_pair")] * copies, [condition_of(batch, apt)] * copies)
+
+        return feed
+
+    def g_loss(batch: Microbatch, outputs):
+        real, fake = outputs[1].chunk(2)
+        loss = batch.sample_mean(losses.relativistic_g(real, fake))
+        return loss, {"g/loss": loss.detach(), "g/logit_fake": batch.sample_mean(fake.detach()), **statistics(batch, outputs)}
+
+    def d_loss(batch: Microbatch, outputs):
+        logits = list(outputs[1].chunk(2 + bool(apt.ar1_lambda) + bool(apt.ar2_lambda)))
+        count = 2 if apt.ar1_lambda else 1
+        reals, generated = logits[:count], logits[count:]
+        loss, metrics = _penalised(batch, torch.cat(reals), losses.relativistic_d(reals[0], generated[0]), apt.ar1_lambda, "d/ar1")
+        if apt.ar2_lambda:
+            penalty = batch.sample_mean(losses.approximate_r1(*generated))
+            loss, metrics["d/ar2"] = loss + apt.ar2_lambda * penalty, penalty.detach()
+        metrics |= _logit_metrics(batch, reals[0].detach(), real=True)
+        return loss, _added(metrics, _logit_metrics(batch, generated[0].detach(), real=False))
+
+    generate = _feed_generator(apt)
+    return [
+        Branch("pair", (Segment("generator", "full", generate), Segment("discriminator", "input", feed_pair(False))), g_loss),
+        Branch("pair", (Segment("generator", "none", generate), Segment("discriminator", "full", feed_pair(True))), d_loss),
+    ]
+
+
+# --- what is logged
+
+
+def _logit_metrics(batch: Microbatch, logits: Tensor, real: bool) -> Metrics:
+    """Mean logit, its part of the gap real - fake, and of the accuracy over both."""
+    mean = batch.sample_mean(logits)
+    right = (logits > 0) if real else (logits < 0)
+    accuracy = 0.5 * batch.sample_mean(right.to(logits.dtype))
+    return {f"d/logit_{'real' if real else 'fake'}": mean, "d/logit_gap": mean if real else -mean, "d/accuracy": accuracy}
+
+
+def _added(a: Metrics, b: Metrics) -> Metrics:
+    return a | {name: a[name] + value if name in a else value for name, value in b.items()}
+
+
+def statistics(batch: Microbatch, outputs: Sequence[Tensor]) -> Metrics:
+    """Signs of collapse: mean and mean square of generated samples, and the mean squared distance between neighbours, fake and real.
+
+    Neighbours in a batch are random pairs of samples, so their distance estimates the diversity across seeds. Needs samples of one size.
+    """
+    x_hat = fakes(batch, outputs).detach()
+    metrics = {"sample/mean": batch.token_mean(x_hat), "sample/mean_square": batch.token_mean(x_hat.square())}
+    if batch.layout.visual.uniform and batch.layout.samples > 1:
+        for name, x in (("fake", x_hat), ("real", batch.x)):
+            x = batch.layout.visual.fold(x)
+            metrics[f"sample/distance_{name}"] = batch.token_mean((x - x.roll(1, 0)).square().flatten(0, 1))
+    return metrics
+
+
+def summarise(values: Values) -> Values:
+    """Adds the standard deviation of generated samples and their diversity as a share of the real samples'."""
+    values = dict(values)
+    values["sample/std"] = max(values.pop("sample/mean_square") - values["sample/mean"] ** 2, 0.0) ** 0.5
+    fake, real = values.pop("sample/distance_fake", None), values.pop("sample/distance_real", None)
+    if fake is not None and real:
+        values["sample/diversity"] = (fake / real) ** 0.5
+    return values
+
+
+def signs_of_collapse(values: Values, guards: GuardConfig) -> dict[str, str]:
+    """Paper, section 5.1: the discriminator's loss goes to zero, and the generator makes flat plates that hardly differ."""
+    signs = {}
+    if values["d/loss"] < guards.collapse_d_loss:
+        signs["d_loss"] = f"d/loss {values['d/loss']:.4f} < guards.collapse_d_loss {guards.collapse_d_loss}: D has won; is aR1 on, and lambda x sigma^2 large enough?"
+    if values.get("sample/diversity", 1.0) < guards.collapse_diversity:
+        signs["diversity"] = (
+            f"sample/diversity {values['sample/diversity']:.4f} < guards.collapse_diversity {guards.collapse_diversity}: "
+            "samples of different seeds are one; use a larger batch or a smaller learning rate"
+        )
+    return signs
+
+
+def _exact_r1(apt: AptConfig):
+    def check(networks: dict, batch: Microbatch) -> Metrics:
+        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the label, condition and weights of this iteration's D phase.
+
+        Measured beside aR1 / sigma^2 of the same weights, which estimates it to first order.
+        """
+        batch = batch.for_phase("d")
+        condition = condition_of(batch, apt)
+        x = batch.x.clone().requires_grad_(True)
+        t, layout = label(batch, apt, "t_real"), batch.layout_for(condition)
+        discriminator = networks["discriminator"]
+        logits = discriminator(x, t, condition, layout)
+        # Each context-parallel rank returns the same logits: a share of each makes the ranks' contributions add up to their sum.
+        (gradient,) = torch.autograd.grad(logits.sum() / batch.mesh.cp.size, x)
+        with torch.no_grad():
+            perturbed = discriminator(x + apt.ar1_sigma * batch.noise("ar1"), t, condition, layout)
+        exact = layout.sample_sum(gradient.square()).sum() / batch.global_batch
+        approximate = batch.sample_mean(losses.approximate_r1(logits.detach(), perturbed)) / apt.ar1_sigma**2
+        return {"check/r1_exact": exact, "check/r1_approximate": approximate}
+
+    return check

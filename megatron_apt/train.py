@@ -1,0 +1,157 @@
+"""The training loop. It knows phases, not what happens in them."""
+
+import itertools
+import os
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from megatron_apt.checkpoint import store
+from megatron_apt.config import RunConfig, check_fits, to_dict
+from megatron_apt.data.batches import Batches
+from megatron_apt.log import RunLog
+from megatron_apt.methods import METHODS
+from megatron_apt.networks import Network
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.actions import alternate
+from megatron_apt.pipeline.execute import Executor
+
+Report = Callable[[int, dict[str, float]], None]
+
+
+class Collapse(RuntimeError):
+    """Training shows a lasting sign of collapse."""
+
+
+class Trainer:
+    """One run on one rank: builds everything from its configuration, resumes from the latest checkpoint if there is one."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        check_fits(config)
+        self.config, self.mesh = config, mesh
+        self.batches = Batches(config.data, config.model, mesh, config.seed, config.global_batch, config.micro_batch)
+        self.method = METHODS[config.method](config, mesh)
+        self.networks = {name: Network(name, role, mesh) for name, role in self.method.roles.items()}
+        self.executor = Executor({name: network.module for name, network in self.networks.items()})
+        self.iteration = 0
+        self.alarm_since: dict[str, int] = {}
+        folder = store.latest(config.output)
+        if folder is None:
+            for network in self.networks.values():
+                network.start()
+        else:
+            self._resume(folder)
+
+    def _resume(self, folder) -> None:
+        state = store.read_state(folder)
+        _same_run(state["config"], to_dict(self.config), folder)
+        for name, network in self.networks.items():
+            network.restore(folder, state["updates"].get(name, 0))
+        self.iteration = state["iteration"]
+
+    def save(self) -> None:
+        """Commits weights, averages, optimisers and counters of this iteration."""
+        tensors = {}
+        for network in self.networks.values():
+            tensors |= network.sharded_state()
+        state = {
+            "config": to_dict(self.config),
+            "updates": {name: network.updates for name, network in self.networks.items()},
+            "ema": self.networks["generator"].ema is not None,
+            "samples_seen": self.iteration * self.config.global_batch,
+        }
+        store.save(self.config.output, self.iteration, tensors, state, self.mesh, self.config.keep_checkpoints)
+
+    def step(self) -> dict[str, float]:
+        """One iteration: every phase over the global batch. Returns what to log, the same on every rank."""
+        values: dict[str, float] = {}
+        batches = [self.batches.microbatch(self.iteration, m) for m in range(self.batches.microbatches)]
+
+        def update(role: str) -> None:
+            values.update(self.networks[role].update(self.config.iterations))
+
+        contributions = {}
+        for phase in self.method.phases:
+            actions = alternate(phase, len(batches))
+            contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
+        if self.method.check_every and self.iteration % self.method.check_every == 0:
+            for batch in batches:
+                for name, value in self.method.check(self.executor.networks, batch).items():
+                    contributions[name] = contributions[name] + value if name in contributions else value
+        self.iteration += 1
+        return self.method.summarise(values | _summed(contributions, self.mesh))
+
+    def watch(self, values: dict[str, float]) -> None:
+        """Raises Collapse when a sign of collapse has lasted for guards.collapse_window iterations."""
+        guards = self.config.guards
+        signs = self.method.signs_of_collapse(values, guards) if guards.collapse_window else {}
+        self.alarm_since = {sign: self.alarm_since.get(sign, self.iteration) for sign in signs}
+        for sign, since in self.alarm_since.items():
+            if self.iteration - since >= guards.collapse_window:
+                raise Collapse(f"collapse at iteration {self.iteration}, lasting since {since}: {signs[sign]}")
+
+
+def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
+    """Trains to config.iterations, resuming if the output folder holds a checkpoint.
+
+    Args:
+        report: called on the main rank after every iteration with (iteration, values).
+
+    Raises:
+        Collapse, BadLoss, BadGradient: training stopped by itself; the last checkpoint is kept.
+    """
+    trainer = Trainer(config, mesh)
+    log = RunLog(config, trainer.iteration) if mesh.is_main else None
+    saved = trainer.iteration
+    try:
+        while trainer.iteration < config.iterations:
+            began = time.perf_counter()
+            values = trainer.step()
+            values["seconds"] = time.perf_counter() - began
+            if log:
+                log.row(trainer.iteration, values, scalars=trainer.iteration % config.log_every == 0)
+            if report and mesh.is_main:
+                report(trainer.iteration, values)
+            trainer.watch(values)
+            if config.save_every and trainer.iteration % config.save_every == 0:
+                trainer.save()
+                saved = trainer.iteration
+        if saved != trainer.iteration:
+            trainer.save()
+    finally:
+        if log:
+            log.close()
+
+
+def _summed(contributions: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, float]:
+    """Adds up every rank's contributions with one call."""
+    names = list(contributions)
+    values = torch.stack([contributions[name].detach().double() for name in names])
+    if mesh.dp_cp.size > 1:
+        dist.all_reduce(values, group=mesh.dp_cp.group)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+# What may change between an interrupted run and its continuation: where and how it runs, not what it computes.
+_FREE = {"output", "iterations", "parallel", "log_every", "save_every", "keep_checkpoints", "tensorboard", "wandb", "guards", "micro_batch", "init"}
+
+
+def _same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
+    for name in itertools.chain(stored, wanted):
+        if name not in _FREE and _plain(stored.get(name)) != _plain(wanted.get(name)):
+            raise store.CheckpointError(
+                f"{folder}: was trained with {name}={stored.get(name)}, this run asks for {wanted.get(name)}; "
+                "use another output folder, or the same configuration to continue"
+            )
+    if stored["iterations"] != wanted["iterations"]:
+        warnings.warn(f"continuing {folder} to {wanted['iterations']} instead of {stored['iterations']} iterations; a cosine decay changes", stacklevel=2)
+
+
+def _plain(value):
+    """Configuration as JSON has it: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
