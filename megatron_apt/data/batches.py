@@ -1,7 +1,6 @@
 """Microbatches from latent shards: which samples, in which shape, on which rank."""
 
 import torch
-from torch import Tensor
 
 from megatron_apt.config import DataConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
@@ -13,19 +12,6 @@ from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import Condition
 from megatron_apt.models.spec import DTYPES
 from megatron_apt.parallel.mesh import Mesh
-
-
-def fit_text(text: Tensor, length: int) -> Tensor:
-    """(L, E) cut or padded with zeros to `length` tokens; 0 leaves it as it is."""
-    if not length or len(text) == length:
-        return text
-    return text[:length] if len(text) > length else torch.cat((text, text.new_zeros(length - len(text), text.shape[1])))
-
-
-def pack_texts(texts: list[Tensor], length: int) -> Condition:
-    """Conditions of samples; the mean is over each caption's own tokens, before padding."""
-    fitted = [fit_text(text, length) for text in texts]
-    return Condition(torch.cat(fitted), tuple(len(t) for t in fitted), torch.stack([t.mean(0) for t in texts]))
 
 
 class Batches:
@@ -67,9 +53,9 @@ class Batches:
         dtype = torch.float64 if self.model.dtype == "float64" else torch.float32
         shapes = tuple(tuple(sample.latent.shape) for sample in samples)
         tokens = pack_latents(shapes, self.model.patch, lambda rows, _: torch.stack([samples[i].latent for i in rows]))
-        condition = pack_texts([sample.text for sample in samples], self.data.text_length)
+        condition = Condition.pack([sample.text for sample in samples], self.data.text_length)
         layout = build_layout(tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh)
-        sources = [self.sources[source] for source, _ in places]
+        datasets = [source for source, _ in places]
         return Microbatch(
             mesh=self.mesh,
             patch=self.model.patch,
@@ -77,13 +63,18 @@ class Batches:
             sample_ids=tuple(index for _, index in places),
             shapes=shapes,
             x=tokens.to(self.mesh.device, dtype).index_select(0, layout.visual.index),
-            condition=self._on_device(condition),
-            null=self._on_device(pack_texts([source.null_text for source in sources], self.data.text_length)),
-            negative=self._on_device(pack_texts([source.negative_text for source in sources], self.data.text_length)),
+            condition=condition.to(self.mesh.device),
+            null=self._fixed(datasets, "null_text"),
+            negative=self._fixed(datasets, "negative_text"),
             seed=self.seed,
             iteration=iteration,
             global_batch=self.global_batch,
         )
 
-    def _on_device(self, condition: Condition) -> Condition:
-        return Condition(condition.tokens.to(self.mesh.device), condition.lengths, condition.pooled.to(self.mesh.device))
+    def _fixed(self, datasets: list[int], which: str) -> Condition:
+        """The empty or the negative caption of each sample's dataset."""
+        if len(set(datasets)) == 1:
+            text = getattr(self.sources[datasets[0]], which)
+            return Condition.pack([text], self.data.text_length).repeat(len(datasets)).to(self.mesh.device)
+        texts = [getattr(self.sources[dataset], which) for dataset in datasets]
+        return Condition.pack(texts, self.data.text_length).to(self.mesh.device)

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate
@@ -35,9 +36,28 @@ class Condition:
     pooled: Tensor
 
     @staticmethod
-    def pack(texts: list[Tensor]) -> "Condition":
-        """From one (length, E) embedding per sample."""
-        return Condition(torch.cat(texts), tuple(len(t) for t in texts), torch.stack([t.mean(0) for t in texts]))
+    def pack(texts: list[Tensor], length: int = 0) -> "Condition":
+        """From one (length_i, E) embedding per sample, each cut or padded with zeros to `length` tokens unless that is 0.
+
+        Means are over each caption's own tokens, before padding.
+        """
+        tokens, lengths = torch.cat(texts), torch.tensor([len(t) for t in texts])
+        sample = torch.repeat_interleave(torch.arange(len(texts)), lengths)
+        pooled = tokens.new_zeros(len(texts), tokens.shape[1]).index_add(0, sample, tokens) / lengths[:, None].to(tokens.dtype)
+        if not length:
+            return Condition(tokens, tuple(lengths.tolist()), pooled)
+        place = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths)[sample]
+        kept = place < length
+        fitted = tokens.new_zeros(len(texts) * length, tokens.shape[1])
+        fitted[(sample * length + place)[kept]] = tokens[kept]
+        return Condition(fitted, (length,) * len(texts), pooled)
+
+    def repeat(self, n: int) -> "Condition":
+        """A single sample's condition for n samples."""
+        return Condition(self.tokens.repeat(n, 1), self.lengths * n, self.pooled.repeat(n, 1))
+
+    def to(self, device: torch.device) -> "Condition":
+        return Condition(self.tokens.to(device), self.lengths, self.pooled.to(device))
 
     def join(self, other: "Condition") -> "Condition":
         """The samples of both, one after the other."""
@@ -52,8 +72,7 @@ class RMSNorm(nn.Module):
         self.weight = declare(nn.Parameter(torch.empty(shape, dtype=dtype)), parameters.ones, tp_partial=tp_partial)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -105,14 +124,14 @@ class BlockStream(nn.Module):
             self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp_ratio * d, d, config, mesh)
 
     def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream, rotary: Tensor | None):
-        """x (a, b, D) -> qkv (a, b, H, 3, K) with q, k normalised and rotated, and the vectors for `after_attention`."""
+        """x (a, b, D) -> (qk (a, b, H, 2, K) normalised and rotated, v (a, b, H, 1, K)) and the vectors for `after_attention`."""
         shift, scale, *rest = (stream.per_token(v) for v in self.modulation(c, shared))
         qkv = self.linear_qkv(torch.addcmul(shift, layer_norm(x), 1 + scale))[0].unflatten(-1, (self.heads, 3, self.head_size))
         qk, v = qkv.split((2, 1), dim=-2)
         qk = self.qk_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
-        return torch.cat((qk, v), dim=-2), rest
+        return (qk, v), rest
 
     def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor]) -> Tensor:
         gate, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -132,9 +151,9 @@ class Block(nn.Module):
         self.attention = parts.core_attention(transformer_config(model, mesh), layer_number)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        visual_qkv, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
-        text_qkv, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
-        text_out, visual_out = joint_attention(text_qkv, visual_qkv, layout, self.mesh, self.attention)
+        visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
+        caption, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
+        text_out, visual_out = joint_attention(caption, visual, layout, self.mesh, self.attention)
         x = self.visual.after_attention(x, visual_out, visual_vectors)
         return x, self.text.after_attention(text, text_out, text_vectors) if self.text.update else text
 

@@ -89,10 +89,10 @@ class FlatParameters:
     @torch.no_grad()
     def grad_norm(self) -> float:
         """Global L2 norm of the reduced gradient; not finite if any entry on any rank is not."""
-        sharded = self.grad[: self._sharded].double().square().sum() if self._sharded else self.grad.new_zeros((), dtype=torch.float64)
+        sharded = torch.linalg.vector_norm(self.grad[: self._sharded]).square()
         if self.mesh.tp.size > 1:
             dist.all_reduce(sharded, group=self.mesh.tp.group)
-        return float((sharded + self.grad[self._sharded :].double().square().sum()).sqrt())
+        return float((sharded + torch.linalg.vector_norm(self.grad[self._sharded :]).square()).sqrt())
 
     def first_bad_gradient(self) -> str:
         """Name of the first parameter with a gradient that is not finite, or an empty string."""

@@ -4,6 +4,8 @@ Ulysses trades tokens for heads by an all-to-all on either side of a local atten
 rank's keys and values. Both give every query its sample's whole text and picture; chunks may be uneven.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from torch import Tensor
@@ -12,22 +14,24 @@ from megatron_apt.models.layout import Layout
 from megatron_apt.parallel.mesh import Mesh
 
 
-def joint_attention(text_qkv: Tensor, visual_qkv: Tensor, layout: Layout, mesh: Mesh, attention) -> tuple[Tensor, Tensor]:
+def joint_attention(
+    text: tuple[Tensor, Tensor], visual: tuple[Tensor, Tensor], layout: Layout, mesh: Mesh, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Attention of each sample over its own text and visual tokens.
 
     Args:
-        text_qkv, visual_qkv: (a, b, H, 3, K) in the layout's folded form, this rank's tokens and heads.
+        text, visual: (qk (a, b, H, 2, K), v (a, b, H, 1, K)) in the layout's folded form, this rank's tokens and heads.
         attention: (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K).
 
     Returns:
         Text and visual outputs, (a, b, H * K), in the same folded form.
     """
     if layout.batched:
-        qkv = torch.cat((text_qkv, visual_qkv), dim=1)
-        out = attention(*qkv.unbind(3)).flatten(2)
-        return out.split((text_qkv.shape[1], visual_qkv.shape[1]), dim=1)
-    text, visual = layout.text.unfold(text_qkv), layout.visual.unfold(visual_qkv)
-    qkv = torch.cat((text, visual))
+        qk, v = (torch.cat(pair, dim=1) for pair in zip(text, visual, strict=True))
+        out = attention(*qk.unbind(3), v.squeeze(3)).flatten(2)
+        return out.split((text[0].shape[1], visual[0].shape[1]), dim=1)
+    text_qkv, visual_qkv = layout.text.unfold(torch.cat(text, dim=3)), layout.visual.unfold(torch.cat(visual, dim=3))
+    qkv = torch.cat((text_qkv, visual_qkv))
     if mesh.cp.size == 1:
         out = _attend_groups(*qkv.unbind(2), layout, attention)
     elif mesh.context_parallel == "ulysses":
@@ -38,8 +42,8 @@ def joint_attention(text_qkv: Tensor, visual_qkv: Tensor, layout: Layout, mesh: 
             qkv[:, :, 1:].contiguous(), tensor_parallel_output_grad=True, group=mesh.cp.group, output_split_sizes=sizes
         )
         out = _attend_groups(qkv[:, :, 0], *keys_values.unbind(2), layout, attention)
-    text, visual = out.flatten(1).split((len(text), len(visual)))
-    return layout.text.fold(text), layout.visual.fold(visual)
+    text_out, visual_out = out.flatten(1).split((len(text_qkv), len(visual_qkv)))
+    return layout.text.fold(text_out), layout.visual.fold(visual_out)
 
 
 def _attend_groups(q: Tensor, k: Tensor, v: Tensor, layout: Layout, attention) -> Tensor:
