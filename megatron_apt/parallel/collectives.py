@@ -38,3 +38,31 @@ def max_over(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     if axis.size > 1:
         dist.all_reduce(y, op=dist.ReduceOp.MAX, group=axis.group)
     return y
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, sizes, axis):
+        ctx.sizes, ctx.axis = sizes, axis
+        # Gloo gathers equal parts only, so shorter parts are padded to the longest.
+        longest = max(sizes)
+        padded = x.new_zeros(longest, *x.shape[1:])
+        padded[: len(x)] = x
+        gathered = x.new_empty(axis.size * longest, *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded, group=axis.group)
+        return torch.cat([part[:size] for part, size in zip(gathered.chunk(axis.size), sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, dy):
+        longest = max(ctx.sizes)
+        padded = dy.new_zeros(ctx.axis.size, longest, *dy.shape[1:])
+        for row, part in zip(padded, dy.split(ctx.sizes), strict=True):
+            row[: len(part)] = part
+        dx = dy.new_empty(longest, *dy.shape[1:])
+        dist.reduce_scatter_tensor(dx, padded.flatten(0, 1), group=ctx.axis.group)
+        return dx[: ctx.sizes[ctx.axis.rank]], None, None
+
+
+def gather_rows(x: torch.Tensor, sizes: list[int], axis: Axis) -> torch.Tensor:
+    """Every rank's rows, in rank order; `sizes` are their numbers, which may differ. The adjoint sums and scatters."""
+    return x if axis.size == 1 else _GatherRows.apply(x, sizes, axis)

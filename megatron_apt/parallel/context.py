@@ -7,10 +7,11 @@ rank's keys and values. Both give every query its sample's whole text and pictur
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 from megatron_apt.models.layout import Layout
+from megatron_apt.parallel.collectives import gather_rows
 from megatron_apt.parallel.mesh import Mesh
 
 
@@ -37,10 +38,7 @@ def joint_attention(
     elif mesh.context_parallel == "ulysses":
         out = _ulysses(qkv, layout, mesh, attention)
     else:
-        sizes = list(layout.token_counts)
-        keys_values = gather_from_sequence_parallel_region(
-            qkv[:, :, 1:].contiguous(), tensor_parallel_output_grad=True, group=mesh.cp.group, output_split_sizes=sizes
-        )
+        keys_values = gather_rows(qkv[:, :, 1:], list(layout.token_counts), mesh.cp)
         out = _attend_groups(qkv[:, :, 0], *keys_values.unbind(2), layout, attention)
     text_out, visual_out = out.flatten(1).split((len(text_qkv), len(visual_qkv)))
     return layout.text.fold(text_out), layout.visual.fold(visual_out)

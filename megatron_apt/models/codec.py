@@ -1,0 +1,203 @@
+"""Codecs: pixels in [-1, 1] to latents and back.
+
+Shapes: pixels (3, F, H, W), latents (c, f, h, w), each with any number of leading batch axes for PixelCodec and at most one for WanCodec.
+Both codecs are causal in time: F = 1 + k * temporal pixel frames are 1 + k latent frames, so that an image is the case k = 0.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # BT.601; the weights sum to 1, so a grey picture keeps its value
+
+
+@dataclass(frozen=True)
+class PixelCodecConfig:
+    """Settings of PixelCodec.
+
+    Attributes:
+        channels: 3 keeps RGB; 1 keeps luma only, which is lossless for grey sources.
+        temporal: pixel frames of one latent frame (after the first).
+        spatial: side of the pixel block that becomes one latent position.
+        shift: mean pixel value of the data, in [-1, 1]; taken off the constant component only, since every other one has mean 0.
+        scale: divides all coefficients, so that latents have about unit variance.
+    """
+
+    channels: int = 3
+    temporal: int = 4
+    spatial: int = 1
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise ValueError(f"pixel codec: channels={self.channels}; use 3 (RGB) or 1 (luma)")
+        for name in ("temporal", "spatial"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pixel codec: {name}={getattr(self, name)} must be at least 1")
+        if not (self.scale > 0 and math.isfinite(self.scale) and math.isfinite(self.shift)):
+            raise ValueError(f"pixel codec: scale={self.scale}, shift={self.shift}; use a positive scale and a finite shift")
+
+
+def dct_matrix(size: int) -> Tensor:
+    """Orthonormal DCT-II, (size, size) float64: row k holds sqrt(2 / size) cos(pi (2 n + 1) k / (2 size)), row 0 divided by sqrt(2)."""
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = math.sqrt(2 / size) * torch.cos(math.pi * (2 * n + 1) * n[:, None] / (2 * size))
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+def causal_latent_shape(size: tuple[int, int, int], channels: int, temporal: int, spatial: int) -> tuple[int, int, int, int]:
+    """(c, f, h, w) of pixels of size (F, H, W).
+
+    Raises:
+        ValueError: sizes that the codec cannot cut evenly, with the nearest that it can.
+    """
+    frames, height, width = size
+    if frames < 1 or (frames - 1) % temporal:
+        nearest = 1 + temporal * max(0, round((frames - 1) / temporal))
+        raise ValueError(f"frames={frames} is not 1 + a multiple of {temporal}; the nearest legal count is {nearest}")
+    for name, value in (("height", height), ("width", width)):
+        if value < 1 or value % spatial:
+            nearest = spatial * max(1, round(value / spatial))
+            raise ValueError(f"{name}={value} is not a multiple of {spatial}; the nearest legal {name} is {nearest}")
+    return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
+
+
+class PixelCodec:
+    """Invertible codec without weights: an orthonormal DCT over time and over spatial blocks.
+
+    The first frame stands alone, as if it were repeated `temporal` times: its constant component is frame * sqrt(temporal), the others are 0.
+    Latent channel index = (channel * temporal + time frequency) * spatial^2 + (vertical frequency * spatial + horizontal frequency).
+    decode inverts encode to better than 1e-5, so 8-bit sources come back exactly after rounding.
+    """
+
+    def __init__(self, config: PixelCodecConfig = PixelCodecConfig()):
+        self.config = config
+        self.latent_channels = config.channels * config.temporal * config.spatial**2
+        self._time = dct_matrix(config.temporal).float()
+        self._space = dct_matrix(config.spatial).float()
+        # The constant component of a block of ones is sqrt(number of pixels in it).
+        self._shift = config.shift * math.sqrt(config.temporal) * config.spatial
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Raises ValueError for sizes that do not fit."""
+        return causal_latent_shape((frames, height, width), self.latent_channels, self.config.temporal, self.config.spatial)
+
+    def config_dict(self) -> dict:
+        return {"kind": "pixel", **asdict(self.config)}
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(..., 3, F, H, W) in [-1, 1] to (..., c, f, h, w) float32."""
+        c, f, h, w = self.latent_shape(*pixels.shape[-3:])
+        t, s, k = self.config.temporal, self.config.spatial, self.config.channels
+        x = pixels.float()
+        if k == 1:
+            x = sum(weight * x[..., i : i + 1, :, :, :] for i, weight in enumerate(LUMA))
+        x = torch.cat((x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3)
+        x = x.unflatten(-3, (f, t)).unflatten(-2, (h, s)).unflatten(-1, (w, s))
+        # n, m, p, q: frequencies of time, rows and columns beside their positions t, i, j.
+        x = torch.einsum("nt,mi,qj,...cfthiwj->...cnmqfhw", self._time, self._space, self._space, x)
+        x = x.reshape(*pixels.shape[:-4], k, t * s * s, f, h, w).clone()
+        x[..., 0, :, :, :] -= self._shift
+        return x.reshape(*pixels.shape[:-4], c, f, h, w) / self.config.scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """(..., c, f, h, w) to (..., 3, F, H, W) float32, not clipped."""
+        t, s, k = self.config.temporal, self.config.spatial, self.config.channels
+        if latent.shape[-4] != self.latent_channels:
+            raise ValueError(f"latent has {latent.shape[-4]} channels, this pixel codec has {self.latent_channels}; decode it with the codec of its dataset")
+        x = (latent.float() * self.config.scale).unflatten(-4, (k, t * s * s)).clone()
+        x[..., 0, :, :, :] += self._shift
+        x = x.unflatten(-4, (t, s, s))
+        x = torch.einsum("nt,mi,qj,...cnmqfhw->...cfthiwj", self._time, self._space, self._space, x)
+        x = x.flatten(-2).flatten(-3, -2)  # columns, then rows
+        # A generator's first latent frame may hold more than its constant component; its average over time is what the encoder would see.
+        x = torch.cat((x[..., :1, :, :, :].mean(-3), x[..., 1:, :, :, :].flatten(-4, -3)), dim=-3)
+        return x.expand(*x.shape[:-4], 3, *x.shape[-3:]).contiguous() if k == 1 else x
+
+
+class WanCodec:
+    """diffusers' AutoencoderKLWan from a local folder; latents are normalised with the model's own latents_mean and latents_std.
+
+    Args:
+        path: folder with config.json and diffusion_pytorch_model*.safetensors. Nothing is downloaded and no pickle is read.
+        device: where the model runs; encode and decode return CPU tensors.
+        dtype: "float32" or "bfloat16".
+    """
+
+    def __init__(self, path: str, device: str = "cpu", dtype: str = "float32"):
+        from diffusers import AutoencoderKLWan  # seconds to import, and only this codec needs it
+
+        folder = checked_model_folder(path, "AutoencoderKLWan")
+        self.path, self.device, self.dtype = str(path), device, dtype
+        self.vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+        self.vae.to(device).eval().requires_grad_(False)
+        config = self.vae.config
+        self.latent_channels = config.z_dim
+        self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
+        self._spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+        self._mean, self._std = (torch.tensor(v, device=device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Raises ValueError for sizes that do not fit."""
+        return causal_latent_shape((frames, height, width), self.latent_channels, self._temporal, self._spatial)
+
+    def config_dict(self) -> dict:
+        return {"kind": "wan", "path": self.path, "dtype": self.dtype}
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(3, F, H, W) in [-1, 1], or a batch of them, to normalised latents: the mode of the posterior, float32 on the CPU."""
+        self.latent_shape(*pixels.shape[-3:])
+        batch = pixels if pixels.dim() == 5 else pixels[None]
+        mode = self.vae.encode(batch.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        return ((mode - self._mean) / self._std).cpu().view(*pixels.shape[:-4], *mode.shape[1:])
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latents to pixels clipped to [-1, 1], float32 on the CPU."""
+        batch = latent if latent.dim() == 5 else latent[None]
+        raw = batch.to(self.device).float() * self._std + self._mean
+        pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        return pixels.cpu().view(*latent.shape[:-4], *pixels.shape[1:])
+
+
+def checked_model_folder(path: str | Path, expected: str) -> Path:
+    """The folder, if it holds a config.json of the expected class and safetensors weights.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is missing and where it should be.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}/config.json does not exist; give a local folder with an {expected} saved by save_pretrained")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = (config.get("_class_name"), config.get("model_type"), *config.get("architectures", ()))
+    if expected not in names:
+        raise ValueError(f"{folder}/config.json: holds {[n for n in names if n]}, not {expected}")
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder}: no *.safetensors file; pickled weights are not read, convert them with save_pretrained(safe_serialization=True)")
+    return folder
+
+
+def load_codec(config: dict, device: str = "cpu") -> PixelCodec | WanCodec:
+    """The codec whose config_dict() this is.
+
+    Raises:
+        ValueError: unknown kind or setting.
+    """
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    try:
+        if kind == "pixel":
+            return PixelCodec(PixelCodecConfig(**settings))
+        if kind == "wan":
+            return WanCodec(**settings, device=device)
+    except TypeError as error:
+        raise ValueError(f"codec {kind}: {error}; settings given: {settings}") from None
+    raise ValueError(f"codec kind={kind!r} is unknown; use 'pixel' or 'wan'")

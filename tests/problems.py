@@ -1,0 +1,115 @@
+"""Small problems with known data, for tests that compare one way of computing with another."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_apt.config import AptConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.data.microbatch import Microbatch, pack_latents
+from megatron_apt.methods import METHODS
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.embeddings import patch_grid
+from megatron_apt.models.layout import build_layout
+from megatron_apt.models.mmdit import Condition
+from megatron_apt.networks import Network
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.actions import alternate
+from megatron_apt.pipeline.execute import Executor
+
+IMAGES = ((4, 1, 8, 8),) * 4
+VIDEOS = ((4, 2, 4, 8),) * 4
+MIXED = ((4, 1, 4, 4), (4, 2, 4, 6), (4, 1, 8, 6), (4, 3, 4, 4))
+
+
+def model_config(**changes) -> ModelConfig:
+    return replace(ModelConfig(depth=3, width=48, heads=4, text_width=8), **changes)
+
+
+def run_config(method: str = "apt", model: ModelConfig | None = None, apt: AptConfig | None = None, **changes) -> RunConfig:
+    """A run from seeded random weights (no checkpoint)."""
+    optimizer = OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9)
+    base = RunConfig(method=method, model=model or model_config(), apt=apt or AptConfig(), optimizer=optimizer, init=InitConfig(), global_batch=4, micro_batch=4)
+    return replace(base, **changes)
+
+
+def microbatch(mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3), seed: int = 0, iteration: int = 0, global_batch: int = 4) -> Microbatch:
+    """The same samples on every mesh; each context-parallel rank keeps its tokens."""
+    dtype = torch.float64 if model.dtype == "float64" else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    latents = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    texts = [torch.randn(length, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for length in text_lengths]
+    null, negative = (torch.randn(2, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    tokens = pack_latents(tuple(shapes), model.patch, lambda rows, _: torch.stack([latents[i] for i in rows]))
+    condition = Condition.pack(texts)
+    layout = build_layout(tuple(patch_grid(s[1:], model.patch) for s in shapes), condition.lengths, mesh)
+    return Microbatch(
+        mesh=mesh,
+        patch=model.patch,
+        positions=torch.arange(len(shapes)) + 100,
+        sample_ids=tuple(range(len(shapes))),
+        shapes=tuple(shapes),
+        x=tokens.to(dtype).index_select(0, layout.visual.index),
+        condition=condition,
+        null=Condition.pack([null]).repeat(len(shapes)),
+        negative=Condition.pack([negative]).repeat(len(shapes)),
+        seed=7,
+        iteration=iteration,
+        global_batch=global_batch,
+    )
+
+
+def waken(networks: dict[str, Network], seed: int = 1) -> None:
+    """Random values where initialisation puts zeros (modulation, last layer), so that every gradient is alive. Equal on every mesh."""
+    from megatron_apt.kernels.keyed_noise import derive_key
+    from megatron_apt.models.parameters import full_shape
+
+    for network in networks.values():
+        mesh = network.mesh
+        for name, parameter in network.module.named_parameters():
+            generator = torch.Generator().manual_seed(derive_key(seed, network.name, name) >> 1)
+            whole = 0.1 * torch.randn(full_shape(parameter, mesh), generator=generator, dtype=torch.float64)
+            if parameter.sharded_dim is not None:
+                whole = whole.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
+            with torch.no_grad():
+                parameter.add_(whole.to(parameter.dtype))
+        if network.flat is not None:
+            for parameter, master in zip(network.flat.parameters, network.flat.views(network.flat.master), strict=True):
+                master.copy_(parameter.data)
+            network.begin_average()
+
+
+def build(config: RunConfig, mesh: Mesh):
+    method = METHODS[config.method](config, mesh)
+    networks = {name: Network(name, role, mesh) for name, role in method.roles.items()}
+    waken(networks)
+    return method, networks, Executor({name: network.module for name, network in networks.items()})
+
+
+def phase_gradients(config: RunConfig, mesh: Mesh, shapes, text_lengths=(3, 3, 3, 3)) -> dict:
+    """Metrics and every whole (unsharded) gradient of each phase, from the same weights."""
+    method, networks, executor = build(config, mesh)
+    batch = microbatch(mesh, shapes, config.model, text_lengths)
+    result = {}
+    for phase in method.phases:
+        actions = [a for a in alternate(phase, 1) if a.kind != "STEP"]
+        metrics = executor.run(phase, actions, [batch.for_phase(phase.name)], lambda role: None)
+        flat = networks[phase.updates].flat
+        flat.reduce_gradients()
+        gradients = {name: whole(grad, p, mesh) for name, p, grad in zip(flat.names, flat.parameters, flat.views(flat.grad), strict=True)}
+        result[phase.name] = {"metrics": {k: summed(v, mesh) for k, v in metrics.items()}, "gradients": gradients}
+    return result
+
+
+def summed(value: torch.Tensor, mesh: Mesh) -> float:
+    value = value.detach().double().clone()
+    torch.distributed.all_reduce(value, group=mesh.dp_cp.group)
+    return float(value)
+
+
+def whole(tensor: torch.Tensor, parameter, mesh: Mesh) -> torch.Tensor:
+    """The tensor over all tensor-parallel ranks."""
+    if parameter.sharded_dim is None or mesh.tp.size == 1:
+        return tensor.clone()
+    parts = [torch.empty_like(tensor) for _ in range(mesh.tp.size)]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=mesh.tp.group)
+    return torch.cat(parts, parameter.sharded_dim)

@@ -1,0 +1,72 @@
+"""Runs a function on several ranks over gloo. The processes live for the whole test session, so that imports are paid once."""
+
+import os
+import socket
+import traceback
+
+import torch
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(rank: int, world: int, port: int, tasks, results) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    import megatron_apt  # noqa: F401
+    from megatron_apt.parallel import startup
+
+    while (task := tasks.get()) is not None:
+        function, parallel, args = task
+        try:
+            mesh = startup.start(parallel)
+            results.put((rank, function(mesh, *args), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+        finally:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+
+
+class Ranks:
+    """`world` processes; `run` calls function(mesh, *args) on each and returns the results by rank."""
+
+    def __init__(self, world: int):
+        self.world = world
+        context = mp.get_context("spawn")
+        self.results = context.Queue()
+        self.tasks = [context.Queue() for _ in range(world)]
+        port = _free_port()
+        self.processes = [context.Process(target=_serve, args=(r, world, port, self.tasks[r], self.results), daemon=False) for r in range(world)]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, parallel, *args, timeout: float = 240.0) -> list:
+        for queue in self.tasks:
+            queue.put((function, parallel, args))
+        answers, errors = {}, []
+        for _ in range(self.world):
+            rank, value, error = self.results.get(timeout=timeout)
+            answers[rank] = value
+            if error:
+                errors.append(f"rank {rank}:\n{error}")
+                break  # the others may wait for this one in a collective
+        if errors:
+            self.close()
+            raise AssertionError("\n".join(errors))
+        return [answers[rank] for rank in range(self.world)]
+
+    def close(self) -> None:
+        for queue in self.tasks:
+            queue.put(None)
+        for process in self.processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
