@@ -123,7 +123,10 @@ class AptConfig:
         _check(self.ar1_sigma > 0, "apt.ar1_sigma", self.ar1_sigma, "must be positive")
         _check(0 < self.discriminator_depth <= 1, "apt.discriminator_depth", self.discriminator_depth, "is a share in (0, 1]")
         _check(
-            bool(self.head_layers) and all(0 < f <= 1 for f in self.head_layers), "apt.head_layers", self.head_layers, "are fractions of depth in (0, 1]"
+            bool(self.head_layers) and all(0 < f <= 1 for f in self.head_layers),
+            "apt.head_layers",
+            self.head_layers,
+            "are fractions of depth in (0, 1]",
         )
         _check(self.timestep_fixed <= 1, "apt.timestep_fixed", self.timestep_fixed, "t lies in [0, 1]; negative means the ensemble")
 

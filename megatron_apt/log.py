@@ -55,7 +55,9 @@ def _start_wandb(config: RunConfig):
     try:
         import wandb
     except ImportError as error:
-        raise ImportError(f"wandb={config.wandb!r} asks for Weights & Biases, which is not installed: pip install wandb, or leave the field empty") from error
+        raise ImportError(
+            f"wandb={config.wandb!r} asks for Weights & Biases, which is not installed: pip install wandb, or leave the field empty"
+        ) from error
     return wandb.init(project=config.wandb, config=to_dict(config), resume="allow")
 
 

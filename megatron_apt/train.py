@@ -147,7 +147,9 @@ def _same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
                 "use another output folder, or the same configuration to continue"
             )
     if stored["iterations"] != wanted["iterations"]:
-        warnings.warn(f"continuing {folder} to {wanted['iterations']} instead of {stored['iterations']} iterations; a cosine decay changes", stacklevel=2)
+        warnings.warn(
+            f"continuing {folder} to {wanted['iterations']} instead of {stored['iterations']} iterations; a cosine decay changes", stacklevel=2
+        )
 
 
 def _plain(value):

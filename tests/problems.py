@@ -28,11 +28,15 @@ def model_config(**changes) -> ModelConfig:
 def run_config(method: str = "apt", model: ModelConfig | None = None, apt: AptConfig | None = None, **changes) -> RunConfig:
     """A run from seeded random weights (no checkpoint)."""
     optimizer = OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9)
-    base = RunConfig(method=method, model=model or model_config(), apt=apt or AptConfig(), optimizer=optimizer, init=InitConfig(), global_batch=4, micro_batch=4)
+    base = RunConfig(
+        method=method, model=model or model_config(), apt=apt or AptConfig(), optimizer=optimizer, init=InitConfig(), global_batch=4, micro_batch=4
+    )
     return replace(base, **changes)
 
 
-def microbatch(mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3), seed: int = 0, iteration: int = 0, global_batch: int = 4) -> Microbatch:
+def microbatch(
+    mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3), seed: int = 0, iteration: int = 0, global_batch: int = 4
+) -> Microbatch:
     """The same samples on every mesh; each context-parallel rank keeps its tokens."""
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     generator = torch.Generator().manual_seed(seed)
@@ -61,6 +65,7 @@ def microbatch(mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3)
 def waken(networks: dict[str, Network], seed: int = 1) -> None:
     """Random values where initialisation puts zeros (modulation, last layer), so that every gradient is alive. Equal on every mesh."""
     from megatron_apt.kernels.keyed_noise import derive_key
+
     from megatron_apt.models.parameters import full_shape
 
     for network in networks.values():

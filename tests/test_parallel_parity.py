@@ -28,7 +28,9 @@ def compare(ours, reference, rtol):
         assert ours[phase]["gradients"].keys() == want["gradients"].keys()
         for name, gradient in want["gradients"].items():
             error = (ours[phase]["gradients"][name] - gradient).abs().max()
-            assert error <= rtol * gradient.abs().max() + 1e-12, f"phase {phase}: gradient of {name} is off by {error:.2e}, of {gradient.abs().max():.2e}"
+            assert error <= rtol * gradient.abs().max() + 1e-12, (
+                f"phase {phase}: gradient of {name} is off by {error:.2e}, of {gradient.abs().max():.2e}"
+            )
 
 
 @pytest.mark.dist

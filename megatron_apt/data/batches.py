@@ -10,7 +10,6 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import Condition
-from megatron_apt.models.spec import DTYPES
 from megatron_apt.parallel.mesh import Mesh
 
 

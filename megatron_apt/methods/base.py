@@ -1,8 +1,8 @@
 """What a method is: roles, and phases made of branches made of segments.
 
-    Segment(role, grad, feed)     one pass through one network; grad full | input (its weights are frozen here) | none (no gradient at all)
-    Branch(name, segments, loss)  a chain of segments that ends in a loss; runs once per microbatch
-    Phase(name, branches, updates)   the optimiser step of one role closes it
+Segment(role, grad, feed)     one pass through one network; grad full | input (its weights are frozen here) | none (no gradient at all)
+Branch(name, segments, loss)  a chain of segments that ends in a loss; runs once per microbatch
+Phase(name, branches, updates)   the optimiser step of one role closes it
 """
 
 from collections.abc import Callable, Sequence

@@ -79,8 +79,9 @@ class PixelCodec:
     def __init__(self, config: PixelCodecConfig = PixelCodecConfig()):
         self.config = config
         self.latent_channels = config.channels * config.temporal * config.spatial**2
-        self._time = dct_matrix(config.temporal).float()
-        self._space = dct_matrix(config.spatial).float()
+        time, space = dct_matrix(config.temporal), dct_matrix(config.spatial)
+        # n, m, q: frequencies of time, rows and columns; t, i, j: positions in time, rows and columns.
+        self._basis = torch.einsum("nt,mi,qj->nmqtij", time, space, space).float()
         # The constant component of a block of ones is sqrt(number of pixels in it).
         self._shift = config.shift * math.sqrt(config.temporal) * config.spatial
 
@@ -100,8 +101,7 @@ class PixelCodec:
             x = sum(weight * x[..., i : i + 1, :, :, :] for i, weight in enumerate(LUMA))
         x = torch.cat((x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3)
         x = x.unflatten(-3, (f, t)).unflatten(-2, (h, s)).unflatten(-1, (w, s))
-        # n, m, p, q: frequencies of time, rows and columns beside their positions t, i, j.
-        x = torch.einsum("nt,mi,qj,...cfthiwj->...cnmqfhw", self._time, self._space, self._space, x)
+        x = torch.einsum("nmqtij,...cfthiwj->...cnmqfhw", self._basis, x)
         x = x.reshape(*pixels.shape[:-4], k, t * s * s, f, h, w).clone()
         x[..., 0, :, :, :] -= self._shift
         return x.reshape(*pixels.shape[:-4], c, f, h, w) / self.config.scale
@@ -110,11 +110,13 @@ class PixelCodec:
         """(..., c, f, h, w) to (..., 3, F, H, W) float32, not clipped."""
         t, s, k = self.config.temporal, self.config.spatial, self.config.channels
         if latent.shape[-4] != self.latent_channels:
-            raise ValueError(f"latent has {latent.shape[-4]} channels, this pixel codec has {self.latent_channels}; decode it with the codec of its dataset")
+            raise ValueError(
+                f"latent has {latent.shape[-4]} channels, this pixel codec has {self.latent_channels}; decode it with the codec of its dataset"
+            )
         x = (latent.float() * self.config.scale).unflatten(-4, (k, t * s * s)).clone()
         x[..., 0, :, :, :] += self._shift
         x = x.unflatten(-4, (t, s, s))
-        x = torch.einsum("nt,mi,qj,...cnmqfhw->...cfthiwj", self._time, self._space, self._space, x)
+        x = torch.einsum("nmqtij,...cnmqfhw->...cfthiwj", self._basis, x)
         x = x.flatten(-2).flatten(-3, -2)  # columns, then rows
         # A generator's first latent frame may hold more than its constant component; its average over time is what the encoder would see.
         x = torch.cat((x[..., :1, :, :, :].mean(-3), x[..., 1:, :, :, :].flatten(-4, -3)), dim=-3)
@@ -181,7 +183,9 @@ def checked_model_folder(path: str | Path, expected: str) -> Path:
     if expected not in names:
         raise ValueError(f"{folder}/config.json: holds {[n for n in names if n]}, not {expected}")
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder}: no *.safetensors file; pickled weights are not read, convert them with save_pretrained(safe_serialization=True)")
+        raise FileNotFoundError(
+            f"{folder}: no *.safetensors file; pickled weights are not read, convert them with save_pretrained(safe_serialization=True)"
+        )
     return folder
 
 

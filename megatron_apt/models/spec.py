@@ -97,7 +97,9 @@ def choose_backend(device_type: str) -> Backend:
         return LocalBackend()
     if te.HAVE_TE:  # without it the classes are mocks that build silently
         return TransformerEngineBackend()
-    warnings.warn("Transformer Engine is not installed: using torch layers on CUDA. `pip install megatron_apt[gpu]` for its kernels and FP8.", stacklevel=2)
+    warnings.warn(
+        "Transformer Engine is not installed: using torch layers on CUDA. `pip install megatron_apt[gpu]` for its kernels and FP8.", stacklevel=2
+    )
     return LocalBackend()
 
 

@@ -1,0 +1,49 @@
+# make demo [QUICK=1] [STAGE=images]   the main job on real data, with a report
+# make test                            the tests (CPU, several processes over gloo)
+# make lint
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_VERSION ?= 2.13.0
+# On a CPU-only machine only a CPU build of torch is accepted. Where the configured package index has none, give its address:
+#   make demo TORCH_INDEX=<address of the CPU wheels named on PyTorch's "Get Started" page>
+TORCH_INDEX ?=
+INDEX_OPTION := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
+comma := ,
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint install clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; give another with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
+ifeq ($(HAS_GPU),1)
+	$(BIN)/pip install --quiet "torch==$(TORCH_VERSION)" $(INDEX_OPTION)
+else ifeq ($(shell uname -s),Linux)
+	$(BIN)/pip install --quiet "torch==$(TORCH_VERSION)+cpu" $(INDEX_OPTION) || { \
+	  echo "No CPU build of torch $(TORCH_VERSION) in the configured package index (the default Linux build brings gigabytes of CUDA)."; \
+	  echo "Run again with TORCH_INDEX=<address of the CPU wheels named on PyTorch's \"Get Started\" page>."; exit 1; }
+else
+	$(BIN)/pip install --quiet "torch==$(TORCH_VERSION)" $(INDEX_OPTION)
+endif
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(if $(HAS_GPU),dev$(comma)gpu,dev)]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/megatron-apt demo $(if $(STAGE),--stage $(STAGE)) $(if $(QUICK),--quick --root runs/demo-quick)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs

@@ -1,0 +1,245 @@
+"""From videos, pictures and captions to latent shards."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from megatron_apt.data.decode import Clip, decode_clips
+from megatron_apt.data.manifest import Entry, read_entries
+from megatron_apt.data.shards import TOKENIZER, EncodeStopped, OpenShard, ShardWriter, disk_full_named
+from megatron_apt.data.video import RejectedInput
+from megatron_apt.models.codec import PixelCodec, PixelCodecConfig, WanCodec
+from megatron_apt.models.text import BuiltinTextEncoder, HuggingFaceTextEncoder, train_sentencepiece
+
+NEGATIVE_PROMPT = "blurry, distorted, low quality"
+PIXEL_BYTES = 256 << 20  # decoded pixels held at once, in float32
+TEXT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Settings of `megatron-apt encode`."""
+
+    source: str
+    """Folder of pictures or videos, or a manifest (.jsonl or .csv) with columns path, caption and optionally start, fps."""
+    output: str
+    """Folder of the dataset. An interrupted encoding with the same settings continues there."""
+    height: int = 256
+    """Height of the bucket, in pixels."""
+    width: int = 256
+    """Width of the bucket, in pixels."""
+    frames: int = 1
+    """Frames of the bucket. With 1, pictures are accepted and videos give their first frame."""
+    fps: float = 0.0
+    """Frames per second to sample videos at; 0 keeps the source's frames and applies stride."""
+    stride: int = 1
+    """Take every stride-th frame, if fps is 0."""
+    start: float = 0.0
+    """Seconds to skip at the beginning of each video."""
+    allow_upscale: bool = False
+    """Accept pictures and videos smaller than the bucket."""
+    codec: str = "pixel"
+    """"pixel" (built in, no weights) or "wan" (AutoencoderKLWan from codec_path)."""
+    codec_path: str = ""
+    """Local folder of the AutoencoderKLWan."""
+    pixel_channels: int = 3
+    """Pixel codec: 3 for RGB, 1 for luma."""
+    pixel_temporal: int = 4
+    """Pixel codec: frames of one latent frame."""
+    pixel_spatial: int = 1
+    """Pixel codec: side of the pixel block of one latent position."""
+    pixel_shift: float = 0.0
+    """Pixel codec: mean pixel value of the data, in [-1, 1]."""
+    pixel_scale: float = 1.0
+    """Pixel codec: latents are divided by it."""
+    text: str = "builtin"
+    """"builtin" (needs no weights), or a local folder with a T5 or UMT5 encoder and its tokenizer."""
+    tokenizer: str = ""
+    """Built-in text encoder: an existing sentencepiece model; empty trains one on the captions."""
+    text_width: int = 64
+    """Built-in text encoder: width of the embeddings."""
+    vocab_size: int = 1024
+    """Built-in text encoder: largest vocabulary to train."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    """The fixed negative prompt that consistency distillation folds into its guidance."""
+    samples_per_shard: int = 1000
+    """Inputs per tar file."""
+    max_rejected: float = 0.1
+    """Stop when more than this share of the inputs is unusable."""
+    device: str = "cpu"
+    """"cpu" or "cuda": where codec and text encoder run. Decoding follows it."""
+
+    def __post_init__(self):
+        for field in ("height", "width", "frames", "stride", "samples_per_shard"):
+            _check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+        for field in ("fps", "start"):
+            _check(math.isfinite(getattr(self, field)) and getattr(self, field) >= 0, field, getattr(self, field), "must be a number >= 0")
+        _check(0 <= self.max_rejected <= 1, "max_rejected", self.max_rejected, "is a share; use a number from 0 to 1")
+        _check(self.codec in ("pixel", "wan"), "codec", self.codec, "use 'pixel' or 'wan'")
+        _check(self.codec != "wan" or bool(self.codec_path), "codec_path", self.codec_path, "codec='wan' needs a local folder")
+        _check(self.fps == 0 or self.stride == 1, "stride", self.stride, f"applies only with fps=0, but fps={self.fps:g}; leave one of them out")
+        _check(self.device in ("cpu", "cuda"), "device", self.device, "use 'cpu' or 'cuda'")
+
+
+def _check(good: bool, field: str, value: object, remedy: str) -> None:
+    if not good:
+        raise ValueError(f"{field}={value!r}: {remedy}")
+
+
+def encode(config: EncodeConfig, progress: bool = True) -> dict:
+    """Encodes a dataset, or continues one, and returns the contents of its dataset.json.
+
+    Unusable inputs are listed in rejected.jsonl (file, field, value, remedy) and skipped.
+
+    Raises:
+        ValueError, FileNotFoundError: settings that do not fit each other, the source or the output folder.
+        EncodeStopped: more than max_rejected of the inputs unusable, no usable input, or disk full.
+    """
+    entries = read_entries(config.source)
+    codec = _codec(config)
+    codec.latent_shape(config.frames, config.height, config.width)
+    writer = ShardWriter(config.output, _settings(config, entries))
+    if writer.finished is not None:
+        return writer.finished
+    bad = [entry.problem.as_dict() for entry in entries if entry.problem]
+    _stop_if_too_many(config, writer, bad, len(entries))
+    with disk_full_named(writer.folder):
+        text_encoder = _text_encoder(config, writer, entries)
+    with torch.inference_mode():
+        shards = _write_shards(config, writer, entries, codec, text_encoder, progress)
+        null, negative = text_encoder.encode(["", config.negative_prompt])
+    text_config = text_encoder.config_dict()
+    if "tokenizer" in text_config:
+        text_config["tokenizer"] = TOKENIZER  # relative, so that the folder can be moved
+    info = writer.finish(shards, codec.config_dict(), text_config, null, negative)
+    if progress:
+        Console(soft_wrap=True).print(f"{config.output}: {info['samples']} samples, {info['rejected']} rejected", highlight=False)
+    return info
+
+
+def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
+    """Everything the dataset's bytes depend on."""
+    settings = dataclasses.asdict(config)
+    for free in ("output", "max_rejected", "device"):
+        del settings[free]
+    if config.tokenizer:
+        settings["tokenizer"] = f"sha256 {hashlib.sha256(_tokenizer_bytes(config)).hexdigest()[:16]}"
+    listing = hashlib.sha256()
+    for entry in entries:
+        size = entry.path.stat().st_size if entry.path.is_file() else None
+        listing.update(json.dumps([str(entry.path), size, entry.caption, entry.start, entry.fps]).encode() + b"\n")
+    settings["entries"] = f"{len(entries)} files, sha256 {listing.hexdigest()[:16]}"
+    return settings
+
+
+def _codec(config: EncodeConfig) -> PixelCodec | WanCodec:
+    if config.codec == "wan":
+        return WanCodec(str(Path(config.codec_path).resolve()), config.device)
+    return PixelCodec(
+        PixelCodecConfig(config.pixel_channels, config.pixel_temporal, config.pixel_spatial, config.pixel_shift, config.pixel_scale)
+    )
+
+
+def _text_encoder(config: EncodeConfig, writer: ShardWriter, entries: Sequence[Entry]) -> BuiltinTextEncoder | HuggingFaceTextEncoder:
+    if config.text != "builtin":
+        return HuggingFaceTextEncoder(str(Path(config.text).resolve()), device=config.device)
+    file = writer.folder / TOKENIZER
+    if config.tokenizer:
+        writer.commit(TOKENIZER, _tokenizer_bytes(config))
+    elif not file.is_file():
+        train_sentencepiece([entry.caption for entry in entries] + [config.negative_prompt], file, config.vocab_size)
+    return BuiltinTextEncoder(file, config.text_width)
+
+
+def _tokenizer_bytes(config: EncodeConfig) -> bytes:
+    if not Path(config.tokenizer).is_file():
+        raise FileNotFoundError(f"tokenizer={config.tokenizer!r} does not exist; give a sentencepiece model, or leave it empty to train one")
+    return Path(config.tokenizer).read_bytes()
+
+
+def _write_shards(config: EncodeConfig, writer: ShardWriter, entries: list[Entry], codec, text_encoder, progress: bool) -> int:
+    """Writes the shards that are not there yet; returns how many the dataset has."""
+    size = config.samples_per_shard
+    shards = math.ceil(len(entries) / size)
+    console = Console()
+    columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    rejected: list[dict] = []
+    accepted = 0
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
+        task = bar.add_task("encode", total=len(entries))
+        for number in range(shards):
+            members = range(number * size, min((number + 1) * size, len(entries)))
+            done = writer.done(number)
+            if done is None:
+                with writer.shard(number) as shard:
+                    for part in _parts(config, members):
+                        _encode_part(config, shard, [(i, entries[i]) for i in part], codec, text_encoder)
+                        _stop_if_too_many(config, writer, rejected + shard.rejected, len(entries))
+                        bar.advance(task, len(part))
+                done = {"index": shard.index, "rejected": shard.rejected}
+            else:
+                bar.advance(task, len(members))
+            rejected += done["rejected"]
+            accepted += len(done["index"])
+            _stop_if_too_many(config, writer, rejected, len(entries))
+    if accepted == 0:
+        writer.write_rejected(rejected)
+        raise EncodeStopped(f"{config.source}: none of {len(entries)} inputs is usable; {writer.folder}/rejected.jsonl says why of each")
+    return shards
+
+
+def _parts(config: EncodeConfig, members: range) -> list[range]:
+    """Members cut so that the pixels of one part fit PIXEL_BYTES."""
+    step = min(256, max(1, PIXEL_BYTES // (12 * config.frames * config.height * config.width)))
+    return [members[i : i + step] for i in range(0, len(members), step)]
+
+
+def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int, Entry]], codec, text_encoder) -> None:
+    usable = [(i, entry, _clip(config, entry)) for i, entry in members if entry.problem is None]
+    decoded = iter(decode_clips([clip for _, _, clip in usable], "gpu" if config.device == "cuda" else "cpu"))
+    texts = _encode_texts(sorted({entry.caption for _, entry, _ in usable}), text_encoder)
+    for i, entry in members:
+        pixels = entry.problem or next(decoded)
+        latent = None if isinstance(pixels, RejectedInput) else codec.encode(pixels)
+        if latent is not None and not latent.isfinite().all():
+            pixels = RejectedInput(entry.path, "latent", "not finite", "the codec overflows on this file; remove it or run the codec in float32")
+        if isinstance(pixels, RejectedInput):
+            shard.reject(pixels)
+            continue
+        clip = _clip(config, entry)
+        meta = {"source": str(entry.path), "size": [config.frames, config.height, config.width], "start": clip.start, "fps": clip.fps, "stride": clip.stride}
+        shard.add(f"{i:08d}", latent, texts[entry.caption], entry.caption, meta)
+
+
+def _clip(config: EncodeConfig, entry: Entry) -> Clip:
+    start = config.start if entry.start < 0 else entry.start
+    fps = config.fps if entry.fps < 0 else entry.fps
+    return Clip(entry.path, config.height, config.width, config.frames, config.stride, fps, start, config.allow_upscale)
+
+
+def _encode_texts(captions: list[str], text_encoder) -> dict[str, Tensor]:
+    texts: dict[str, Tensor] = {}
+    for i in range(0, len(captions), TEXT_BATCH):
+        batch = captions[i : i + TEXT_BATCH]
+        texts.update(zip(batch, text_encoder.encode(batch), strict=True))
+    return texts
+
+
+def _stop_if_too_many(config: EncodeConfig, writer: ShardWriter, rejected: list[dict], total: int) -> None:
+    if len(rejected) <= config.max_rejected * total:
+        return
+    writer.write_rejected(rejected)
+    first = rejected[0]
+    raise EncodeStopped(
+        f"{config.source}: {len(rejected)} of {total} inputs are unusable, more than max_rejected={config.max_rejected:g}; the first is {first['file']}: "
+        f"{first['field']}={first['value']}: {first['remedy']}. All are in {writer.folder}/rejected.jsonl; mend them or raise max_rejected"
+    )

@@ -1,0 +1,194 @@
+"""The main job on real data: encode, diffusion, consistency, APT and the aR1 ablation on images, then on clips; a report after every stage.
+
+Every stage leaves a mark when it is done and training checkpoints while it runs, so an interrupted demo continues where it was.
+It runs data-parallel, one process per core up to two: networks this small gain little from more threads in one process.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_apt import recipes
+from megatron_apt.checkpoint.store import write_atomically
+from megatron_apt.config import ParallelConfig, RunConfig
+from megatron_apt.data import digits
+from megatron_apt.data.encode import EncodeConfig, encode
+from megatron_apt.evaluate import suite
+from megatron_apt.evaluate.report import write_report
+from megatron_apt.models.text import train_sentencepiece
+from megatron_apt.parallel import startup
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.progress import training_progress
+from megatron_apt.train import train
+
+MOST_RANKS = 2  # the recipes cut their batches in two
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    root: str = "runs/demo"
+    stage: Literal["all", "images"] = "all"
+    """`images` stops after the image stages and the ablation."""
+    quick: bool = False
+    """A twentieth of the training: shows that everything runs, not what it reaches."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named piece of the demo."""
+
+    name: str
+    run: Callable[[Mesh], None]
+
+
+def place(config: DemoConfig) -> recipes.Place:
+    return recipes.Place(config.root, effort=0.05 if config.quick else 1.0)
+
+
+def stages(config: DemoConfig) -> list[Stage]:
+    """Everything the demo does, in order."""
+    here = place(config)
+    runs = {
+        "images": [recipes.image_flow, recipes.image_consistency, recipes.image_apt, recipes.image_apt_without_ar1],
+        "videos": [recipes.video_flow, recipes.video_consistency, recipes.video_apt],
+    }
+    result = []
+    for section in ("images",) if config.stage == "images" else ("images", "videos"):
+        result.append(Stage(f"{section}/encode", lambda mesh, section=section: ensure_digits(here, section)))
+        for recipe in runs[section]:
+            run = recipe(here)
+            name = run.output.removeprefix(here.root + "/")
+            rows = [row for row in suite.SUITES[section] if row.run == name]
+            result.append(Stage(name, lambda mesh, run=run, name=name: _train(run, mesh, name)))
+            result.append(
+                Stage(f"{name}/evaluation", lambda mesh, section=section, rows=rows: suite.evaluate(here, section, rows, mesh, config.quick))
+            )
+    return result
+
+
+def ensure_digits(here: recipes.Place, section: str) -> None:
+    """Writes the digits as picture or video files and encodes them like anybody's; once, whichever process comes first."""
+    output = here.data(section)
+    with _lock(Path(here.root) / "data"):
+        if (Path(output) / "dataset.json").exists():
+            return
+        tokenizer = here.data("tokenizer.model")
+        if not Path(tokenizer).exists():
+            things = [f"a handwritten {word}" for word in digits.WORDS]
+            train_sentencepiece(things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS], tokenizer, vocab_size=64)
+        source = here.data(f"{section}-files")
+        if section == "images":
+            manifest = digits.write_digit_images(source)
+            bucket = {"frames": 1, "height": 8, "width": 8}
+        else:
+            manifest = digits.write_digit_clips(source, frames=5, height=8, width=16, step=2)
+            bucket = {"frames": 5, "height": 8, "width": 16}
+        # One codec for both, which brings both near zero mean and unit variance. The negative prompt is the empty one: a model that has
+        # read nothing but these captions knows no other.
+        codec = {"pixel_channels": 1, "pixel_shift": -0.55, "pixel_scale": 1.3}
+        encode(EncodeConfig(str(manifest), output, **bucket, **codec, tokenizer=tokenizer, text_width=32, negative_prompt=""))
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _train(run: RunConfig, mesh: Mesh, label: str) -> None:
+    with training_progress(run, label=label) as report:
+        train(run, mesh, report)
+
+
+def run_demo(config: DemoConfig) -> None:
+    """Runs what is not done yet, in as many processes as serve it."""
+    ranks = min(MOST_RANKS, os.cpu_count() or 1)
+    if torch.cuda.is_available() or ranks == 1 or "RANK" in os.environ:
+        _run_rank(config)
+        return
+    options = [f"--root={config.root}", f"--stage={config.stage}", "--quick" if config.quick else "--no-quick"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "megatron_apt", "demo"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks))}
+    status = subprocess.run([*launcher, *options], env=environment, check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def _run_rank(config: DemoConfig) -> None:
+    root = Path(config.root)
+    root.mkdir(parents=True, exist_ok=True)
+    mesh = startup.start(ParallelConfig())
+    console = Console(soft_wrap=True, quiet=not mesh.is_main)
+    progress = _load_progress(root, config)
+    dist.barrier()
+    todo = [stage for stage in stages(config) if stage.name not in progress["done"]]
+    for number, stage in enumerate(todo, 1):
+        console.rule(f"{stage.name}   ({number} of {len(todo)})")
+        began = time.perf_counter()
+        try:
+            stage.run(mesh)
+            dist.barrier()
+            progress["done"].append(stage.name)
+        finally:
+            spent = progress["seconds"].get(stage.name, 0.0) + time.perf_counter() - began
+            progress["seconds"][stage.name] = round(spent, 2)
+            if mesh.is_main:
+                _save_progress(root, progress)
+        if mesh.is_main and (number == len(todo) or not todo[number].name.endswith("/evaluation")):
+            rewrite_report(config)
+        console.print(f"{stage.name} took {spent:.1f} s; report: {root / 'report.html'}", highlight=False)
+    if mesh.is_main:
+        console.rule("done")
+        _print_table(console, root)
+        console.print(f"report: {rewrite_report(config)}\nresults: {root / 'results.json'}", highlight=False)
+    startup.stop()
+
+
+def _load_progress(root: Path, config: DemoConfig) -> dict:
+    file = root / "progress.json"
+    if not file.exists():
+        return {"quick": config.quick, "done": [], "seconds": {}}
+    progress = json.loads(file.read_text(encoding="utf-8"))
+    if progress["quick"] != config.quick:
+        raise ValueError(
+            f"{file}: quick={progress['quick']}, this run asks for quick={config.quick}; give another --root, or remove {root} to start again"
+        )
+    return progress
+
+
+def _save_progress(root: Path, progress: dict) -> None:
+    write_atomically(root / "progress.json", json.dumps(progress, indent=1))
+
+
+def rewrite_report(config: DemoConfig) -> Path:
+    """Report and results.json from what is done so far."""
+    root = Path(config.root)
+    progress = _load_progress(root, config)
+    pending = tuple(stage.name for stage in stages(config) if stage.name not in progress["done"])
+    write_atomically(root / "results.json", json.dumps(suite.demo_results(place(config), progress["seconds"]), indent=1))
+    text = json.dumps([asdict(recipe(place(config))) for recipe in (recipes.image_apt, recipes.video_apt)], indent=1)
+    write_report(root / "report.html", suite.demo_report(place(config), progress["seconds"], pending, text))
+    return root / "report.html"
+
+
+def _print_table(console: Console, root: Path) -> None:
+    results = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    for section in ("images", "videos"):
+        for key, distance in results.get(section, {}).get("fd", {}).items():
+            console.print(
+                f"{section:7} {key:14} Frechet distance {distance:7.3f}   accuracy {results[section]['accuracy'][key]:.3f}", highlight=False
+            )

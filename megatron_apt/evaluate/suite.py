@@ -1,0 +1,226 @@
+"""What the demo measures of each trained network, and how its results become tables, results.json and the report.
+
+Sample i of every row uses the caption of real sample i and the noise of (seed, i), so rows differ by network and sampler alone.
+Images are compared in pixels. Clips are compared in latents pooled 2 x 2, which keeps the number of features below that of samples.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_apt.checkpoint.store import write_atomically
+from megatron_apt.cli import SampleConfig
+from megatron_apt.data.shards import LatentShards
+from megatron_apt.evaluate.classifier import ClassAccuracy
+from megatron_apt.evaluate.diversity import pairwise_diversity
+from megatron_apt.evaluate.frechet import frechet_distance, pooled_features, real_floor
+from megatron_apt.evaluate.report import FLOOR, Report, Row, Section
+from megatron_apt.log import read_rows
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.recipes import Place
+from megatron_apt.sample import load_generator, sample_latents
+
+SEED = 1234
+SHOWN_SEEDS = 2  # samples of each caption in the report
+CHUNK = 128  # samples of one forward pass
+SAMPLES = {"images": 1797, "videos": 1024}  # samples of each row; for images one for each real one
+QUICK_SAMPLES = 160
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row: a run, how it is sampled, and its names in results.json and in the report."""
+
+    key: str
+    title: str
+    run: str
+    steps: int
+    guidance: float
+    nfe: int
+
+
+def _suite(section: str) -> tuple[Measured, ...]:
+    return (
+        Measured("diffusion_25", "diffusion 25 steps", f"{section}/flow", 25, 2.0, 50),
+        Measured("diffusion_1", "diffusion 1 step", f"{section}/flow", 1, 1.0, 1),
+        Measured("consistency_1", "consistency 1 step", f"{section}/consistency", 1, 1.0, 1),
+        Measured("apt_1", "APT 1 step", f"{section}/apt", 1, 1.0, 1),
+        Measured("apt_2", "APT 2 steps", f"{section}/apt", 2, 1.0, 2),
+    )
+
+
+SUITES = {
+    "images": (*_suite("images"), Measured("apt_1_without_ar1", "APT 1 step, no aR1", "images/apt_without_ar1", 1, 1.0, 1)),
+    "videos": _suite("videos"),
+}
+
+
+@dataclass(frozen=True)
+class RealData:
+    """What samples of a section are compared with."""
+
+    shards: LatentShards
+    latents: Tensor
+    features: Tensor
+    labels: Tensor
+    classifier: ClassAccuracy
+
+    def of(self, latents: Tensor) -> Tensor:
+        """Features (n, d) of latents."""
+        return _features(self.shards, latents)
+
+
+def _features(shards: LatentShards, latents: Tensor) -> Tensor:
+    if latents.shape[2] == 1:
+        codec = shards.codec()
+        return torch.stack([codec.decode(latent)[0].flatten() for latent in latents])  # grey: one channel says all
+    return pooled_features(latents)
+
+
+@lru_cache(maxsize=2)
+def real_data(folder: str) -> RealData:
+    """Latents, features, caption classes and the classifier of a dataset."""
+    shards = LatentShards(folder)
+    latents = torch.stack([shards[i].latent for i in range(len(shards))])
+    classes = {caption: i for i, caption in enumerate(sorted(set(shards.captions)))}
+    labels = torch.tensor([classes[caption] for caption in shards.captions])
+    features = _features(shards, latents)
+    return RealData(shards, latents, features, labels, ClassAccuracy.fit(features, labels))
+
+
+def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick: bool = False) -> None:
+    """Samples each row for the real captions, every rank its part; writes its numbers and the samples shown to the results folder.
+
+    Args:
+        quick: only as many samples as the report shows.
+    """
+    real = real_data(here.data(section))
+    folder = Path(here.root) / "evaluation" / section
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = shown_samples(real.shards)
+    ids = torch.tensor(shown + [i for i in range(len(real.shards)) if i not in set(shown)])[: QUICK_SAMPLES if quick else SAMPLES[section]]
+    for row in rows:
+        began = time.perf_counter()
+        save_file(
+            {"latents": sample_row(here, row, real.shards, ids.tensor_split(mesh.dp.size)[mesh.dp.rank], mesh)}, _part(folder, row, mesh.dp.rank)
+        )
+        seconds = (time.perf_counter() - began) * mesh.dp.size / len(ids)
+        dist.barrier()
+        if mesh.is_main:
+            parts = [_part(folder, row, rank) for rank in range(mesh.dp.size)]
+            latents = torch.cat([load_file(part)["latents"] for part in parts])
+            features = real.of(latents)
+            numbers = {
+                "frechet": frechet_distance(features, real.features),
+                "accuracy": real.classifier.score(features, real.labels[ids]),
+                "diversity": pairwise_diversity(features),
+                "samples": len(ids),
+                "seconds_per_sample": seconds,
+            }
+            save_file({"latents": latents[: len(shown)].contiguous()}, folder / f"{row.key}.safetensors")
+            write_atomically(folder / f"{row.key}.json", json.dumps(numbers))
+            for part in parts:
+                part.unlink()
+        dist.barrier()
+
+
+def _part(folder: Path, row: Measured, rank: int) -> Path:
+    return folder / f".{row.key}-rank{rank}.safetensors"
+
+
+def sample_row(here: Place, row: Measured, shards: LatentShards, ids: Tensor, mesh: Mesh) -> Tensor:
+    """One sample for the caption of each dataset entry in ids, (len(ids), C, F, H, W)."""
+    loaded = load_generator(f"{here.root}/{row.run}", mesh)
+    config = SampleConfig(checkpoint="", steps=row.steps, guidance=row.guidance)
+    parts = []
+    for chunk in ids.split(CHUNK):
+        texts = [shards[i].text for i in chunk.tolist()]
+        parts.append(sample_latents(loaded, mesh, texts, shards.null_text, shards.shapes[0], chunk, SEED, config))
+    return torch.cat(parts)
+
+
+def shown_samples(shards: LatentShards) -> list[int]:
+    """The first samples of each caption, captions in order."""
+    places: dict[str, list[int]] = {}
+    for i, caption in enumerate(shards.captions):
+        places.setdefault(caption, []).append(i)
+    return [i for caption in sorted(places, key=_reading_order) for i in places[caption][:SHOWN_SEEDS]]
+
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def _reading_order(caption: str) -> tuple:
+    numbers = [_DIGITS.index(word) for word in caption.split() if word in _DIGITS]
+    return (numbers, caption)
+
+
+def demo_results(here: Place, seconds: dict[str, float]) -> dict:
+    """The content of results.json, with what is measured so far."""
+    results: dict = {}
+    for section, suite in SUITES.items():
+        measured = {row.key: numbers for row in suite if (numbers := _numbers(here, section, row))}
+        if measured:
+            results[section] = {
+                "fd": {key: numbers["frechet"] for key, numbers in measured.items()},
+                "accuracy": {key: numbers["accuracy"] for key, numbers in measured.items()},
+                "diversity": {key: numbers["diversity"] for key, numbers in measured.items()},
+                "fd_real_halves": real_floor(real_data(here.data(section)).features, SEED),
+                "accuracy_real": real_data(here.data(section)).classifier.real_accuracy,
+            }
+    losses = {name: _last_d_loss(here, run) for name, run in (("d_loss_with_ar1", "images/apt"), ("d_loss_without_ar1", "images/apt_without_ar1"))}
+    results["collapse"] = {name: loss for name, loss in losses.items() if loss is not None}
+    results["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
+    return results
+
+
+def _numbers(here: Place, section: str, row: Measured) -> dict | None:
+    file = Path(here.root) / "evaluation" / section / f"{row.key}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _curve(here: Place, run: str) -> list[dict]:
+    file = Path(here.root) / run / "log.jsonl"
+    return read_rows(file) if file.exists() else []
+
+
+def _last_d_loss(here: Place, run: str) -> float | None:
+    """Mean discriminator loss over the last tenth of a run."""
+    losses = [row["d/loss"] for row in _curve(here, run)]
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...], config_text: str) -> Report:
+    """Everything measured so far as a Report."""
+    sections = tuple(_section(here, name) for name in SUITES if (Path(here.data(name)) / "dataset.json").exists())
+    notes = (
+        f"{torch.get_num_threads()} CPU threads. Frechet distances in pixels for images, in 2 x 2 pooled latents for clips; never comparable across the two.",
+        "Diffusion with 25 steps uses guidance 2.0 (50 evaluations); everything else is one or two evaluations without guidance. APT rows use EMA weights.",
+    )
+    return Report("From diffusion model to one-step generator", sections, seconds, config_text, notes, pending)
+
+
+def _section(here: Place, name: str) -> Section:
+    real = real_data(here.data(name))
+    codec, shown = real.shards.codec(), shown_samples(real.shards)
+    folder = Path(here.root) / "evaluation" / name
+    grids = {"real": real.latents[shown]}
+    table = [Row(FLOOR, real_floor(real.features, SEED), real.classifier.real_accuracy, pairwise_diversity(real.features), math.nan, math.nan)]
+    for row in SUITES[name]:
+        if numbers := _numbers(here, name, row):
+            grids[row.title] = load_file(folder / f"{row.key}.safetensors")["latents"]
+            table.append(Row(row.title, numbers["frechet"], numbers["accuracy"], numbers["diversity"], row.nfe, numbers["seconds_per_sample"]))
+    decoded = {title: torch.stack([codec.decode(latent).clamp(-1, 1) for latent in latents]) for title, latents in grids.items()}
+    prompts = tuple(real.shards.captions[i] for i in shown)
+    stages = {"diffusion": f"{name}/flow", "consistency": f"{name}/consistency", "APT": f"{name}/apt"}
+    curves = {stage: rows for stage, run in stages.items() if (rows := _curve(here, run))}
+    return Section(name, prompts, decoded, 4.0, tuple(table), curves, _curve(here, f"{name}/apt_without_ar1"))

@@ -1,0 +1,184 @@
+"""Text encoders: captions to one embedding per sentencepiece token.
+
+Every encoder has `.width`, `.encode(captions) -> [(L_i, width) float32]` with L_i >= 1 and no padding, and `.config_dict()`.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
+from megatron_apt.models.codec import checked_model_folder
+
+MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
+END = "</s>"
+
+
+def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: int = 1024) -> None:
+    """Trains a byte-pair model on captions and writes it to path, by rename.
+
+    Byte-pair merging gives every frequent word a piece of its own, all words when the vocabulary has room; characters never seen become byte
+    pieces, so that any prompt can be encoded. The file depends on the captions and vocab_size only.
+
+    Args:
+        vocab_size: upper limit. 256 byte pieces, 3 special ones and every character of the captions must fit.
+
+    Raises:
+        ValueError: no caption with text, a caption too long, or a vocabulary too small for the characters.
+    """
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
+        raise ValueError("no caption has any text; sentencepiece needs at least one")
+    longest = max(captions, key=lambda caption: len(caption.encode()))
+    if len(longest.encode()) > MAX_CAPTION_BYTES:
+        raise ValueError(f"caption {longest[:40]!r}... has {len(longest.encode())} bytes; shorten it to {MAX_CAPTION_BYTES}")
+    needed = 256 + 3 + len(set("".join(captions))) + 1
+    if vocab_size < needed:
+        raise ValueError(f"vocab_size={vocab_size} does not hold the 256 byte pieces and the characters of these captions; use at least {needed}")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        max_sentence_length=MAX_CAPTION_BYTES,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=3,
+    )
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_bytes(model.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class BuiltinTextEncoder:
+    """A fixed random embedding of sentencepiece pieces; no weights and no training.
+
+    Each piece has its own N(0, 1) row, drawn from (seed, the piece's text). Keyed by text, not by id: two datasets with tokenizers of their own
+    give the same word the same row, so a model may be trained on both. A sinusoidal position is added so that word order can be seen.
+
+    Args:
+        tokenizer: sentencepiece model file.
+        width: width of the embedding.
+        position_scale: amplitude of the position, small beside the rows' unit variance.
+    """
+
+    def __init__(self, tokenizer: str | Path, width: int = 64, seed: int = 0, position_scale: float = 0.1):
+        if width < 2 or width % 2:
+            raise ValueError(f"text width={width} must be even and at least 2: positions are sine and cosine pairs")
+        if not Path(tokenizer).is_file():
+            raise FileNotFoundError(f"{tokenizer} does not exist; give a sentencepiece model file, or let `megatron-apt encode` train one")
+        self.tokenizer, self.width, self.seed, self.position_scale = str(tokenizer), width, seed, position_scale
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(tokenizer).read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{tokenizer} is not a sentencepiece model ({error}); give a file written by sentencepiece") from None
+        self._rows: dict[str, Tensor] = {}
+
+    def config_dict(self) -> dict:
+        return {"kind": "builtin", "tokenizer": self.tokenizer, "width": self.width, "seed": self.seed, "position_scale": self.position_scale}
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One (L, width) float32 tensor per caption; the empty caption is the single piece </s>."""
+        embeddings = []
+        for pieces in self._pieces.encode(list(captions), out_type=str):
+            rows = torch.stack([self._row(piece) for piece in pieces or [END]])
+            embeddings.append(rows + self.position_scale * self._positions(len(rows)))
+        return embeddings
+
+    def _row(self, piece: str) -> Tensor:
+        if piece not in self._rows:
+            key = derive_key(self.seed, "text embedding", piece)
+            self._rows[piece] = keyed_normal(key, torch.zeros(1, dtype=torch.int64), self.width)[0]
+        return self._rows[piece]
+
+    def _positions(self, length: int) -> Tensor:
+        rates = torch.exp(torch.arange(0, self.width, 2) * (-math.log(10000.0) / self.width))
+        angles = torch.arange(length)[:, None] * rates
+        return torch.cat((angles.sin(), angles.cos()), dim=1).float()
+
+
+class HuggingFaceTextEncoder:
+    """T5EncoderModel or UMT5EncoderModel from a local folder, chosen by its config.json, with the tokenizer beside it.
+
+    Args:
+        path: folder with config.json, *.safetensors and the tokenizer's files (spiece.model or tokenizer.json). Nothing is downloaded, no pickle is read.
+        max_length: captions are cut to this many tokens, </s> included.
+        dtype: "float32" or "bfloat16", of the model; embeddings are float32.
+    """
+
+    def __init__(self, path: str | Path, max_length: int = 512, device: str = "cpu", dtype: str = "float32"):
+        import transformers  # seconds to import, and only this encoder needs it
+
+        model_type = read_model_type(path)
+        folder = checked_model_folder(path, model_type)
+        if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+            raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer into the same folder")
+        self.path, self.max_length, self.dtype = str(path), max_length, dtype
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model_class = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[model_type]
+        model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+        self._model = model.to(device).eval().requires_grad_(False)
+        self.width = self._model.config.d_model
+
+    def config_dict(self) -> dict:
+        return {"kind": "huggingface", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One (L, width) float32 CPU tensor per caption, padding dropped; the empty caption is the single token </s>."""
+        if not captions:
+            return []
+        tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        tokens = tokens.to(self._model.device)
+        states = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float().cpu()
+        return [state[mask.bool()] for state, mask in zip(states, tokens.attention_mask.cpu(), strict=True)]
+
+
+def read_model_type(path: str | Path) -> str:
+    """ "t5" or "umt5", from the folder's config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: no config.json, or one of another model.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give a local folder with a T5 or UMT5 encoder, or text='builtin'")
+    model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in ("t5", "umt5"):
+        raise ValueError(f"{file}: model_type={model_type!r}; only 't5' and 'umt5' are supported")
+    return model_type
+
+
+def load_text_encoder(config: dict, device: str = "cpu") -> BuiltinTextEncoder | HuggingFaceTextEncoder:
+    """The encoder whose config_dict() this is.
+
+    Raises:
+        ValueError: unknown kind or setting.
+    """
+    settings = dict(config)
+    kind = settings.pop("kind", None)
+    try:
+        if kind == "builtin":
+            return BuiltinTextEncoder(**settings)
+        if kind == "huggingface":
+            return HuggingFaceTextEncoder(**settings, device=device)
+    except TypeError as error:
+        raise ValueError(f"text encoder {kind}: {error}; settings given: {settings}") from None
+    raise ValueError(f"text encoder kind={kind!r} is unknown; use 'builtin' or 'huggingface'")

@@ -1,0 +1,117 @@
+"""Samples from a checkpoint: loads the generator with the codec and text encoder of the data it was trained on."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_apt import media
+from megatron_apt.checkpoint import store
+from megatron_apt.config import ParallelConfig
+from megatron_apt.data.shards import LatentShards
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.networks import load_weights
+from megatron_apt.parallel import startup
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.sampling import Sampler, sample_noise
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A generator ready to sample.
+
+    Attributes:
+        model: the network, in evaluation of one checkpoint's weights.
+        text_length: padding its captions were trained with.
+        shards: encoded datasets of its run.
+        two_step_t: where the two-step procedure returns to noise.
+    """
+
+    model: MMDiT
+    text_length: int
+    shards: tuple[str, ...]
+    two_step_t: float
+
+
+def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
+    """The generator of a run folder or iteration-* folder.
+
+    Raises:
+        CheckpointError: nothing there, or it has no such weights.
+    """
+    state = store.read_state(store.resolve(checkpoint))
+    if weights == "ema" and not state["ema"]:
+        raise store.CheckpointError(f"{checkpoint}: was trained without EMA (optimizer.ema=0); use --weights raw")
+    config = state["config"]
+    model = MMDiT(model_config(config["model"]), mesh).to(mesh.device)
+    load_weights(f"{checkpoint}:{weights}", model, mesh)
+    data = config["data"]
+    return Loaded(model.eval().requires_grad_(False), data["text_length"], tuple(data["shards"]), config["apt"]["two_step_t"])
+
+
+def model_config(stored: dict) -> ModelConfig:
+    """ModelConfig from its JSON form."""
+    return ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+
+
+def sample_latents(loaded: Loaded, mesh: Mesh, texts: list[Tensor], negative: Tensor, shape, ids: Tensor, seed: int, config) -> Tensor:
+    """Latents (n, C, F, H, W) of these texts; sample i starts from the noise of (seed, ids[i]). `config` is a SampleConfig."""
+    condition = Condition.pack(texts, loaded.text_length).to(mesh.device)
+    sampler = Sampler(loaded.model, mesh, condition, Condition.pack([negative], loaded.text_length).repeat(len(texts)).to(mesh.device))
+    z = sample_noise(seed, ids.to(mesh.device), shape)
+    if config.steps == 1 and not config.euler and config.guidance == 1.0:
+        return sampler.one_step(z)
+    if config.steps == 2 and not config.euler and config.guidance == 1.0:
+        return sampler.two_steps(z, sample_noise(seed, ids.to(mesh.device), shape, "renoise"), loaded.two_step_t)
+    return sampler.euler(z, config.steps, config.guidance)
+
+
+def sample_to_files(config) -> list[Path]:
+    """Runs `megatron-apt sample`; returns the files written: one per sample, and a grid for pictures.
+
+    Args:
+        config: cli.SampleConfig.
+    """
+    if config.steps < 1:
+        raise ValueError(f"steps={config.steps}: give at least 1")
+    mesh = startup.start(ParallelConfig())
+    loaded = load_generator(config.checkpoint, mesh, config.weights)
+    dataset = LatentShards(config.dataset or loaded.shards[0])
+    codec, encoder = dataset.codec(), dataset.text_encoder()
+    shape = (dataset.shapes[0][0], *(config.size or dataset.shapes[0][1:]))
+    prompts = config.prompts or tuple(dict.fromkeys(dataset.captions))[:8]
+    negative = encoder.encode([config.negative_prompt])[0]
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    files, pictures = [], []
+    for seed, prompt in itertools.product(config.seeds, prompts):
+        # A prompt's noise depends on its seed alone, so samples of one seed can be compared across prompts and checkpoints.
+        latent = sample_latents(loaded, mesh, encoder.encode([prompt]), negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
+        frames = codec.decode(latent[0].cpu()).clamp(-1, 1)
+        path = out / f"{_file_name(prompt)}-seed{seed}.{config.format}"
+        _write(frames, path, config)
+        files.append(path)
+        pictures.append(frames)
+    if config.format == "png" and len(pictures) > 1:
+        grid = out / "grid.png"
+        media.save_png_grid(torch.stack([p[:, 0] for p in pictures]), grid, columns=len(prompts), scale=config.scale)
+        files.append(grid)
+    print("\n".join(map(str, files)))
+    return files
+
+
+def _file_name(prompt: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in prompt)[:80].strip("-") or "empty"
+
+
+def _write(frames: Tensor, path: Path, config) -> None:
+    """(3, F, H, W) in [-1, 1] as the format asked for; a PNG shows the frames side by side."""
+    if config.format == "mp4":
+        media.save_mp4(frames, path, fps=config.fps, scale=config.scale)
+    elif config.format == "gif":
+        media.save_gif(frames[None], path, fps=config.fps, columns=1, scale=config.scale)
+    else:
+        media.save_png_grid(frames.transpose(0, 1), path, columns=frames.shape[1], scale=config.scale)
