@@ -9,7 +9,7 @@ from torch import Tensor
 
 def interpolate(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x + t z."""
-    return x + t * (z - x)
+    return (1 - t) * x + t * z
 
 
 def velocity_target(x: Tensor, z: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Samplers: Euler with guidance, one step, two steps. Functions of a velocity network; noise is keyed by (seed, sample)."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Sampler:
         """N Euler steps from t = 1 to 0 on the grid shift(n / N, s). One step without guidance is z - v."""
         times = [shift(n / steps, s) for n in range(steps, -1, -1)]
         x = z
-        for t, following in zip(times[:-1], times[1:], strict=True):
+        for t, following in itertools.pairwise(times):
             x = x + (following - t) * self.velocity(x, t, guidance_scale)
         return x
 

@@ -20,8 +20,8 @@ def numbered_frames(count: int, height: int = 64, width: int = 96) -> np.ndarray
 
 
 def frame_number(picture: np.ndarray) -> int:
-    """The number coded in an (H, W, 3) picture of any range whose middle separates the bits."""
-    middle = (picture.max() + picture.min()) / 2
+    """The number coded in an (H, W, 3) picture."""
+    middle = (int(picture.max()) + int(picture.min())) / 2
     return sum(int(picture[4:12, bit * CELL + 2 : (bit + 1) * CELL - 2].mean() > middle) << bit for bit in range(8))
 
 

@@ -98,8 +98,6 @@ def save_t5(folder, tokenizer, kind):
     }[kind]
     model(config(**sizes, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
     shutil.copy(tokenizer, folder / "spiece.model")
-    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("kind", ["t5", "umt5"])
@@ -121,6 +119,21 @@ def test_hugging_face_encoders(tokenizer, tmp_path, kind):
         torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-4)
     (cut,) = HuggingFaceTextEncoder(tmp_path, max_length=3).encode(captions[:1])
     assert len(cut) == 3
+
+
+def test_tokenizer_json_alone_is_enough(tokenizer, tmp_path):
+    import tokenizers
+
+    save_t5(tmp_path, tokenizer, "t5")
+    with_pieces = HuggingFaceTextEncoder(tmp_path).encode(["one two"])[0]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
+    fast = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", pieces.eos_id())])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "spiece.model").unlink()
+    torch.testing.assert_close(HuggingFaceTextEncoder(tmp_path).encode(["one two"])[0], with_pieces)
 
 
 def test_hugging_face_folder_problems(tokenizer, tmp_path):

@@ -72,7 +72,7 @@ def probe(path: str | Path) -> VideoInfo:
                 raise RejectedInput(path, "streams", "no video stream", "remove the file or give one with video")
             stream = container.streams.video[0]
             packets = [p for p in container.demux(stream) if p.size]
-            promised = _promised_frames(container, stream)
+            promised, length = stream.frames, _promised_length(container)  # frames: 0 where the format does not say
             codec, time_base, frame_bytes = stream.codec_context.name, float(stream.time_base or 0), 3 * stream.width * stream.height
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, RejectedInput):
@@ -82,22 +82,22 @@ def probe(path: str | Path) -> VideoInfo:
     if not stamps or None in stamps:
         raise RejectedInput(path, "frames", f"{len(stamps)} with a timestamp missing" if stamps else 0, "re-encode the file, for example to mp4")
     pts = np.unique(np.array(stamps, dtype=np.int64))
-    # Players forgive a few frames; a file cut off by a broken download lacks more. DALI would pad the missing ones without a word.
-    if promised - len(packets) > max(2, 0.05 * promised) or any(p.is_corrupt for p in packets):
-        raise RejectedInput(path, "frames", f"{len(packets)} readable of {promised} promised", "the file is truncated or damaged; fetch it again")
     times = (pts - pts[0]) * time_base
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    return VideoInfo(path, codec, frame_bytes, pts, times, interval, hidden=len(packets) - len(pts))
+    gaps = np.diff(times)
+    info = VideoInfo(path, codec, frame_bytes, pts, times, float(np.median(gaps)) if len(gaps) else 0.0, hidden=len(packets) - len(pts))
+    # DALI would pad what is missing without a word. Players forgive a few frames; a file cut off by a broken download lacks more.
+    damaged = "the file is truncated or damaged; fetch it again"
+    if promised - len(packets) > max(2, 0.05 * promised) or any(p.is_corrupt for p in packets):
+        raise RejectedInput(path, "frames", f"{len(packets)} readable of {promised}", damaged)
+    end = max(times[-1], pts[-1] * time_base) + info.interval
+    if length - end > max(0.05 * length, 1.5 * gaps.max(initial=0.0), 2 * info.interval):
+        raise RejectedInput(path, "duration", f"frames until {end:.3f} s of {length:.3f} s", damaged)
+    return info
 
 
-def _promised_frames(container: av.container.InputContainer, stream: av.VideoStream) -> int:
-    """How many frames the header announces; 0 where it does not say."""
-    if stream.frames:
-        return stream.frames
-    # Matroska has only the length of the whole file, which says nothing about the video when sound may run longer.
-    if container.duration and stream.average_rate and len(container.streams) == 1:
-        return round(container.duration / av.time_base * stream.average_rate)
-    return 0
+def _promised_length(container: av.container.InputContainer) -> float:
+    """Seconds the header announces; 0 where it does not say for the video alone: sound may run longer than the picture."""
+    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
 
 
 def choose_frames(info: VideoInfo, frames: int, stride: int = 1, fps: float = 0.0, start: float = 0.0) -> list[int]:

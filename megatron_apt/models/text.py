@@ -7,10 +7,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -128,14 +129,12 @@ class HuggingFaceTextEncoder:
 
         model_type = read_model_type(path)
         folder = checked_model_folder(path, model_type)
-        if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-            raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer into the same folder")
         self.path, self.max_length, self.dtype = str(path), max_length, dtype
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[model_type]
         model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
         self._model = model.to(device).eval().requires_grad_(False)
         self.width = self._model.config.d_model
+        self._tokenize = read_tokenizer(folder)
 
     def config_dict(self) -> dict:
         return {"kind": "huggingface", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
@@ -145,10 +144,32 @@ class HuggingFaceTextEncoder:
         """One (L, width) float32 CPU tensor per caption, padding dropped; the empty caption is the single token </s>."""
         if not captions:
             return []
-        tokens = self._tokenizer(list(captions), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        tokens = tokens.to(self._model.device)
-        states = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float().cpu()
-        return [state[mask.bool()] for state, mask in zip(states, tokens.attention_mask.cpu(), strict=True)]
+        config = self._model.config
+        ids = [[*self._tokenize(caption)[: self.max_length - 1], config.eos_token_id] for caption in captions]
+        lengths = torch.tensor([len(row) for row in ids])
+        padded = torch.full((len(ids), int(lengths.max())), config.pad_token_id)
+        for row, values in zip(padded, ids, strict=True):
+            row[: len(values)] = torch.tensor(values)
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        device = self._model.device
+        states = self._model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+        return [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
+
+
+def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
+    """A function from a caption to its ids, without </s>.
+
+    Read with the tokenizer libraries themselves: what transformers makes of a folder with spiece.model alone depends on its version.
+
+    Raises:
+        FileNotFoundError: neither file in the folder.
+    """
+    if (folder / "spiece.model").is_file():
+        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode
+    if (folder / "tokenizer.json").is_file():
+        fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return lambda caption: fast.encode(caption, add_special_tokens=False).ids
+    raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer into the same folder")
 
 
 def read_model_type(path: str | Path) -> str:

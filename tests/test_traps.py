@@ -1,0 +1,139 @@
+"""The seven traps of adversarial post-training seen in public code, one test each (method: APT, section 3.3 to 3.5)."""
+
+import pytest
+import torch
+from problems import IMAGES, MIXED, build, microbatch, model_config, phase_gradients, run_config
+
+from megatron_apt.config import AptConfig
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
+from megatron_apt.models.discriminator import head_blocks
+from megatron_apt.pipeline.actions import alternate
+from megatron_apt.pipeline.execute import frozen
+
+F64 = model_config(dtype="float64")
+
+
+def run_phase(method, executor, index, batch):
+    phase = method.phases[index]
+    return executor.run(phase, [a for a in alternate(phase, 1) if a.kind != "STEP"], [batch.for_phase(phase.name)], lambda role: None)
+
+
+def test_1_a_sample_and_its_perturbation_share_label_condition_dropout_and_packing(mesh):
+    apt = AptConfig(ar1_sigma=0.1, condition_dropout=0.5, timestep_shift=12.0)
+    method, _, _ = build(run_config(model=F64, apt=apt), mesh)
+    batch = microbatch(mesh, MIXED, F64, (3, 1, 6, 4)).for_phase("d")
+    inputs = method.phases[1].branches[0].segments[0].feed(batch, [])
+    n = len(MIXED)
+    assert torch.equal(inputs.t[:n], inputs.t[n:])
+    assert len(set(inputs.t[:n].tolist())) == n, "one label per sample, not one per pack"
+    assert inputs.condition.lengths[:n] == inputs.condition.lengths[n:]
+    first, second = inputs.condition.tokens.chunk(2)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, batch.condition.tokens) or inputs.condition.lengths[:n] != batch.condition.lengths, "dropout took no caption"
+    assert inputs.layout.grids[:n] == inputs.layout.grids[n:]
+    x, perturbed = inputs.x.chunk(2)
+    assert torch.equal(x, batch.x)
+    assert float((perturbed - x).std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_2_gradients_flow_through_both_terms_of_ar1(mesh):
+    # With the perturbed term cut off, the gradient of (D(x) - D(x'))^2 would be 2 (D(x) - D(x')) grad D(x) alone.
+    config = run_config(model=F64, apt=AptConfig(ar1_lambda=1e6, ar1_sigma=0.1))
+    method, networks, executor = build(config, mesh)
+    batch = microbatch(mesh, IMAGES, F64).for_phase("d")
+    run_phase(method, executor, 1, batch)
+    flat, d = networks["discriminator"].flat, networks["discriminator"].module
+    ours = flat.grad.clone()
+
+    def gradient(cut: bool):
+        flat.zero_grad()
+        t = batch.uniform("t_real")
+        clean, noisy = (d(x, t, batch.condition, batch.layout) for x in (batch.x, batch.x + 0.1 * batch.noise("ar1")))
+        (1e6 * (clean - (noisy.detach() if cut else noisy)).square().mean()).backward()
+        return flat.grad.clone()
+
+    both, one = gradient(cut=False), gradient(cut=True)
+    assert (ours - both).norm() < 1e-3 * both.norm()  # what remains is the adversarial loss, a millionth of the weight
+    assert (ours - one).norm() > 0.5 * both.norm()
+
+
+def test_3_the_g_step_goes_through_d_but_gives_its_weights_nothing(mesh):
+    method, networks, executor = build(run_config(model=F64), mesh)
+    batch = microbatch(mesh, IMAGES, F64)
+    run_phase(method, executor, 0, batch)
+    assert not networks["discriminator"].flat.grad.any()
+    assert networks["generator"].flat.grad.any()
+    # No weight-gradient product is even part of the graph.
+    d = networks["discriminator"].module
+    with frozen(d):
+        x = batch.x.clone().requires_grad_(True)
+        logits = d(x, batch.times(0.5), batch.condition, batch.layout)
+    assert leaves(logits) == {id(x)}
+    assert all(p.requires_grad for p in d.parameters())
+
+
+def leaves(tensor: torch.Tensor) -> set[int]:
+    """ids of the tensors whose gradients a backward from here would accumulate."""
+    found, stack, seen = set(), [tensor.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack += [child for child, _ in node.next_functions]
+    return found
+
+
+def test_4_head_layers_come_from_configuration_and_depth():
+    paper = (16 / 36, 26 / 36, 1.0)
+    assert head_blocks(paper, 36) == (16, 26, 36)
+    assert head_blocks((14 / 18, 16 / 18, 1.0), 18) == (14, 16, 18)  # Figure 6: half depth
+    assert head_blocks((18 / 26, 22 / 26, 1.0), 26) == (18, 22, 26)
+    assert head_blocks((1.0,), 36) == (36,)
+    assert head_blocks(paper, 6) == (3, 4, 6)
+    with pytest.raises(ValueError, match="some twice"):
+        head_blocks(paper, 2)
+
+
+def test_5_the_whole_discriminator_trains_unless_told_otherwise(mesh):
+    gradients = phase_gradients(run_config(model=F64), mesh, IMAGES)["d"]["gradients"]
+    backbone = {name: g for name, g in gradients.items() if name.startswith("backbone.")}
+    assert len(backbone) > 20
+    assert all(g.any() for g in backbone.values())
+    frozen_backbone = phase_gradients(run_config(model=F64, apt=AptConfig(train_backbone=False)), mesh, IMAGES)["d"]["gradients"]
+    assert frozen_backbone
+    assert not any(name.startswith("backbone.") for name in frozen_backbone)
+    # The generator still learns through a frozen backbone.
+    assert any(g.any() for g in phase_gradients(run_config(model=F64, apt=AptConfig(train_backbone=False)), mesh, IMAGES)["g"]["gradients"].values())
+
+
+@pytest.mark.parametrize("cuts", [(5,), (1, 2), (3, 10, 16)])
+def test_6_the_head_softmax_is_one_softmax_over_all_tokens_of_a_sample(cuts):
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 17, 3, 8, generator=generator, dtype=torch.float64)
+    k = 30 * k  # sharp attention, where separate softmaxes would be far off
+    q = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    weights = torch.softmax(torch.einsum("hk,nshk->nhs", q, k) / 8**0.5, dim=-1)
+    want = torch.einsum("nhs,nshk->nhk", weights, v)
+    bounds = [0, *cuts, 17]
+    parts = [learnable_query_attention(q, k[:, a:b], v[:, a:b], None, 2) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    top = torch.stack([p[0] for p in parts]).amax(0)
+    total = sum(p[1] * torch.exp(p[0] - top) for p in parts)
+    acc = sum(p[2] * torch.exp(p[0] - top).unsqueeze(-1) for p in parts)
+    assert torch.allclose(acc / total.unsqueeze(-1), want, rtol=1e-12, atol=1e-14)
+
+
+def test_7_under_packing_a_head_attends_within_its_own_sample(mesh):
+    _, networks, _ = build(run_config(model=F64), mesh)
+    d = networks["discriminator"].module
+    batch = microbatch(mesh, MIXED, F64, (3, 1, 6, 4))
+    assert not batch.layout.visual.uniform
+    t = batch.uniform("t")
+    before = d(batch.x, t, batch.condition, batch.layout)
+    other = batch.x.clone()
+    other[batch.layout.visual.sample == 1] += 10.0
+    after = d(other, t, batch.condition, batch.layout)
+    changed = (before - after).abs() > 1e-12
+    assert changed.tolist() == [False, True, False, False]
