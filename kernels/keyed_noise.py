@@ -23,7 +23,7 @@ def derive_key(*parts: int | str) -> int:
 
 def _philox(key: int, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Four uint32 words (held in int64) per counter; `low`, `high` are the counter's 64-bit halves, below 2**63."""
-    c0, c1, c2, c3 = low & _MASK, low >> 32, high & _MASK, high >> 32
+    c0, c1, c2, c3 = low & _MASK, (low >> 32) & _MASK, high & _MASK, (high >> 32) & _MASK
     k0, k1 = key & _MASK, key >> 32
     for _ in range(10):
         # 32 x 32 -> 64 bit products wrap in int64, but the two halves read from them are right: >> is made logical by the mask.
@@ -42,10 +42,10 @@ def _words(key: int, sample_ids: torch.Tensor, count: int, start: int) -> tuple[
 
 
 def keyed_uniform(key: int, sample_ids: torch.Tensor, count: int, start: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Uniform numbers in (0, 1) with 24 random bits: entries start .. start + count of each sample's stream, (n, count)."""
+    """Uniform numbers in (0, 1) with 23 random bits, so that no rounding to fp32 reaches 0 or 1: entries start .. start + count of each sample's stream, (n, count)."""
     words = torch.stack(_words(key, sample_ids, count, start), dim=-1).flatten(1)
     offset = start % 4
-    return (((words[:, offset : offset + count] >> 8).to(torch.float64) + 0.5) * 2.0**-24).to(dtype)
+    return (((words[:, offset : offset + count] >> 9).to(torch.float64) + 0.5) * 2.0**-23).to(dtype)
 
 
 def keyed_normal(key: int, sample_ids: torch.Tensor, count: int, start: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -56,7 +56,7 @@ def keyed_normal(key: int, sample_ids: torch.Tensor, count: int, start: int = 0,
         sample_ids: (n,) int64, non-negative; equal ids give equal rows.
     """
     w0, w1, w2, w3 = _words(key, sample_ids, count, start)
-    radius = lambda w: torch.sqrt(-2.0 * torch.log(((w >> 8).to(torch.float32) + 0.5) * 2.0**-24))  # noqa: E731
+    radius = lambda w: torch.sqrt(-2.0 * torch.log(((w >> 9).to(torch.float32) + 0.5) * 2.0**-23))  # noqa: E731
     angle = lambda w: (w >> 8).to(torch.float32) * (2.0 * math.pi * 2.0**-24)  # noqa: E731
     r0, r1, a0, a1 = radius(w0), radius(w2), angle(w1), angle(w3)
     normal = torch.stack((r0 * torch.cos(a0), r0 * torch.sin(a0), r1 * torch.cos(a1), r1 * torch.sin(a1)), dim=-1).flatten(1)

@@ -37,7 +37,11 @@ def load_recipe(spec: str) -> RunConfig:
         raise ValueError(f"recipe {spec!r}: give FILE.py:FUNCTION, for example examples/tiny.py:image")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    sys.path.insert(0, str(Path(file).resolve().parent))  # recipes may build on their neighbours, as with plain python
+    try:
+        module_spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     recipe = getattr(module, name, None)
     if not callable(recipe):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__)

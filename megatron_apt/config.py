@@ -33,13 +33,16 @@ class DataConfig:
     shards: tuple[str, ...] = ()
     """Folders written by `megatron-apt encode`; several are mixed, e.g. images and videos."""
     weights: tuple[int, ...] = ()
-    """How many microbatches of each folder stand in one turn of the mixture; empty: one of each."""
+    """How many blocks of each folder stand in one turn of the mixture; empty: one of each."""
+    block: int = 32
+    """Samples that follow each other from one folder. A microbatch cut from one block is of one kind, which is fastest; other cuts are packed."""
     text_length: int = 0
     """Pad or cut captions to this many tokens; 0 keeps each caption's own length."""
 
     def __post_init__(self):
         weights = self.weights or (1,) * len(self.shards)
         _check(len(weights) == len(self.shards), "data.weights", self.weights, f"give one weight for each of the {len(self.shards)} folders")
+        _check(self.block >= 1, "data.block", self.block, "must be at least 1")
         _check(all(w >= 1 for w in weights), "data.weights", self.weights, "weights are whole numbers of at least 1")
 
 

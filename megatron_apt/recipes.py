@@ -88,7 +88,7 @@ def video_flow(place: Place = Place()) -> RunConfig:
         iterations=place.updates(1500),
         global_batch=96,
         micro_batch=48,
-        data=DataConfig(shards=(place.data("videos"), place.data("images")), weights=(5, 1), text_length=5),
+        data=DataConfig(shards=(place.data("videos"), place.data("images")), weights=(5, 1), text_length=5, block=48),
         init=InitConfig(generator=base.output),
     )
 

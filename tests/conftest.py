@@ -33,3 +33,21 @@ def ranks():
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory):
+    """Folders of 40 encoded digits and 24 encoded clips, made by the real encoder."""
+    from megatron_apt.data import digits
+    from megatron_apt.data.encode import EncodeConfig, encode
+    from megatron_apt.models.text import train_sentencepiece
+
+    root = tmp_path_factory.mktemp("digits")
+    tokenizer = str(root / "tokenizer.model")
+    train_sentencepiece([f"a handwritten {w} moving {d}" for w in digits.WORDS for d in digits.DIRECTIONS], tokenizer, vocab_size=64)
+    codec = {"pixel_channels": 1, "pixel_shift": -0.55, "pixel_scale": 1.3, "tokenizer": tokenizer, "text_width": 8}
+    images = digits.write_digit_images(root / "images-files", count=40)
+    clips = digits.write_digit_clips(root / "clips-files", count=24)
+    encode(EncodeConfig(str(images), str(root / "images"), frames=1, height=8, width=8, **codec), progress=False)
+    encode(EncodeConfig(str(clips), str(root / "videos"), frames=5, height=8, width=16, **codec), progress=False)
+    return root

@@ -32,7 +32,7 @@ class Batches:
         for path, source in zip(data.shards, self.sources, strict=True):
             self._check(path, source)
         weights = data.weights or (1,) * len(self.sources)
-        self.order = SampleOrder([len(s) for s in self.sources], weights, micro_batch, seed)
+        self.order = SampleOrder([len(s) for s in self.sources], weights, data.block, seed)
 
     def _check(self, path: str, source: LatentShards) -> None:
         for shape in set(source.shapes):

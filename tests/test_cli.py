@@ -1,0 +1,142 @@
+"""The command line: recipes, overrides, readable errors, samples on disk."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_train import config
+
+from megatron_apt.cli import load_recipe, main
+from megatron_apt.config import ParallelConfig, RunConfig, check_fits
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.train import train
+
+
+def fails(argv, capsys=None) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    return str(stopped.value.code)
+
+
+@pytest.fixture
+def recipe(tmp_path, datasets):
+    file = tmp_path / "recipe.py"
+    file.write_text(
+        "from pathlib import Path\nfrom test_train import config\n"
+        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path / 'out')!r}, 'flow', iterations=2, log_every=1)\n"
+        "def wrong():\n    return 3\n"
+    )
+    return str(file)
+
+
+def test_train_and_sample(recipe, tmp_path, capsys):
+    main(["train", f"{recipe}:run", "--optimizer.lr", "0.002"])
+    shown = capsys.readouterr().out
+    assert "flow 1/2" in shown and "flow 2/2" in shown and "loss" in shown
+    out = tmp_path / "pictures"
+    main(["sample", str(tmp_path / "out"), "--prompts", "a handwritten seven", "a handwritten two", "--seeds", "0", "1", "--out", str(out), "--scale", "2"])
+    files = sorted(p.name for p in out.iterdir())
+    assert files == sorted([f"a-handwritten-{w}-seed{s}.png" for w in ("seven", "two") for s in (0, 1)] + ["grid.png"])
+    assert Image.open(out / "grid.png").size[0] >= 2 * 16
+    main(["sample", str(tmp_path / "out"), "--size", "2", "8", "16", "--format", "gif", "--steps", "2", "--weights", "raw", "--out", str(out)])
+    assert len(list(out.glob("*.gif"))) > 0
+    assert Image.open(next(out.glob("*.gif"))).n_frames == 5
+
+
+def test_unknown_fields_are_named(recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", f"{recipe}:run", "--apt.lamda", "3"])
+    assert "--apt.lamda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fly"], "no command 'fly'"),
+        (["train"], "usage: megatron-apt train"),
+        (["train", "nowhere.py:run"], "give FILE.py:FUNCTION"),
+        (["sample", "nowhere"], "no checkpoint there"),
+    ],
+)
+def test_mistakes_get_one_message(argv, message):
+    assert message in fails(argv)
+
+
+def test_recipe_mistakes_get_one_message(recipe):
+    assert "has no function 'walk'" in fails(["train", f"{recipe}:walk"])
+    assert "not a RunConfig" in fails(["train", f"{recipe}:wrong"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iterations": -1}, "iterations=-1"),
+        ({"global_batch": 10, "micro_batch": 4}, "global_batch=10"),
+        ({"parallel": ParallelConfig(tp=3)}, r"model\.heads=4 do not split over parallel\.tp=3"),
+        ({"parallel": ParallelConfig(tp=2, cp=4)}, r"leaves 2 heads, which do not split over parallel\.cp=4"),
+    ],
+)
+def test_configurations_that_cannot_work_name_field_and_remedy(change, message):
+    with pytest.raises(ValueError, match=message):
+        check_fits(replace(RunConfig(model=ModelConfig()), **change))
+
+
+def test_the_papers_examples_build():
+    examples = Path(__file__).parents[1] / "examples"
+    for name in ("image", "video"):
+        for stage in ("flow", "consistency", "apt"):
+            check_fits(load_recipe(f"{examples}/{name}.py:{stage}"))
+    apt = load_recipe(f"{examples}/image.py:apt")
+    assert (apt.optimizer.kind, apt.optimizer.alpha, apt.optimizer.ema, apt.apt.ar1_lambda, apt.apt.ar1_sigma) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
+
+
+@pytest.mark.dist
+def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
+    """The command of the README, on two tensor-parallel processes and on one."""
+    file = tmp_path / "recipe.py"
+    here = str(__file__).rsplit("/", 1)[0]
+    file.write_text(
+        f"import sys; sys.path.insert(0, {here!r})\nfrom pathlib import Path\nfrom test_train import config\n"
+        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path)!r} + '/out', iterations=3, log_every=1)\n"
+    )
+    printed = []
+    for launcher, options in (([], []), (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], ["--parallel.tp", "2"])):
+        output = ["--output", str(tmp_path / f"run{len(printed)}")]
+        command = [sys.executable, "-m", *launcher, "megatron_apt", "train", f"{file}:run", *options, *output]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        printed.append([line.rsplit("  ", 1)[0] for line in result.stdout.splitlines() if line.startswith("apt ")])
+    assert len(printed[0]) == 3
+    assert printed[0] == printed[1]
+
+
+def test_start_up_refuses_a_mesh_that_does_not_fit(mesh):
+    from megatron_apt.parallel import startup
+
+    with pytest.raises(ValueError, match="tp=2 x cp=1 x pp=1 = 2 ranks do not divide the 1 processes"):
+        startup.start(ParallelConfig(tp=2))
+    with pytest.raises(ValueError, match=r"parallel\.tp=0"):
+        ParallelConfig(tp=0)
+
+
+def test_placement_reads_torchrun_and_srun(monkeypatch):
+    from megatron_apt.parallel.startup import _placement
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not a step
+    assert _placement() == (0, 1, 0)
+    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1")):
+        monkeypatch.setenv(name, value)
+    assert _placement() == (9, 16, 1)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert _placement() == (3, 4, 3)
+
+
+def test_weights_and_biases_is_asked_for_by_name(mesh, datasets, tmp_path):
+    with pytest.raises(ImportError, match=r"wandb='project'.*not installed"):
+        train(config(datasets, tmp_path, "flow", wandb="project", iterations=1), mesh)

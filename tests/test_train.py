@@ -1,0 +1,260 @@
+"""Training end to end on a few real digits: resume, chains of stages, accumulation, data-parallel ranks, guards."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from problems import model_config
+
+from megatron_apt.checkpoint import store
+from megatron_apt.config import AptConfig, DataConfig, GuardConfig, InitConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.log import read_rows
+from megatron_apt.networks import BadGradient
+from megatron_apt.pipeline.execute import BadLoss
+from megatron_apt.train import Collapse, Trainer, train
+
+METHODS = ["flow", "consistency", "apt"]
+
+
+def config(datasets, output, method="apt", **changes) -> RunConfig:
+    base = RunConfig(
+        method=method,
+        output=str(output),
+        iterations=6,
+        global_batch=8,
+        micro_batch=4,
+        model=model_config(latent_channels=4),
+        data=DataConfig(shards=(str(datasets / "images"), str(datasets / "videos")), weights=(1, 1), text_length=5, block=4),
+        optimizer=OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9),
+        apt=AptConfig(ar1_lambda=10.0),
+        tensorboard=False,
+    )
+    return replace(base, **changes)
+
+
+def rows(output) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(Path(output) / "log.jsonl")]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {key: tensor.data.clone() for network in trainer.networks.values() for key, tensor in network.sharded_state().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(mesh, datasets, tmp_path, method):
+    straight = config(datasets, tmp_path / "straight", method)
+    train(straight, mesh)
+    broken = config(datasets, tmp_path / "broken", method, save_every=3)
+
+    def stop_at_5(iteration, values):
+        if iteration == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, mesh, stop_at_5)
+    train(broken, mesh)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "straight")
+    a, b = state(Trainer(straight, mesh)), state(Trainer(broken, mesh))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(".ema." in key for key in a) and any(".optimizer.square." in key for key in a)
+
+
+def test_stages_start_from_each_other(mesh, datasets, tmp_path):
+    flow = config(datasets, tmp_path / "flow", "flow", iterations=2)
+    train(flow, mesh)
+    distilled = config(datasets, tmp_path / "distilled", "consistency", iterations=2, init=InitConfig(diffusion=flow.output))
+    train(distilled, mesh)
+    apt = config(datasets, tmp_path / "apt", init=InitConfig(generator=f"{distilled.output}:raw", diffusion=flow.output))
+    trainer = Trainer(apt, mesh)
+    got = state(trainer)
+    stored = {key: t.data for n in Trainer(distilled, mesh).networks.values() for key, t in n.sharded_state().items()}
+    diffusion = {key: t.data for n in Trainer(flow, mesh).networks.values() for key, t in n.sharded_state().items()}
+    for key, value in got.items():
+        if key.startswith("generator.") and "ema" not in key and "optimizer" not in key:
+            assert torch.equal(value, stored[key]), key
+        if key.startswith("discriminator.backbone."):
+            assert torch.equal(value, diffusion["generator.ema." + key.removeprefix("discriminator.backbone.")]), key
+
+
+def test_the_ablation_takes_the_distilled_weights(mesh, datasets, tmp_path):
+    flow = config(datasets, tmp_path / "flow", "flow", iterations=1)
+    train(flow, mesh)
+    distilled = config(datasets, tmp_path / "distilled", "consistency", iterations=2, init=InitConfig(diffusion=flow.output))
+    train(distilled, mesh)
+    init = InitConfig(generator=distilled.output, diffusion=flow.output)
+    networks = Trainer(config(datasets, tmp_path / "apt", apt=AptConfig(discriminator_init="distilled"), init=init), mesh).networks
+    ours, generator = dict(networks["discriminator"].module.backbone.named_parameters()), dict(networks["generator"].module.named_parameters())
+    assert all(torch.equal(p, generator[name]) for name, p in ours.items())
+
+
+ABLATIONS = {
+    "aR1 off": AptConfig(ar1_lambda=0.0),
+    "last-layer head": AptConfig(head_layers=(1.0,)),
+    "two thirds of the depth": AptConfig(discriminator_depth=2 / 3, head_layers=(0.5, 1.0)),
+    "a third of the depth": AptConfig(discriminator_depth=1 / 3, head_layers=(1.0,)),
+    "frozen backbone": AptConfig(train_backbone=False),
+    "t fixed": AptConfig(timestep_fixed=0.5),
+    "hinge": AptConfig(loss="hinge"),
+    "relativistic": AptConfig(loss="relativistic", ar2_lambda=1.0),
+    "aR2": AptConfig(ar2_lambda=5.0),
+    "unmatched conditions": AptConfig(unmatched_conditions=True),
+    "faster heads": AptConfig(head_lr_scale=5.0, discriminator_lr=1e-4),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_is_a_config_change(mesh, datasets, tmp_path, name):
+    trainer = Trainer(config(datasets, tmp_path, apt=ABLATIONS[name]), mesh)
+    before = state(trainer)
+    values = trainer.step()
+    after = state(trainer)
+    assert all(v == v for v in values.values())
+    assert ("d/ar1" in values) == (name != "aR1 off")
+    assert ("d/ar2" in values) == (name in ("aR2", "relativistic"))
+    assert ("d/loss_unmatched" in values) == (name == "unmatched conditions")
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert any(key.startswith("generator.") for key in moved)
+    assert any(key.startswith("discriminator.heads") for key in moved)
+    assert any(key.startswith("discriminator.backbone.blocks") for key in moved) == (name != "frozen backbone")
+    blocks = {key.split(".")[3] for key in before if key.startswith("discriminator.backbone.blocks.")}
+    assert len(blocks) == {"two thirds of the depth": 2, "a third of the depth": 1}.get(name, 3)
+
+
+def test_microbatches_add_up_to_the_global_batch(mesh, datasets, tmp_path):
+    model = model_config(dtype="float64", latent_channels=4)
+    whole = Trainer(config(datasets, tmp_path / "a", model=model, micro_batch=8), mesh)
+    parts = Trainer(config(datasets, tmp_path / "b", model=model, micro_batch=2), mesh)
+    for _ in range(2):
+        a, b = whole.step(), parts.step()
+        skipped = {"sample/diversity"}  # its pairs are neighbours within a microbatch
+        assert all(b[k] == pytest.approx(v, rel=1e-9, abs=1e-12) for k, v in a.items() if k not in skipped)
+    a, b = state(whole), state(parts)
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=1e-9, atol=1e-12), key
+
+
+def steps(mesh, run, count):
+    trainer = Trainer(run, mesh)
+    values = [trainer.step() for _ in range(count)]
+    return values, {name: network.module.state_dict() for name, network in trainer.networks.items()} if mesh.tp.size == 1 else None
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+def test_two_ranks_train_like_one(ranks, mesh, datasets, tmp_path, parallel):
+    model = model_config(dtype="float64", latent_channels=4)
+    run = config(datasets, tmp_path / "run", model=model, parallel=parallel)
+    reference, weights = steps(mesh, replace(run, parallel=ParallelConfig()), 3)
+    for values, got in ranks(2).run(steps, parallel, run, 3):
+        for ours, want in zip(values, reference, strict=True):
+            assert all(ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10) for k, v in want.items() if "grad_norm" not in k)
+        for name in got or ():
+            for key, value in got[name].items():
+                assert value is None or torch.allclose(value, weights[name][key], rtol=1e-8, atol=1e-10), key
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_two_ranks_continues_on_one(ranks, mesh, datasets, tmp_path):
+    model = model_config(dtype="float64", latent_channels=4)
+    run = config(datasets, tmp_path / "run", model=model, parallel=ParallelConfig(tp=2))
+    ranks(2).run(_train_to, ParallelConfig(tp=2), replace(run, iterations=3), timeout=120)
+    with pytest.warns(UserWarning, match="iterations"):
+        train(replace(run, parallel=ParallelConfig()), mesh)
+    straight = replace(run, output=str(tmp_path / "straight"), parallel=ParallelConfig())
+    train(straight, mesh)
+    for ours, want in zip(rows(run.output), rows(straight.output), strict=True):
+        assert all(ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10) for k, v in want.items())
+
+
+def _train_to(mesh, run):
+    train(run, mesh)
+
+
+def test_exact_r1_is_reported_beside_its_estimate(mesh, datasets, tmp_path):
+    trainer = Trainer(config(datasets, tmp_path, apt=AptConfig(ar1_sigma=1e-2, exact_r1_every=2)), mesh)
+    first, second = trainer.step(), trainer.step()
+    assert 0.1 < first["check/r1_approximate"] / first["check/r1_exact"] < 5.0  # chi-square of 8 samples around 1
+    assert "check/r1_exact" not in second
+
+
+def test_nan_in_the_data_stops_training_and_keeps_the_checkpoint(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path / "run", save_every=2)
+    trainer = Trainer(replace(run, iterations=2), mesh)
+    train(replace(run, iterations=2), mesh)
+    trainer = Trainer(replace(run, iterations=2), mesh)
+    with torch.no_grad():
+        trainer.networks["discriminator"].module.logit.weight.fill_(float("nan"))
+    with pytest.raises(BadLoss, match=r"phase g, branch fake, microbatch 0 is nan; its samples: \d+"):
+        trainer.step()
+    assert store.latest(run.output).name == "iteration-00000002"
+
+
+def test_a_bad_gradient_names_the_parameter(mesh, datasets, tmp_path):
+    trainer = Trainer(config(datasets, tmp_path), mesh)
+    network = trainer.networks["generator"]
+    network.module.x_embed.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(BadGradient, match=r"generator\.x_embed\.weight"):
+        trainer.step()
+
+
+def test_lasting_collapse_stops_training_with_what_it_saw(mesh, datasets, tmp_path):
+    guards = GuardConfig(collapse_window=3, collapse_d_loss=100.0)
+    with pytest.raises(Collapse, match=r"iteration 4, lasting since 1: d/loss .* < guards.collapse_d_loss 100"):
+        train(config(datasets, tmp_path, guards=guards, iterations=9), mesh)
+
+
+def test_another_configuration_does_not_continue_a_run(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path, iterations=1)
+    train(run, mesh)
+    with pytest.raises(store.CheckpointError, match=r"was trained with seed=0, this run asks for 1"):
+        Trainer(replace(run, seed=1), mesh)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(mesh, datasets, tmp_path):
+    flow = config(datasets, tmp_path / "flow", "flow", iterations=1)
+    train(flow, mesh)
+    wider = config(datasets, tmp_path / "wide", "flow", model=model_config(width=64, latent_channels=4), init=InitConfig(generator=flow.output))
+    with pytest.raises(store.CheckpointError, match=r"has shape \(.*\), this model needs"):
+        Trainer(wider, mesh)
+    deeper = config(datasets, tmp_path / "deep", "flow", model=model_config(depth=4, latent_channels=4), init=InitConfig(generator=flow.output))
+    with pytest.raises(store.CheckpointError, match=r"has no tensor|has shape"):
+        Trainer(deeper, mesh)
+    with pytest.raises(store.CheckpointError, match="no checkpoint there"):
+        Trainer(config(datasets, tmp_path / "x", "flow", init=InitConfig(generator=str(tmp_path / "nowhere"))), mesh)
+
+
+def test_old_checkpoints_are_removed_and_a_torn_save_is_ignored(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path / "run", "flow", save_every=1, iterations=4, keep_checkpoints=2)
+    train(run, mesh)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.glob("iteration-*")) == ["iteration-00000003", "iteration-00000004"]
+    torn = folder / ".iteration-00000005.tmp"
+    torn.mkdir()
+    (torn / "state.json").write_text("{")
+    assert Trainer(run, mesh).iteration == 4
+    (folder / "iteration-00000004" / "state.json").write_text("{")
+    with pytest.raises(store.CheckpointError, match=r"iteration-00000004/state\.json"):
+        Trainer(run, mesh)
+
+
+def test_checkpoint_state_is_json(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path, "flow", iterations=1)
+    train(run, mesh)
+    stored = json.loads((store.latest(run.output) / "state.json").read_text())
+    assert stored["iteration"] == 1 and stored["samples_seen"] == 8
+    assert stored["config"]["model"]["width"] == 48
+
+
+def test_data_that_does_not_fit_the_model_is_refused(mesh, datasets, tmp_path):
+    for model, message in (
+        (model_config(latent_channels=16), r"latents have 4 channels, model\.latent_channels=16"),
+        (model_config(text_width=9), r"text embeddings are 8 wide, model\.text_width=9"),
+        (model_config(patch=(1, 3, 2)), "does not split into patches"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(config(datasets, tmp_path, model=model), mesh)
+    with pytest.raises(ValueError, match=r"data\.shards=\(\)"):
+        Trainer(config(datasets, tmp_path, data=DataConfig()), mesh)

@@ -1,0 +1,99 @@
+"""Frames per second of this package's decoding (DALI, with PyAV for what DALI's CPU build lacks) beside PyAV alone.
+
+Both take the same frames of the same files and give (3, F, H, W) float32 of the same bucket: PyAV with its own scaler, then a centre crop in NumPy.
+
+    python tools/benchmarks/decode.py --json decode.json
+    python tools/benchmarks/decode.py --file clip.mp4 --height 256 --width 256 --frames 33
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import tyro
+
+from megatron_apt.data.decode import Clip, decode_clip, decode_clips
+
+
+@dataclass(frozen=True)
+class Args:
+    file: tuple[Path, ...] = ()
+    """Videos to decode beside the VP9 and the H.264 file that the benchmark writes."""
+    height: int = 256
+    width: int = 256
+    frames: int = 33
+    clips: int = 8
+    """Clips decoded in one call."""
+    repeats: int = 3
+    """The fastest of so many runs counts."""
+    json: str = ""
+    """File for the results."""
+
+
+def write_moving_noise(path: Path, codec: str, count: int, height: int = 360, width: int = 640) -> Path:
+    """A blurred random texture that moves: something for the codec to predict, but not for free."""
+    texture = np.random.default_rng(0).random((height // 8, width // 8, 3)).repeat(8, 0).repeat(8, 1) * 200
+    texture += np.random.default_rng(1).random((height, width, 3)) * 40
+    with av.open(str(path), "w") as container:
+        options = {"cpu-used": "8", "deadline": "realtime", "b": "2M"} if "vp" in codec else {"preset": "veryfast"}
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for k in range(count):
+            frame = av.VideoFrame.from_ndarray(np.roll(texture, 3 * k, axis=1).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def decode_pyav_alone(path: Path, height: int, width: int, frames: int) -> torch.Tensor:
+    """(3, frames, height, width) float32 in [-1, 1] from the first frames."""
+    pictures = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        scale = max(height / stream.height, width / stream.width)
+        rows, columns = max(height, round(stream.height * scale)), max(width, round(stream.width * scale))
+        top, left = (rows - height) // 2, (columns - width) // 2
+        for frame in container.decode(stream):
+            picture = frame.reformat(width=columns, height=rows, format="rgb24").to_ndarray()
+            pictures.append(picture[top : top + height, left : left + width])
+            if len(pictures) == frames:
+                break
+    return torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def fastest(run: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def main(args: Args) -> None:
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        written = [write_moving_noise(Path(folder) / name, codec, args.frames + 8) for name, codec in (("vp9.webm", "libvpx-vp9"), ("h264.mp4", "libx264"))]
+        for path in (*written, *args.file):
+            clip = Clip(path, args.height, args.width, args.frames, allow_upscale=True)
+            difference = (decode_clip(clip) - decode_pyav_alone(path, args.height, args.width, args.frames)).abs().mean().item()
+            total = args.clips * args.frames
+            ours = total / fastest(lambda clip=clip: decode_clips([clip] * args.clips), args.repeats)
+            pyav = total / fastest(
+                lambda path=path: [decode_pyav_alone(path, args.height, args.width, args.frames) for _ in range(args.clips)], args.repeats
+            )
+            results.append({"file": path.name, "ours_fps": round(ours, 1), "pyav_fps": round(pyav, 1), "ratio": round(ours / pyav, 3), "mean_difference": difference})
+            print(f"{path.name:24} ours {ours:8.1f} frames/s   PyAV alone {pyav:8.1f} frames/s   ratio {ours / pyav:5.2f}   mean difference {difference:.4f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"bucket": [args.frames, args.height, args.width], "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
