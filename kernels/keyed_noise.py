@@ -42,7 +42,10 @@ def _words(key: int, sample_ids: torch.Tensor, count: int, start: int) -> tuple[
 
 
 def keyed_uniform(key: int, sample_ids: torch.Tensor, count: int, start: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Uniform numbers in (0, 1) with 23 random bits, so that no rounding to fp32 reaches 0 or 1: entries start .. start + count of each sample's stream, (n, count)."""
+    """Uniform numbers in (0, 1): entries start .. start + count of each sample's stream, (n, count).
+
+    They have 23 random bits, so that no rounding to fp32 reaches 0 or 1.
+    """
     words = torch.stack(_words(key, sample_ids, count, start), dim=-1).flatten(1)
     offset = start % 4
     return (((words[:, offset : offset + count] >> 9).to(torch.float64) + 0.5) * 2.0**-23).to(dtype)

@@ -25,12 +25,13 @@ def frame_number(picture: np.ndarray) -> int:
     return sum(int(picture[4:12, bit * CELL + 2 : (bit + 1) * CELL - 2].mean() > middle) << bit for bit in range(8))
 
 
-def write_video(path: Path, frames: np.ndarray, codec: str, rate: int = 25, options: dict | None = None, pts: list[int] | None = None, gop: int = 12) -> Path:
+def write_video(path: Path, frames: np.ndarray, codec: str, options: dict | None = None, pts: list[int] | None = None) -> Path:
+    """Frames at 25 a second, or at the times `pts` in units of 1/25 s; a key frame every 12."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.codec_context.gop_size = gop
+        stream.codec_context.gop_size = 12
         for k, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = k if pts is None else pts[k]

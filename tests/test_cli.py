@@ -37,7 +37,8 @@ def test_train_and_sample(recipe, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "flow 1/2" in shown and "flow 2/2" in shown and "loss" in shown
     out = tmp_path / "pictures"
-    main(["sample", str(tmp_path / "out"), "--prompts", "a handwritten seven", "a handwritten two", "--seeds", "0", "1", "--out", str(out), "--scale", "2"])
+    prompts = ["--prompts", "a handwritten seven", "a handwritten two", "--seeds", "0", "1"]
+    main(["sample", str(tmp_path / "out"), *prompts, "--out", str(out), "--scale", "2"])
     files = sorted(p.name for p in out.iterdir())
     assert files == sorted([f"a-handwritten-{w}-seed{s}.png" for w in ("seven", "two") for s in (0, 1)] + ["grid.png"])
     assert Image.open(out / "grid.png").size[0] >= 2 * 16

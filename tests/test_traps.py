@@ -1,11 +1,13 @@
 """The seven traps of adversarial post-training seen in public code, one test each (method: APT, section 3.3 to 3.5)."""
 
+import itertools
+
 import pytest
 import torch
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
 from problems import IMAGES, MIXED, build, microbatch, model_config, phase_gradients, run_config
 
 from megatron_apt.config import AptConfig
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
 from megatron_apt.models.discriminator import head_blocks
 from megatron_apt.pipeline.actions import alternate
 from megatron_apt.pipeline.execute import frozen
@@ -118,7 +120,7 @@ def test_6_the_head_softmax_is_one_softmax_over_all_tokens_of_a_sample(cuts):
     weights = torch.softmax(torch.einsum("hk,nshk->nhs", q, k) / 8**0.5, dim=-1)
     want = torch.einsum("nhs,nshk->nhk", weights, v)
     bounds = [0, *cuts, 17]
-    parts = [learnable_query_attention(q, k[:, a:b], v[:, a:b], None, 2) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    parts = [learnable_query_attention(q, k[:, a:b], v[:, a:b], None, 2) for a, b in itertools.pairwise(bounds)]
     top = torch.stack([p[0] for p in parts]).amax(0)
     total = sum(p[1] * torch.exp(p[0] - top) for p in parts)
     acc = sum(p[2] * torch.exp(p[0] - top).unsqueeze(-1) for p in parts)

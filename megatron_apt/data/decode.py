@@ -7,7 +7,9 @@ when it is asked for frames that are not there. What no decoder can notice is da
 device="gpu" lets NVDEC decode; it needs a CUDA machine and has been written from DALI's documentation, without one.
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,14 +127,12 @@ def _groups(plans: Sequence[_Plan | RejectedInput]) -> Iterator[list[int]]:
 def _decode_group(clips: list[Clip], plans: list[_Plan | RejectedInput], device: str) -> list[ndd.Tensor | RejectedInput]:
     """Pictures in their own size: uint8 "HWC" of images, "FHWC" of videos."""
     pictures: list[ndd.Tensor | RejectedInput] = list(plans)
-    for i, plan in enumerate(plans):
-        if isinstance(plan, _Plan) and plan.route == "pyav":
-            try:
-                pictures[i] = _pyav_picture(plan.info, plan.indices, device)
-            except RejectedInput as rejected:
-                pictures[i] = rejected
+    routes = {route: [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == route] for route in ("pyav", "image", "video")}
+    with ThreadPoolExecutor(min(len(routes["pyav"]), os.cpu_count() or 1) or 1) as pool:  # PyAV releases the interpreter lock
+        for i, picture in zip(routes["pyav"], pool.map(lambda i: _pyav_picture(plans[i], device), routes["pyav"]), strict=True):
+            pictures[i] = picture
     for route, decode in (("image", _dali_images), ("video", _dali_videos)):
-        members = [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == route]
+        members = routes[route]
         jobs = [(np.fromfile(clips[i].path, np.uint8), plans[i].indices) for i in members]
         for i, picture in zip(members, _decode_jobs(jobs, decode, device), strict=True):
             pictures[i] = picture if picture is not None else RejectedInput(
@@ -141,18 +141,21 @@ def _decode_group(clips: list[Clip], plans: list[_Plan | RejectedInput], device:
     return pictures
 
 
-def _pyav_picture(info: VideoInfo, indices: list[int], device: str) -> ndd.Tensor:
-    picture = ndd.tensor(decode_with_pyav(info, indices), layout="FHWC")
+def _pyav_picture(plan: _Plan, device: str) -> ndd.Tensor | RejectedInput:
+    try:
+        picture = ndd.as_tensor(decode_with_pyav(plan.info, plan.indices), layout="FHWC")
+    except RejectedInput as rejected:
+        return rejected
     return picture.gpu() if device == "gpu" else picture
 
 
 def _dali_images(jobs: list[tuple], device: str) -> ndd.Batch:
-    return ndd.decoders.image(ndd.batch([ndd.tensor(data) for data, _ in jobs]), device=device)
+    return ndd.decoders.image(ndd.batch([ndd.as_tensor(data) for data, _ in jobs]), device=device)
 
 
 def _dali_videos(jobs: list[tuple], device: str) -> ndd.Batch:
     frames = ndd.batch([ndd.tensor(np.array(indices, np.int32)) for _, indices in jobs])
-    return ndd.decoders.video(ndd.batch([ndd.tensor(data) for data, _ in jobs]), frames=frames, device=device)
+    return ndd.decoders.video(ndd.batch([ndd.as_tensor(data) for data, _ in jobs]), frames=frames, device=device)
 
 
 def _decode_jobs(jobs: list[tuple], decode, device: str) -> list[ndd.Tensor | None]:
@@ -177,16 +180,16 @@ def _fit(clips: list[Clip], pictures: list[ndd.Tensor | RejectedInput]) -> list[
         height, width = picture.shape[-3:-1]
         scale = max(clip.height / height, clip.width / width)
         if scale > 1 and not clip.allow_upscale:
-            results[i] = RejectedInput(
-                clip.path, "size", f"{width}x{height}", f"smaller than the bucket {clip.width}x{clip.height}; use a smaller bucket or allow_upscale=True"
-            )
+            remedy = f"smaller than the bucket {clip.width}x{clip.height}; use a smaller bucket or allow_upscale=True"
+            results[i] = RejectedInput(clip.path, "size", f"{width}x{height}", remedy)
             continue
         calls.setdefault((clip.height, clip.width, picture.layout, scale != 1), []).append(i)
     for (height, width, layout, resize), members in calls.items():
         batch = ndd.batch([pictures[i] for i in members])
-        if resize:
-            batch = ndd.resize(batch, size=[height, width], mode="not_smaller")
-        normalized = ndd.crop_mirror_normalize(batch, crop=(height, width), mean=[127.5] * 3, std=[127.5] * 3, output_layout="C" + layout.replace("C", ""))
+        if resize:  # with the crop in one operator, which computes a third of what scaling the whole picture would
+            batch = ndd.resize_crop_mirror(batch, size=[height, width], mode="not_smaller", crop=(height, width))
+        channels_first = "C" + layout.replace("C", "")
+        normalized = ndd.crop_mirror_normalize(batch, crop=(height, width), mean=[127.5] * 3, std=[127.5] * 3, output_layout=channels_first)
         for i, pixels in zip(members, normalized.evaluate().cpu().tensors, strict=True):
             pixels = torch.from_dlpack(pixels).clone()  # DALI reuses its buffer
             results[i] = pixels if "F" in layout else pixels[:, None]

@@ -40,7 +40,10 @@ def write_digit_images(folder: str | Path, count: int = COUNT) -> Path:
 
 
 def slide(picture: np.ndarray, direction: str, first: int, frames: int, height: int, width: int, step: int) -> np.ndarray:
-    """(frames, height, width) uint8: the picture on a black canvas, vertically centred, moving `step` pixels a frame from column `first`, wrapping around."""
+    """(frames, height, width) uint8: the picture on a black canvas, vertically centred, from column `first` on moving `step` pixels a frame.
+
+    What leaves the canvas on one side comes back on the other.
+    """
     clip = np.zeros((frames, height, width), np.uint8)
     top = (height - picture.shape[0]) // 2
     clip[:, top : top + picture.shape[0], : picture.shape[1]] = picture
@@ -62,9 +65,12 @@ def digit_clip(picture: np.ndarray, index: int, frames: int, height: int, width:
     return slide(picture, direction, first, frames, height, width, step), direction
 
 
-def write_digit_clips(folder: str | Path, frames: int = 5, height: int = 8, width: int = 16, step: int = 2, seed: int = 0, count: int = COUNT) -> Path:
-    """Writes each digit sliding left or right as a lossless VP9 file and manifest.jsonl (path, caption like "a handwritten seven moving left", label,
-    direction); returns the manifest's path.
+def write_digit_clips(
+    folder: str | Path, frames: int = 5, height: int = 8, width: int = 16, step: int = 2, seed: int = 0, count: int = COUNT
+) -> Path:
+    """Writes each digit sliding left or right as a lossless VP9 file, and manifest.jsonl; returns the manifest's path.
+
+    A line of the manifest has path, caption like "a handwritten seven moving left", label and direction.
 
     Raises:
         ValueError: canvas smaller than the 8x8 digits.

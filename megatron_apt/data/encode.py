@@ -216,7 +216,8 @@ def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int
             shard.reject(pixels)
             continue
         clip = _clip(config, entry)
-        meta = {"source": str(entry.path), "size": [config.frames, config.height, config.width], "start": clip.start, "fps": clip.fps, "stride": clip.stride}
+        meta = {"source": str(entry.path), "size": [clip.frames, clip.height, clip.width]}
+        meta |= {"start": clip.start, "fps": clip.fps, "stride": clip.stride}
         shard.add(f"{i:08d}", latent, texts[entry.caption], entry.caption, meta)
 
 
@@ -238,8 +239,8 @@ def _stop_if_too_many(config: EncodeConfig, writer: ShardWriter, rejected: list[
     if len(rejected) <= config.max_rejected * total:
         return
     writer.write_rejected(rejected)
-    first = rejected[0]
+    first = "{file}: {field}={value}: {remedy}".format(**rejected[0])
     raise EncodeStopped(
-        f"{config.source}: {len(rejected)} of {total} inputs are unusable, more than max_rejected={config.max_rejected:g}; the first is {first['file']}: "
-        f"{first['field']}={first['value']}: {first['remedy']}. All are in {writer.folder}/rejected.jsonl; mend them or raise max_rejected"
+        f"{config.source}: {len(rejected)} of {total} inputs are unusable, more than max_rejected={config.max_rejected:g}; "
+        f"the first is {first}. All are in {writer.folder}/rejected.jsonl; mend them or raise max_rejected"
     )

@@ -33,6 +33,7 @@ from megatron_apt.models.text import load_text_encoder
 FORMAT = 1
 TOKENIZER = "tokenizer.model"
 CONDITIONS = "conditions.safetensors"
+AGAIN = "copy the folder again or encode again"
 
 
 class EncodeStopped(ValueError):
@@ -113,8 +114,9 @@ class LatentShards:
             file = self.path / shard
             if not file.is_file():
                 raise FileNotFoundError(f"{file} does not exist, but index.jsonl names it; copy it there or encode again")
-            if file.stat().st_size < end:
-                raise ValueError(f"{file} is truncated: it ends at byte {file.stat().st_size}, index.jsonl has data up to {end}; copy it again or encode again")
+            size = file.stat().st_size
+            if size < end:
+                raise ValueError(f"{file} is truncated: it ends at byte {size}, index.jsonl has data up to {end}; {AGAIN}")
 
     def _read(self, index: int) -> Sample:
         line = self._index[index]
@@ -129,8 +131,9 @@ def _read_info(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} does not exist; write it with `megatron-apt encode`")
     file = folder / "dataset.json"
     if not file.is_file():
-        unfinished = (folder / "encode.json").is_file()
-        remedy = "its encoding was interrupted, run the same `megatron-apt encode` again" if unfinished else "give a folder written by `megatron-apt encode`"
+        remedy = "give a folder written by `megatron-apt encode`"
+        if (folder / "encode.json").is_file():
+            remedy = "its encoding was interrupted, run the same `megatron-apt encode` again"
         raise FileNotFoundError(f"{file} does not exist; {remedy}")
     info = json.loads(file.read_text(encoding="utf-8"))
     if info.get("format") != FORMAT:
@@ -147,9 +150,9 @@ def _read_index(folder: Path, samples: int) -> list[dict]:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: {error}; copy it again or encode again") from None
+            raise ValueError(f"{file}:{number}: {error}; {AGAIN}") from None
     if len(lines) != samples:
-        raise ValueError(f"{file}: {len(lines)} samples, dataset.json says {samples}; the two are not of one encoding, copy both again or encode again")
+        raise ValueError(f"{file}: {len(lines)} samples, dataset.json says {samples}: the two are not of one encoding; {AGAIN}")
     return lines
 
 
@@ -159,9 +162,9 @@ def _read_array(file: io.BufferedReader, place: list[int], shape: tuple[int, ...
     try:
         array = np.load(io.BytesIO(file.read(size)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file.name}, offset {offset}: no readable array ({error}); the shard is damaged, copy it again or encode again") from None
+        raise ValueError(f"{file.name}, offset {offset}: no readable array ({error}), the shard is damaged; {AGAIN}") from None
     if array.shape != shape or array.dtype != np.float32:
-        raise ValueError(f"{file.name}, offset {offset}: {array.dtype} {array.shape}, index.jsonl says float32 {shape}; copy both again or encode again")
+        raise ValueError(f"{file.name}, offset {offset}: {array.dtype} {array.shape}, index.jsonl says float32 {shape}; {AGAIN}")
     return torch.from_numpy(array)
 
 
@@ -197,7 +200,8 @@ class ShardWriter:
             before, now = earlier.get(field), self.settings.get(field)
             if before != now:
                 raise ValueError(
-                    f"{self.folder}: was begun with {field}={before!r}, now {field}={now!r}; give the same settings, another output folder, or delete this one"
+                    f"{self.folder}: was begun with {field}={before!r}, now {field}={now!r}; "
+                    "give the same settings, another output folder, or delete this one"
                 )
 
     def done(self, shard: int) -> dict | None:
@@ -307,7 +311,8 @@ def disk_full_named(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise EncodeStopped(f"{folder}: disk full ({error.strerror}); finished shards are kept, free some space and run the same command again") from None
+        remedy = "finished shards are kept, free some space and run the same command again"
+        raise EncodeStopped(f"{folder}: disk full ({error.strerror}); {remedy}") from None
 
 
 def _npy_bytes(tensor: Tensor) -> bytes:

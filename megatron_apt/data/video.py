@@ -79,8 +79,10 @@ def probe(path: str | Path) -> VideoInfo:
             raise
         raise RejectedInput(path, "container", _reason(error), "not a readable video; fetch it again or re-encode it") from None
     stamps = [p.dts if p.pts is None else p.pts for p in packets if not p.is_discard]
-    if not stamps or None in stamps:
-        raise RejectedInput(path, "frames", f"{len(stamps)} with a timestamp missing" if stamps else 0, "re-encode the file, for example to mp4")
+    if not stamps:
+        raise RejectedInput(path, "frames", 0, "no frame can be read; the file is truncated or has none, fetch it again")
+    if None in stamps:
+        raise RejectedInput(path, "timestamps", "missing", "re-encode the file, for example to mp4")
     pts = np.unique(np.array(stamps, dtype=np.int64))
     times = (pts - pts[0]) * time_base
     gaps = np.diff(times)

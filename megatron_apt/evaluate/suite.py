@@ -203,8 +203,8 @@ def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...]
     """Everything measured so far as a Report."""
     sections = tuple(_section(here, name) for name in SUITES if (Path(here.data(name)) / "dataset.json").exists())
     notes = (
-        f"{torch.get_num_threads()} CPU threads. Frechet distances in pixels for images, in 2 x 2 pooled latents for clips; never comparable across the two.",
-        "Diffusion with 25 steps uses guidance 2.0 (50 evaluations); everything else is one or two evaluations without guidance. APT rows use EMA weights.",
+        "Fréchet distances are taken in pixels for images and in 2 x 2 pooled latents for clips; the two cannot be compared with each other.",
+        "Diffusion with 25 steps uses guidance 2.0; everything else has none. All rows use EMA weights, the same captions and the same noise.",
     )
     return Report("From diffusion model to one-step generator", sections, seconds, config_text, notes, pending)
 

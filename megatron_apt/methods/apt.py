@@ -268,9 +268,7 @@ def signs_of_collapse(values: Values, guards: GuardConfig) -> dict[str, str]:
     """Paper, section 5.1: the discriminator's loss goes to zero, and the generator makes flat plates that hardly differ."""
     signs = {}
     if values["d/loss"] < guards.collapse_d_loss:
-        signs["d_loss"] = (
-            f"d/loss {values['d/loss']:.4f} < guards.collapse_d_loss {guards.collapse_d_loss}: D has won; is aR1 on, and lambda x sigma^2 large enough?"
-        )
+        signs["d_loss"] = f"d/loss {values['d/loss']:.4f} < guards.collapse_d_loss {guards.collapse_d_loss}: D has won; raise lambda or sigma of aR1"
     if values.get("sample/diversity", 1.0) < guards.collapse_diversity:
         signs["diversity"] = (
             f"sample/diversity {values['sample/diversity']:.4f} < guards.collapse_diversity {guards.collapse_diversity}: "

@@ -119,7 +119,7 @@ class HuggingFaceTextEncoder:
     """T5EncoderModel or UMT5EncoderModel from a local folder, chosen by its config.json, with the tokenizer beside it.
 
     Args:
-        path: folder with config.json, *.safetensors and the tokenizer's files (spiece.model or tokenizer.json). Nothing is downloaded, no pickle is read.
+        path: folder with config.json, *.safetensors and the tokenizer (spiece.model or tokenizer.json). Nothing is downloaded, no pickle is read.
         max_length: captions are cut to this many tokens, </s> included.
         dtype: "float32" or "bfloat16", of the model; embeddings are float32.
     """

@@ -1,0 +1,76 @@
+"""The adaptation that lets Megatron-Core run without CUDA."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_apt.models.spec import LocalBackend, TransformerEngineBackend, choose_backend
+from megatron_apt.parallel import megatron_cpu
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptation steps aside where there is CUDA")
+USED = (
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel.layers",
+    "megatron.core.tensor_parallel.mappings",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+)
+
+
+@cpu_only
+@pytest.mark.parametrize("name", USED)
+def test_line_numbers_stay_those_of_the_installed_file(name):
+    module = importlib.import_module(name)
+    installed = Path(module.__file__).read_text()
+    adapted = installed
+    for old, new in megatron_cpu._RULES:
+        assert old.count("\n") == new.count("\n") == 0
+        adapted = adapted.replace(old, new)
+    assert len(adapted.splitlines()) == len(installed.splitlines())
+    for function in (f for f in vars(module).values() if getattr(f, "__module__", "") == name and hasattr(f, "__code__")):
+        if name not in megatron_cpu._APPENDED:
+            assert f"def {function.__name__}" in "\n".join(installed.splitlines()[function.__code__.co_firstlineno - 1 :][:6])
+
+
+@cpu_only
+def test_the_installed_version_is_one_that_was_tested():
+    assert importlib.metadata.version("megatron-core") in megatron_cpu.TESTED_VERSIONS
+
+
+@cpu_only
+def test_importing_megatron_core_first_is_refused():
+    code = "import megatron.core, megatron_apt"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode != 0
+    assert "import megatron_apt first" in result.stderr
+
+
+@cpu_only
+def test_recomputation_keeps_the_random_state():
+    from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_rng_state
+
+    torch.manual_seed(3)
+    before = _get_cuda_rng_state()
+    first = torch.rand(3)
+    _set_cuda_rng_state(before)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_backends_are_chosen_by_machine(monkeypatch):
+    assert isinstance(choose_backend("cpu"), LocalBackend)
+    from megatron_apt.models import spec
+
+    choose_backend.cache_clear()
+    monkeypatch.setattr(spec.te, "HAVE_TE", False)
+    with pytest.warns(UserWarning, match="Transformer Engine is not installed"):
+        assert isinstance(choose_backend("cuda"), LocalBackend)
+    choose_backend.cache_clear()
+    monkeypatch.setattr(spec.te, "HAVE_TE", True)
+    assert isinstance(choose_backend("cuda"), TransformerEngineBackend)
+    choose_backend.cache_clear()
