@@ -1,8 +1,10 @@
 """Where a run's numbers go: JSONL always, TensorBoard by default, Weights & Biases only when asked for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from megatron_apt.config import RunConfig, to_dict
 
@@ -59,6 +61,16 @@ def _start_wandb(config: RunConfig):
             f"wandb={config.wandb!r} asks for Weights & Biases, which is not installed: pip install wandb, or leave the field empty"
         ) from error
     return wandb.init(project=config.wandb, config=to_dict(config), resume="allow")
+
+
+def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Pearson correlation over a run of each pair of values, from the rows that have both; pairs with fewer than three such rows are left out."""
+    found = {}
+    for a, b in pairs:
+        both = [(row[a], row[b]) for row in rows if a in row and b in row]
+        if len(both) >= 3:
+            found[f"{a} ~ {b}"] = float(np.corrcoef(np.array(both).T)[0, 1])
+    return found
 
 
 def read_rows(path: str | Path) -> list[dict[str, float]]:

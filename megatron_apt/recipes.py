@@ -1,7 +1,6 @@
 """The demo's runs, each a function that returns a configuration. examples/tiny.py offers the same ones to `megatron-apt train`.
 
-Real handwritten digits, images first, then clips, on a CPU in minutes. Where a value differs from the paper's (its
-table: lr 5e-6 / 3e-6, batch 9062 / 2048, CFG 7.5, 32 steps shifted by 24), it is because this network is ten thousand times smaller.
+Real handwritten digits, images first, then clips, on a CPU in minutes. Where a value differs from the paper's (lr 5e-6 / 3e-6, batch 9062 / 2048, CFG 7.5, 32 steps shifted by 24), it is because this network is ten thousand times smaller.
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ def image_flow(place: Place = Place()) -> RunConfig:
         iterations=place.updates(1200),
         global_batch=128,
         micro_batch=64,
-        model=ModelConfig(),
+        model=ModelConfig(latent_channels=1),
         data=DataConfig(shards=(place.data("images"),), text_length=3),
         optimizer=OptimizerConfig(kind="adamw", lr=1e-3, warmup=50, decay="cosine", ema=0.99),
         flow=FlowConfig(condition_dropout=0.1),
@@ -80,16 +79,15 @@ def image_apt_without_ar1(place: Place = Place()) -> RunConfig:
 
 
 def video_flow(place: Place = Place()) -> RunConfig:
-    """Stage 0 on clips of moving digits, from the image model's weights, with images mixed in."""
-    base = image_flow(place)
+    """Stage 0 on clips of moving digits: 8 frames of 8 x 16 are 64 visual tokens."""
     return replace(
-        base,
+        image_flow(place),
         output=place.run("videos/flow"),
         iterations=place.updates(1500),
         global_batch=96,
         micro_batch=48,
-        data=DataConfig(shards=(place.data("videos"), place.data("images")), weights=(5, 1), text_length=5, block=48),
-        init=InitConfig(generator=base.output),
+        model=ModelConfig(latent_channels=4),
+        data=DataConfig(shards=(place.data("videos"),), text_length=5),
     )
 
 
@@ -100,7 +98,6 @@ def video_consistency(place: Place = Place()) -> RunConfig:
         method="consistency",
         output=place.run("videos/consistency"),
         iterations=place.updates(500),
-        data=DataConfig(shards=(place.data("videos"),), text_length=5),
         optimizer=images.optimizer,
         consistency=images.consistency,
         init=InitConfig(diffusion=base.output),
@@ -111,7 +108,7 @@ def video_apt(place: Place = Place()) -> RunConfig:
     """Stage 2 on clips; the discriminator starts again from the diffusion weights.
 
     G starts from the distilled video model. (The paper starts it from the image stage's average, which can be done where the distilled model
-    already knew videos; here the image model never saw one.)
+    already knew videos; the demo's two models have latents of different kinds.)
     """
     distilled = video_consistency(place)
     return replace(

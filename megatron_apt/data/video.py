@@ -168,7 +168,9 @@ def _decode_pts(path: Path, wanted: set[int], seek: bool) -> dict[int, np.ndarra
             container.seek(min(wanted), stream=stream, backward=True)
         for frame in container.decode(stream):
             if frame.pts in wanted and not frame.is_corrupt:
-                found[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90, axes=(0, 1))
+                # Bilinear chroma, as DALI does it: the same colours on both routes, at a fifth of bicubic's time.
+                picture = frame.to_ndarray(format="rgb24", interpolation="BILINEAR")
+                found[frame.pts] = np.rot90(picture, frame.rotation // 90)
                 if len(found) == len(wanted):
                     break
     return found

@@ -42,6 +42,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         phases,
         summarise=summarise,
         signs_of_collapse=signs_of_collapse,
+        correlated=(("check/r1_exact", "check/r1_approximate"), ("check/r1_exact", "d/ar1")),
         check=_exact_r1(config.apt),
         check_every=config.apt.exact_r1_every,
     )

@@ -95,6 +95,7 @@ class Method:
         phases: of one iteration, in order.
         summarise: turns the summed metrics of an iteration into what is logged.
         signs_of_collapse: (logged values, thresholds) -> message per sign now present.
+        correlated: pairs of logged values whose correlation over the run is reported at its end.
         check, check_every: a measurement on each microbatch after every so many iterations (0: never).
     """
 
@@ -102,5 +103,6 @@ class Method:
     phases: tuple[Phase, ...]
     summarise: Callable[[Values], Values] = lambda values: values
     signs_of_collapse: Callable[[Values, GuardConfig], dict[str, str]] = lambda values, guards: {}
+    correlated: tuple[tuple[str, str], ...] = ()
     check: Callable[[dict[str, nn.Module], Microbatch], Metrics] | None = None
     check_every: int = 0

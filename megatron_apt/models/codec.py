@@ -1,7 +1,8 @@
 """Codecs: pixels in [-1, 1] to latents and back.
 
 Shapes: pixels (3, F, H, W), latents (c, f, h, w), each with any number of leading batch axes for PixelCodec and at most one for WanCodec.
-Both codecs are causal in time: F = 1 + k * temporal pixel frames are 1 + k latent frames, so that an image is the case k = 0.
+Codecs are causal in time: F = 1 + k * temporal pixel frames are 1 + k latent frames, so that an image is the case k = 0. PixelCodec can also cut
+clips into whole groups, F = k * temporal, where no latent frame has components that are always zero.
 """
 
 import json
@@ -21,7 +22,9 @@ class PixelCodecConfig:
 
     Attributes:
         channels: 3 keeps RGB; 1 keeps luma only, which is lossless for grey sources.
-        temporal: pixel frames of one latent frame (after the first).
+        temporal: pixel frames of one latent frame (with causal: after the first).
+        causal: the first frame stands alone. It then leaves all but one time component of its latent frame at zero in every sample, which a
+            discriminator can tell from a generator's nearly zero; for adversarial training on pixel latents, turn it off.
         spatial: side of the pixel block that becomes one latent position.
         shift: mean pixel value of the data, in [-1, 1]; taken off the constant component only, since every other one has mean 0.
         scale: divides all coefficients, so that latents have about unit variance.
@@ -29,6 +32,7 @@ class PixelCodecConfig:
 
     channels: int = 3
     temporal: int = 4
+    causal: bool = True
     spatial: int = 1
     shift: float = 0.0
     scale: float = 1.0
@@ -51,27 +55,32 @@ def dct_matrix(size: int) -> Tensor:
     return matrix
 
 
-def causal_latent_shape(size: tuple[int, int, int], channels: int, temporal: int, spatial: int) -> tuple[int, int, int, int]:
+def latent_shape_of(size: tuple[int, int, int], channels: int, temporal: int, spatial: int, causal: bool = True) -> tuple[int, int, int, int]:
     """(c, f, h, w) of pixels of size (F, H, W).
 
     Raises:
         ValueError: sizes that the codec cannot cut evenly, with the nearest that it can.
     """
     frames, height, width = size
-    if frames < 1 or (frames - 1) % temporal:
+    if not causal:
+        if frames < 1 or frames % temporal:
+            nearest = temporal * max(1, round(frames / temporal))
+            raise ValueError(f"frames={frames} is not a multiple of {temporal}; the nearest legal count is {nearest}")
+    elif frames < 1 or (frames - 1) % temporal:
         nearest = 1 + temporal * max(0, round((frames - 1) / temporal))
         raise ValueError(f"frames={frames} is not 1 + a multiple of {temporal}; the nearest legal count is {nearest}")
     for name, value in (("height", height), ("width", width)):
         if value < 1 or value % spatial:
             nearest = spatial * max(1, round(value / spatial))
             raise ValueError(f"{name}={value} is not a multiple of {spatial}; the nearest legal {name} is {nearest}")
-    return channels, 1 + (frames - 1) // temporal, height // spatial, width // spatial
+    return channels, -(-frames // temporal), height // spatial, width // spatial
 
 
 class PixelCodec:
     """Invertible codec without weights: an orthonormal DCT over time and over spatial blocks.
 
-    The first frame stands alone, as if it were repeated `temporal` times: its constant component is frame * sqrt(temporal), the others are 0.
+    With config.causal the first frame stands alone, as if it were repeated `temporal` times: its constant component is frame * sqrt(temporal),
+    the others are 0.
     Latent channel index = (channel * temporal + time frequency) * spatial^2 + (vertical frequency * spatial + horizontal frequency).
     decode inverts encode to better than 1e-5, so 8-bit sources come back exactly after rounding.
     """
@@ -87,7 +96,7 @@ class PixelCodec:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Raises ValueError for sizes that do not fit."""
-        return causal_latent_shape((frames, height, width), self.latent_channels, self.config.temporal, self.config.spatial)
+        return latent_shape_of((frames, height, width), self.latent_channels, self.config.temporal, self.config.spatial, self.config.causal)
 
     def config_dict(self) -> dict:
         return {"kind": "pixel", **asdict(self.config)}
@@ -99,7 +108,8 @@ class PixelCodec:
         x = pixels.float()
         if k == 1:
             x = sum(weight * x[..., i : i + 1, :, :, :] for i, weight in enumerate(LUMA))
-        x = torch.cat((x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3)
+        if self.config.causal:
+            x = torch.cat((x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3)
         x = x.unflatten(-3, (f, t)).unflatten(-2, (h, s)).unflatten(-1, (w, s))
         x = torch.einsum("nmqtij,...cfthiwj->...cnmqfhw", self._basis, x)
         x = x.reshape(*pixels.shape[:-4], k, t * s * s, f, h, w).clone()
@@ -118,8 +128,11 @@ class PixelCodec:
         x = x.unflatten(-4, (t, s, s))
         x = torch.einsum("nmqtij,...cnmqfhw->...cfthiwj", self._basis, x)
         x = x.flatten(-2).flatten(-3, -2)  # columns, then rows
-        # A generator's first latent frame may hold more than its constant component; its average over time is what the encoder would see.
-        x = torch.cat((x[..., :1, :, :, :].mean(-3), x[..., 1:, :, :, :].flatten(-4, -3)), dim=-3)
+        if self.config.causal:
+            # A generator's first latent frame may hold more than its constant component; its average over time is what the encoder would see.
+            x = torch.cat((x[..., :1, :, :, :].mean(-3), x[..., 1:, :, :, :].flatten(-4, -3)), dim=-3)
+        else:
+            x = x.flatten(-4, -3)
         return x.expand(*x.shape[:-4], 3, *x.shape[-3:]).contiguous() if k == 1 else x
 
 
@@ -147,7 +160,7 @@ class WanCodec:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Raises ValueError for sizes that do not fit."""
-        return causal_latent_shape((frames, height, width), self.latent_channels, self._temporal, self._spatial)
+        return latent_shape_of((frames, height, width), self.latent_channels, self._temporal, self._spatial)
 
     def config_dict(self) -> dict:
         return {"kind": "wan", "path": self.path, "dtype": self.dtype}

@@ -58,7 +58,7 @@ def decode_pyav_alone(path: Path, height: int, width: int, frames: int) -> torch
         stream.thread_type = "AUTO"
         scale = max(height / stream.height, width / stream.width)
         rows, columns = max(height, round(stream.height * scale)), max(width, round(stream.width * scale))
-        top, left = (rows - height) // 2, (columns - width) // 2
+        top, left = (rows - height + 1) // 2, (columns - width + 1) // 2  # as DALI rounds
         for frame in container.decode(stream):
             picture = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="BILINEAR").to_ndarray()
             pictures.append(picture[top : top + height, left : left + width])
