@@ -87,7 +87,7 @@ def ensure_digits(here: recipes.Place, section: str) -> None:
         tokenizer = here.data("tokenizer.model")
         if not Path(tokenizer).exists():
             things = [f"a handwritten {word}" for word in digits.WORDS]
-            train_sentencepiece(things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS], tokenizer, vocab_size=64)
+            train_sentencepiece(things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS], tokenizer, vocab_size=512)
         source = here.data(f"{section}-files")
         # Shift and scale bring latents near zero mean and unit variance. Clips are cut into whole groups of four frames: a first frame that
         # stands alone would leave channels at exactly zero in real data, by which a discriminator knows every generated sample.

@@ -44,7 +44,7 @@ def datasets(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("digits")
     tokenizer = str(root / "tokenizer.model")
-    train_sentencepiece([f"a handwritten {w} moving {d}" for w in digits.WORDS for d in digits.DIRECTIONS], tokenizer, vocab_size=64)
+    train_sentencepiece([f"a handwritten {w} moving {d}" for w in digits.WORDS for d in digits.DIRECTIONS], tokenizer, vocab_size=512)
     codec = {"pixel_channels": 1, "pixel_shift": -0.55, "pixel_scale": 1.3, "tokenizer": tokenizer, "text_width": 8}
     images = digits.write_digit_images(root / "images-files", count=40)
     clips = digits.write_digit_clips(root / "clips-files", count=24)

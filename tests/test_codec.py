@@ -28,6 +28,8 @@ CASES = [
     (PixelCodecConfig(temporal=8, spatial=4, shift=0.2, scale=2.0), (3, 17, 8, 12)),
     (PixelCodecConfig(channels=1, shift=-0.7), (3, 5, 8, 16)),
     (PixelCodecConfig(channels=1, spatial=2, scale=0.5), (3, 1, 2, 2)),
+    (PixelCodecConfig(causal=False), (3, 8, 3, 5)),
+    (PixelCodecConfig(channels=1, temporal=3, causal=False, spatial=2, shift=-0.6, scale=0.8), (3, 9, 2, 6)),
 ]
 
 
@@ -47,7 +49,9 @@ def test_pixel_codec_is_the_orthonormal_dct(config, shape):
     _, x = pixels(*shape, grey=config.channels == 1)
     latent = PixelCodec(config).encode(x).double().numpy()
     t, s, k = config.temporal, config.spatial, config.channels
-    padded = np.concatenate([np.repeat(x[:, :1].double().numpy(), t, 1), x[:, 1:].double().numpy()], 1)
+    padded = x.double().numpy()
+    if config.causal:
+        padded = np.concatenate([np.repeat(padded[:, :1], t, 1), padded[:, 1:]], 1)
     for c in range(k):
         for f in range(latent.shape[1]):
             for h in range(latent.shape[2]):
@@ -86,6 +90,8 @@ def test_sizes_that_do_not_fit_name_the_remedy():
         codec.latent_shape(7, 8, 8)
     with pytest.raises(ValueError, match=r"width=10 is not a multiple of 4; the nearest legal width is 8"):
         codec.encode(torch.zeros(3, 5, 8, 10))
+    with pytest.raises(ValueError, match=r"frames=5 is not a multiple of 4; the nearest legal count is 4"):
+        PixelCodec(PixelCodecConfig(causal=False)).latent_shape(5, 8, 8)
     with pytest.raises(ValueError, match="192"):
         codec.decode(torch.zeros(4, 1, 2, 2))
     for bad in ({"channels": 2}, {"temporal": 0}, {"scale": 0.0}):
@@ -94,7 +100,7 @@ def test_sizes_that_do_not_fit_name_the_remedy():
 
 
 def test_config_survives_json():
-    codec = PixelCodec(PixelCodecConfig(1, 2, 2, -0.3, 0.6))
+    codec = PixelCodec(PixelCodecConfig(channels=1, temporal=2, causal=False, spatial=2, shift=-0.3, scale=0.6))
     again = load_codec(json.loads(json.dumps(codec.config_dict())))
     assert again.config == codec.config
     with pytest.raises(ValueError, match="spatail"):

@@ -90,7 +90,7 @@ class Executor:
         loss, metrics = branch.loss(chain.batch, chain.boundary)
         if not torch.isfinite(loss):
             ids = ", ".join(map(str, chain.batch.sample_ids[:8]))
-            raise BadLoss(f"loss of phase {phase.name}, branch {branch.name}, microbatch {microbatch} is {float(loss)}; its samples: {ids}, ...")
+            raise BadLoss(f"loss of phase {phase.name}, branch {branch.name}, microbatch {microbatch} is {loss.item()}; its samples: {ids}, ...")
         if loss.requires_grad:
             loss.backward()
         return metrics
