@@ -117,7 +117,8 @@ def _train(run: RunConfig, mesh: Mesh, label: str) -> None:
 def run_demo(config: DemoConfig) -> None:
     """Runs what is not done yet, in as many processes as serve it."""
     ranks = min(MOST_RANKS, os.cpu_count() or 1)
-    if torch.cuda.is_available() or ranks == 1 or "RANK" in os.environ:
+    launched = "RANK" in os.environ or startup.placement()[1] > 1
+    if torch.cuda.is_available() or ranks == 1 or launched:
         _run_rank(config)
         return
     options = [f"--root={config.root}", f"--stage={config.stage}", "--quick" if config.quick else "--no-quick"]

@@ -100,8 +100,9 @@ def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
     file = tmp_path / "recipe.py"
     here = str(__file__).rsplit("/", 1)[0]
     file.write_text(
-        f"import sys; sys.path.insert(0, {here!r})\nfrom pathlib import Path\nfrom test_train import config\n"
-        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path)!r} + '/out', iterations=3, log_every=1)\n"
+        f"import sys; sys.path.insert(0, {here!r})\nfrom pathlib import Path\n"
+        "from megatron_apt.config import OptimizerConfig\nfrom test_train import config\n"
+        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path)!r} + '/out', iterations=3, log_every=1, optimizer=OptimizerConfig(lr=1e-5))\n"
     )
     printed = []
     for launcher, options in (([], []), (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], ["--parallel.tp", "2"])):
@@ -124,18 +125,18 @@ def test_start_up_refuses_a_mesh_that_does_not_fit(mesh):
 
 
 def test_placement_reads_torchrun_and_srun(monkeypatch):
-    from megatron_apt.parallel.startup import _placement
+    from megatron_apt.parallel.startup import placement
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not a step
-    assert _placement() == (0, 1, 0)
+    assert placement() == (0, 1, 0)
     for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1")):
         monkeypatch.setenv(name, value)
-    assert _placement() == (9, 16, 1)
+    assert placement() == (9, 16, 1)
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
-    assert _placement() == (3, 4, 3)
+    assert placement() == (3, 4, 3)
 
 
 def test_weights_and_biases_is_asked_for_by_name(mesh, datasets, tmp_path):

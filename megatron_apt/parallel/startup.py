@@ -18,7 +18,7 @@ def start(config: ParallelConfig) -> Mesh:
         ValueError: the mesh does not fit the number of processes.
     """
     cuda = torch.cuda.is_available()
-    rank, world, local_rank = _placement()
+    rank, world, local_rank = placement()
     if cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     model_parallel = config.tp * config.cp * config.pp
@@ -57,7 +57,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _placement() -> tuple[int, int, int]:
+def placement() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun, from an srun step, or 0 of 1 under plain python."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -76,8 +76,9 @@ def _join(backend: str, rank: int, world: int, timeout_minutes: float) -> None:
         return
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
-    # A port of the job's own, so that two jobs sharing a node do not meet.
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "9500")) % 20000))
+    # A port of the job step's own, so that two jobs, or two steps of one job, sharing a node do not meet; below the ephemeral ports.
+    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    os.environ.setdefault("MASTER_PORT", str(12000 + (job * 64 + step) % 20000))
     dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
 
 
