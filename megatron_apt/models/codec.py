@@ -128,11 +128,10 @@ class PixelCodec:
         x = x.unflatten(-4, (t, s, s))
         x = torch.einsum("nmqtij,...cnmqfhw->...cfthiwj", self._basis, x)
         x = x.flatten(-2).flatten(-3, -2)  # columns, then rows
+        x = x.flatten(-4, -3)
         if self.config.causal:
             # A generator's first latent frame may hold more than its constant component; its average over time is what the encoder would see.
-            x = torch.cat((x[..., :1, :, :, :].mean(-3), x[..., 1:, :, :, :].flatten(-4, -3)), dim=-3)
-        else:
-            x = x.flatten(-4, -3)
+            x = torch.cat((x[..., :t, :, :].mean(-3, keepdim=True), x[..., t:, :, :]), dim=-3)
         return x.expand(*x.shape[:-4], 3, *x.shape[-3:]).contiguous() if k == 1 else x
 
 
