@@ -1,6 +1,7 @@
 """The demo's runs, each a function that returns a configuration. examples/tiny.py offers the same ones to `megatron-apt train`.
 
-Real handwritten digits, images first, then clips, on a CPU in minutes. Where a value differs from the paper's (lr 5e-6 / 3e-6, batch 9062 / 2048, CFG 7.5, 32 steps shifted by 24), it is because this network is ten thousand times smaller.
+Real handwritten digits, images first, then clips, on a CPU in minutes. Where a value differs from the paper's (lr 5e-6 / 3e-6, batch 9062 / 2048,
+CFG 7.5, 32 steps shifted by 24), it is because this network is ten thousand times smaller.
 """
 
 from dataclasses import dataclass, replace

@@ -102,7 +102,8 @@ def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
     file.write_text(
         f"import sys; sys.path.insert(0, {here!r})\nfrom pathlib import Path\n"
         "from megatron_apt.config import OptimizerConfig\nfrom test_train import config\n"
-        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path)!r} + '/out', iterations=3, log_every=1, optimizer=OptimizerConfig(lr=1e-5))\n"
+        f"def run():\n    data, out = Path({str(datasets)!r}), {str(tmp_path / 'out')!r}\n"
+        "    return config(data, out, iterations=3, log_every=1, optimizer=OptimizerConfig(lr=1e-5))\n"
     )
     printed = []
     for launcher, options in (([], []), (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], ["--parallel.tp", "2"])):

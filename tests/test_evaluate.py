@@ -69,12 +69,15 @@ def test_floor_is_small_reproducible_and_falls_with_more_data():
     assert real_floor(torch.arange(4.0)[:, None], 0) > 0
 
 
-@pytest.mark.parametrize(("a", "b", "message"), [
-    (torch.zeros(1, 3), torch.zeros(4, 3), "N >= 2"),
-    (torch.zeros(4, 3, 1), torch.zeros(4, 3), "N >= 2"),
-    (torch.zeros(4, 3), torch.full((4, 3), float("nan")), "features_b: 4 of 4 samples are not finite"),
-    (torch.zeros(4, 3), torch.zeros(4, 2), "3 and 2 wide"),
-])
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(1, 3), torch.zeros(4, 3), "N >= 2"),
+        (torch.zeros(4, 3, 1), torch.zeros(4, 3), "N >= 2"),
+        (torch.zeros(4, 3), torch.full((4, 3), float("nan")), "features_b: 4 of 4 samples are not finite"),
+        (torch.zeros(4, 3), torch.zeros(4, 2), "3 and 2 wide"),
+    ],
+)
 def test_frechet_refuses(a, b, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(a, b)
@@ -114,12 +117,15 @@ def test_real_accuracy_is_held_out():
     assert accuracy.real_accuracy < 0.7 < accuracy.score(x, y)
 
 
-@pytest.mark.parametrize(("x", "y", "message"), [
-    (torch.zeros(4, 2), torch.zeros(3), "give"),
-    (torch.zeros(4, 2), torch.zeros(4), "at least 2 classes"),
-    (torch.zeros(3, 2), torch.tensor([0, 0, 1]), "at least 2 samples"),
-    (torch.full((4, 2), float("inf")), torch.tensor([0, 0, 1, 1]), "finite"),
-])
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.zeros(4, 2), torch.zeros(3), "give"),
+        (torch.zeros(4, 2), torch.zeros(4), "at least 2 classes"),
+        (torch.zeros(3, 2), torch.tensor([0, 0, 1]), "at least 2 samples"),
+        (torch.full((4, 2), float("inf")), torch.tensor([0, 0, 1, 1]), "finite"),
+    ],
+)
 def test_classifier_refuses(x, y, message):
     with pytest.raises(ValueError, match=message):
         ClassAccuracy.fit(x, y)

@@ -25,7 +25,9 @@ class Batches:
             raise ValueError("data.shards=(): name at least one folder written by `megatron-apt encode`")
         share = micro_batch * mesh.dp.size
         if global_batch % share:
-            raise ValueError(f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} x {mesh.dp.size} data-parallel ranks; use {share}")
+            raise ValueError(
+                f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} x {mesh.dp.size} data-parallel ranks; use {share}"
+            )
         self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
         self.global_batch, self.micro_batch, self.microbatches = global_batch, micro_batch, global_batch // share
         self.sources = [LatentShards(path) for path in data.shards]
@@ -37,7 +39,9 @@ class Batches:
     def _check(self, path: str, source: LatentShards) -> None:
         for shape in set(source.shapes):
             if shape[0] != self.model.latent_channels:
-                raise ValueError(f"{path}: latents have {shape[0]} channels, model.latent_channels={self.model.latent_channels}; set it to {shape[0]}")
+                raise ValueError(
+                    f"{path}: latents have {shape[0]} channels, model.latent_channels={self.model.latent_channels}; set it to {shape[0]}"
+                )
             patch_grid(tuple(shape[1:]), self.model.patch)
         width = source.null_text.shape[-1]
         if width != self.model.text_width:

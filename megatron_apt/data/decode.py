@@ -135,8 +135,15 @@ def _decode_group(clips: list[Clip], plans: list[_Plan | RejectedInput], device:
         members = routes[route]
         jobs = [(np.fromfile(clips[i].path, np.uint8), plans[i].indices) for i in members]
         for i, picture in zip(members, _decode_jobs(jobs, decode, device), strict=True):
-            pictures[i] = picture if picture is not None else RejectedInput(
-                clips[i].path, "payload", "does not decode", "the data are damaged or of an unsupported kind; fetch the file again or re-encode it"
+            pictures[i] = (
+                picture
+                if picture is not None
+                else RejectedInput(
+                    clips[i].path,
+                    "payload",
+                    "does not decode",
+                    "the data are damaged or of an unsupported kind; fetch the file again or re-encode it",
+                )
             )
     return pictures
 

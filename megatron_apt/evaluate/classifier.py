@@ -28,7 +28,9 @@ class ClassAccuracy:
         x, y = _arrays(features, labels)
         classes, counts = np.unique(y, return_counts=True)
         if len(classes) < 2 or counts.min() < 2:
-            raise ValueError(f"classes {dict(zip(classes.tolist(), counts.tolist()))}: need at least 2 classes with at least 2 samples each")
+            raise ValueError(
+                f"classes {dict(zip(classes.tolist(), counts.tolist(), strict=True))}: need at least 2 classes with at least 2 samples each"
+            )
         held_out = max(round(HELD_OUT * len(x)), len(classes))
         train_x, test_x, train_y, test_y = train_test_split(x, y, test_size=held_out, stratify=y, random_state=seed)
         # One mean and scale for all features: scaling each by itself would blow up pixels that hardly vary in real data,

@@ -50,7 +50,10 @@ def tail_mean(rows: list[dict], key: str) -> float:
 def stage_plots(rows: list[dict]) -> list[Plot]:
     """The plots that the keys of a training log allow: a loss, or the five curves that tell the health of an adversarial stage."""
     keys = sorted({key for row in rows for key in row if key == "loss" or key.startswith("loss/")})
-    series = lambda *pairs: tuple(found for key, label in pairs if (found := line(rows, key, label)))
+
+    def series(*pairs):
+        return tuple(found for key, label in pairs if (found := line(rows, key, label)))
+
     plots = [
         Plot("Loss", series(*[(key, key.removeprefix("loss/")) for key in keys])[:4]),
         Plot("Adversarial losses", series(("d/loss", "discriminator"), ("g/loss", "generator"))),
@@ -78,7 +81,7 @@ def svg(plot: Plot, name: str) -> str:
         # Width in the proportion in which the page shows it: text then has the same size in all plots.
         figure = Figure((7.6, 2.7) if plot.wide else (3.6, 2.1), layout="constrained")
         axes = figure.add_subplot()
-        for colour, data in zip(_SERIES, plot.lines):
+        for colour, data in zip(_SERIES, plot.lines, strict=False):
             _draw(axes, data, colour)
         _decorate(axes, plot)
         out = io.StringIO()

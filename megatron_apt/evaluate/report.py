@@ -17,7 +17,12 @@ from megatron_apt.media import gif_bytes, png_bytes, write_atomically
 
 # Names that grids and table rows should use: the page explains them, orders columns by them and takes its headline numbers from them.
 REAL, DIFFUSION, DIFFUSION_1, CONSISTENCY, APT, APT_2 = METHODS = (
-    "real", "diffusion 25 steps", "diffusion 1 step", "consistency 1 step", "APT 1 step", "APT 2 steps",
+    "real",
+    "diffusion 25 steps",
+    "diffusion 1 step",
+    "consistency 1 step",
+    "APT 1 step",
+    "APT 2 steps",
 )
 FLOOR = "real against real"
 
@@ -26,18 +31,30 @@ _LARGEST = 320  # stored pixels of a sample's longer side; larger ones are avera
 _LEAD = """A diffusion model needs dozens of network evaluations for one sample. Adversarial post-training turns it into a generator that needs
 one: in every row below, all columns start from the same prompt and, where they start from noise, from the same noise."""
 _HOW = (
-    ("Stage 0 · Diffusion", "The network learns to point from a noisy sample towards the clean one. "
-     "Following that arrow in 25 small steps, with guidance, gives good samples; one big step gives a blur."),
-    ("Stage 1 · Consistency distillation", "A copy learns to land in one step where the guided diffusion model is heading, from every noise level. "
-     "The result is usable but soft, and serves only as the start of stage 2."),
-    ("Stage 2 · Adversarial post-training", "The generator now trains against a discriminator made from the diffusion model itself, which compares its "
-     "samples with real data rather than with a teacher. That restores detail, and can surpass the teacher in sharpness."),
-    ("Ablation · Without aR1", "aR1 penalises a discriminator whose verdict changes when real data gets a little noise. "
-     "Without it the discriminator wins outright, its loss falls to zero and the generator learns nothing more."),
+    (
+        "Stage 0 · Diffusion",
+        "The network learns to point from a noisy sample towards the clean one. "
+        "Following that arrow in 25 small steps, with guidance, gives good samples; one big step gives a blur.",
+    ),
+    (
+        "Stage 1 · Consistency distillation",
+        "A copy learns to land in one step where the guided diffusion model is heading, from every noise level. "
+        "The result is usable but soft, and serves only as the start of stage 2.",
+    ),
+    (
+        "Stage 2 · Adversarial post-training",
+        "The generator now trains against a discriminator made from the diffusion model itself, which compares "
+        "its samples with real data rather than with a teacher. That restores detail, and can surpass the teacher in sharpness.",
+    ),
+    (
+        "Ablation · Without aR1",
+        "aR1 penalises a discriminator whose verdict changes when real data gets a little noise. "
+        "Without it the discriminator wins outright, its loss falls to zero and the generator learns nothing more.",
+    ),
 )
-_TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's, lower is better; “real against real” is the floor that random
-halves of the data reach. Class accuracy: share of samples in which a classifier trained on real data sees what the prompt says. Diversity: mean
-distance between pairs of samples, near zero after a collapse. NFE: network evaluations per sample, two per step with guidance."""
+_TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's, lower is better; “real against real” is the floor that
+random halves of the data reach. Class accuracy: share of samples in which a classifier trained on real data sees what the prompt says. Diversity:
+mean distance between pairs of samples, near zero after a collapse. NFE: network evaluations per sample, two per step with guidance."""
 _SAMPLES_CAPTION = "Samples of one row and place share prompt and seed; “real” shows data with that caption."
 
 
@@ -237,7 +254,7 @@ def _figure(plot: plots.Plot, name: str) -> str:
     legend = "".join(f'<span class="key k{i}">{escape(data.label)}</span>' for i, data in enumerate(plot.lines, 1))
     name = "".join(letter if letter.isalnum() else "-" for letter in name)
     return (
-        f'<figure{" class=wide" if plot.wide else ""}><figcaption><b>{escape(plot.title)}</b>'
+        f"<figure{' class=wide' if plot.wide else ''}><figcaption><b>{escape(plot.title)}</b>"
         f"<span>{legend if len(plot.lines) > 1 else ''}</span></figcaption>{plots.svg(plot, name)}</figure>"
     )
 
