@@ -15,9 +15,14 @@ from megatron_apt.config import RunConfig
 
 
 def _demo(argv: list[str]) -> None:
-    from megatron_apt.demo import DemoConfig, run_demo
+    from megatron_apt.launch import relaunch
+    from megatron_apt.recipes import DemoConfig
 
-    run_demo(tyro.cli(DemoConfig, args=argv, prog="megatron-apt demo"))
+    config = tyro.cli(DemoConfig, args=argv, prog="megatron-apt demo")
+    relaunch(config)
+    from megatron_apt.demo import run_demo
+
+    run_demo(config)
 
 
 def _encode(argv: list[str]) -> None:
@@ -101,7 +106,8 @@ def _sample(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    from megatron_apt.demo import DemoConfig, rewrite_report
+    from megatron_apt.demo import rewrite_report
+    from megatron_apt.recipes import DemoConfig
 
     print(rewrite_report(tyro.cli(DemoConfig, args=argv, prog="megatron-apt report")))
 

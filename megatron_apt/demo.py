@@ -1,22 +1,17 @@
 """The main job on real data: encode, diffusion, consistency, APT and the aR1 ablation on images, then on clips; a report after every stage.
 
 Every stage leaves a mark when it is done and training checkpoints while it runs, so an interrupted demo continues where it was.
-It runs data-parallel, one process per core up to two: networks this small gain little from more threads in one process.
+It runs data-parallel on the processes that launch.py starts.
 """
 
 import contextlib
 import fcntl
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -31,18 +26,8 @@ from megatron_apt.models.text import train_sentencepiece
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.progress import training_progress
+from megatron_apt.recipes import DemoConfig
 from megatron_apt.train import train
-
-MOST_RANKS = 2  # the recipes cut their batches in two
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    root: str = "runs/demo"
-    stage: Literal["all", "images"] = "all"
-    """`images` stops after the image stages and the ablation."""
-    quick: bool = False
-    """A twentieth of the training: shows that everything runs, not what it reaches."""
 
 
 @dataclass(frozen=True)
@@ -115,21 +100,7 @@ def _train(run: RunConfig, mesh: Mesh, label: str) -> None:
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Runs what is not done yet, in as many processes as serve it."""
-    ranks = min(MOST_RANKS, os.cpu_count() or 1)
-    launched = "RANK" in os.environ or startup.placement()[1] > 1
-    if torch.cuda.is_available() or ranks == 1 or launched:
-        _run_rank(config)
-        return
-    options = [f"--root={config.root}", f"--stage={config.stage}", "--quick" if config.quick else "--no-quick"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "megatron_apt", "demo"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks))}
-    status = subprocess.run([*launcher, *options], env=environment, check=False).returncode
-    if status:
-        sys.exit(status)
-
-
-def _run_rank(config: DemoConfig) -> None:
+    """Runs what is not done yet, on this rank."""
     root = Path(config.root)
     root.mkdir(parents=True, exist_ok=True)
     mesh = startup.start(ParallelConfig())

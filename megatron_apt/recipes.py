@@ -5,6 +5,7 @@ CFG 7.5, 32 steps shifted by 24), it is because this network is ten thousand tim
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, FlowConfig, InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.models.config import ModelConfig
@@ -27,12 +28,21 @@ class Place:
         return max(4, round(full * self.effort))
 
 
+@dataclass(frozen=True)
+class DemoConfig:
+    root: str = "runs/demo"
+    stage: Literal["all", "images"] = "all"
+    """`images` stops after the image stages and the ablation."""
+    quick: bool = False
+    """A twentieth of the training: shows that everything runs, not what it reaches."""
+
+
 def image_flow(place: Place = Place()) -> RunConfig:
     """Stage 0 on 8x8 digits."""
     return RunConfig(
         method="flow",
         output=place.run("images/flow"),
-        iterations=place.updates(1000),
+        iterations=place.updates(800),
         global_batch=128,
         micro_batch=64,
         model=ModelConfig(latent_channels=1),
@@ -64,7 +74,7 @@ def image_apt(place: Place = Place()) -> RunConfig:
         distilled,
         method="apt",
         output=place.run("images/apt"),
-        iterations=place.updates(300),
+        iterations=place.updates(250),
         # The discriminator learns faster than the generator: its heads start from nothing, and a generator that follows an ignorant
         # discriminator first forgets what distillation taught it.
         optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=20, ema=0.98),

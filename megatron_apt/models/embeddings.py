@@ -36,7 +36,7 @@ def rotary_split(head_size: int) -> tuple[int, int, int]:
     return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)  # a table of 46,800 tokens is 24 MB
 def rotary_table(layout: Layout, head_size: int, theta: float, dtype: torch.dtype) -> Tensor:
     """Unit complex numbers e^{i position / theta^(j / pairs)} of the visual tokens, in the layout's folded form (a, b, 1, 1, K / 2)."""
     angles = []

@@ -100,7 +100,7 @@ def chunk(length: int, parts: int, part: int) -> tuple[int, int]:
     return length * part // parts, length * (part + 1) // parts
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)  # an iteration needs a few, and most iterations need the same
 def build_layout(grids: tuple[Grid, ...], text_lengths: tuple[int, ...], mesh: Mesh) -> Layout:
     """Layout of a microbatch with one grid and one caption length per sample.
 
