@@ -195,7 +195,7 @@ def _cell(section: Section, name: str, indices: list[int], width: int) -> str:
     if name not in section.grids:
         return '<span class="quiet">·</span>'
     images = "".join(_image(section.grids[name][i], section.fps, width, f"{section.prompts[i]}, {name}") for i in indices)
-    return f'<span class="cell">{images}</span>'
+    return f'<span class="cell{" pair" if len(indices) <= 2 else ""}">{images}</span>'
 
 
 def _image(sample: Tensor, fps: float, width: int, description: str) -> str:
