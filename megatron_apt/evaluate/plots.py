@@ -41,10 +41,13 @@ def line(rows: list[dict], key: str, label: str) -> Line | None:
     return Line(label, *np.array(points, dtype=float).T) if points else None
 
 
-def tail_mean(rows: list[dict], key: str) -> float:
-    """Mean of the finite values of `key` over the last tenth of a log: where a loss ended, without its noise. NaN if there are none."""
+def tail_median(rows: list[dict], key: str) -> float:
+    """Median of the finite values of `key` over the last tenth of a log: where a loss ended, without its noise. NaN if there are none.
+
+    The median, because a collapsed discriminator's loss is near zero with single spikes that would rule a mean.
+    """
     values = [row[key] for row in rows if _finite(row.get(key))]
-    return float(np.mean(values[-math.ceil(TAIL * len(values)) :])) if values else math.nan
+    return float(np.median(values[-math.ceil(TAIL * len(values)) :])) if values else math.nan
 
 
 def stage_plots(rows: list[dict]) -> list[Plot]:

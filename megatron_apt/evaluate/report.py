@@ -236,9 +236,9 @@ def _ablation(section: Section) -> Iterator[str]:
     if plot is None:
         return
     yield "<h3>What aR1 is for</h3>"
-    ends = [(name, plots.tail_mean(rows, "d/loss")) for name, rows in (("with aR1", regularised), ("without aR1", section.ablation))]
+    ends = [(name, plots.tail_median(rows, "d/loss")) for name, rows in (("with aR1", regularised), ("without aR1", section.ablation))]
     ends = " and ".join(f"{_number(value)} {name}" for name, value in ends if math.isfinite(value))
-    yield f"<p>The discriminator’s loss ends at {ends} (mean of the last tenth of the updates).</p>"
+    yield f"<p>The discriminator’s loss ends at {ends} (median of the last tenth of the updates).</p>"
     yield _figure(plot, f"{section.name}-ablation")
 
 

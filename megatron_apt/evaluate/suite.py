@@ -22,6 +22,7 @@ from megatron_apt.data.shards import LatentShards
 from megatron_apt.evaluate.classifier import ClassAccuracy
 from megatron_apt.evaluate.diversity import pairwise_diversity
 from megatron_apt.evaluate.frechet import frechet_distance, pooled_features, real_floor
+from megatron_apt.evaluate.plots import tail_median
 from megatron_apt.evaluate.report import FLOOR, Report, Row, Section
 from megatron_apt.log import read_rows
 from megatron_apt.parallel.mesh import Mesh
@@ -193,10 +194,9 @@ def _curve(here: Place, run: str) -> list[dict]:
 
 
 def _last_d_loss(here: Place, run: str) -> float | None:
-    """Mean discriminator loss over the last tenth of a run."""
-    losses = [row["d/loss"] for row in _curve(here, run)]
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last) if last else None
+    """Where a run's discriminator loss ended."""
+    loss = tail_median(_curve(here, run), "d/loss")
+    return None if math.isnan(loss) else loss
 
 
 def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...], config_text: str) -> Report:
