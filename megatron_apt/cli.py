@@ -142,6 +142,7 @@ def _quiet_libraries() -> None:
         ".*CUDA_DEVICE_MAX_CONNECTIONS",
         ".*torch.jit.script",
         ".*dynamic_context.py",
+        ".*load_state_dict. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
 
