@@ -26,6 +26,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed.to(x.dtype) * weight
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # a second derivative through saved intermediates would be silently wrong
     def backward(ctx, dy):
         normed, inverse, weight = ctx.saved_tensors
         dx = dw = None

@@ -1,5 +1,6 @@
 """Configuration: small frozen dataclasses, each of which checks itself. A run is a function that returns a RunConfig (see examples/)."""
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -42,6 +43,7 @@ class DataConfig:
     def __post_init__(self):
         weights = self.weights or (1,) * len(self.shards)
         _check(len(weights) == len(self.shards), "data.weights", self.weights, f"give one weight for each of the {len(self.shards)} folders")
+        _check(self.text_length >= 0, "data.text_length", self.text_length, "must not be negative; 0 keeps each caption's length")
         _check(self.block >= 1, "data.block", self.block, "must be at least 1")
         _check(all(w >= 1 for w in weights), "data.weights", self.weights, "weights are whole numbers of at least 1")
 
@@ -77,6 +79,10 @@ class FlowConfig:
     shift: float = 1.0
     """Shift of the logit-normal t towards noise (method: shift(t, s))."""
 
+    def __post_init__(self):
+        _check(0 <= self.condition_dropout <= 1, "flow.condition_dropout", self.condition_dropout, "is a probability")
+        _check(self.shift > 0, "flow.shift", self.shift, "must be positive; 1 leaves t as it is")
+
 
 @dataclass(frozen=True)
 class ConsistencyConfig:
@@ -87,6 +93,7 @@ class ConsistencyConfig:
     guidance_scale: float = 7.5
 
     def __post_init__(self):
+        _check(self.shift > 0, "consistency.shift", self.shift, "must be positive; 1 leaves the grid uniform")
         _check(self.steps >= 1, "consistency.steps", self.steps, "must be at least 1")
 
 
@@ -96,10 +103,10 @@ class AptConfig:
 
     loss: Literal["non_saturating", "hinge", "relativistic"] = "non_saturating"
     ar1_lambda: float = 100.0
-    ar1_sigma: float = 0.1
+    ar1_sigma: float = 0.01
     """In units of the scaled latent: 0.01 for images, 0.1 for videos."""
     ar2_lambda: float = 0.0
-    ar2_sigma: float = 0.1
+    ar2_sigma: float = 0.01
     timestep_shift: float = 1.0
     """s of the discriminator's t ~ shift(U(0, 1), s): 1 for images, 12 for videos."""
     timestep_fixed: float = -1.0
@@ -123,7 +130,14 @@ class AptConfig:
 
     def __post_init__(self):
         _check(self.ar1_lambda >= 0, "apt.ar1_lambda", self.ar1_lambda, "must not be negative")
-        _check(self.ar1_sigma > 0, "apt.ar1_sigma", self.ar1_sigma, "must be positive")
+        for name in ("ar2_lambda", "discriminator_lr", "exact_r1_every"):
+            _check(getattr(self, name) >= 0, f"apt.{name}", getattr(self, name), "must not be negative")
+        for name in ("ar1_sigma", "ar2_sigma", "timestep_shift", "head_lr_scale"):
+            _check(getattr(self, name) > 0, f"apt.{name}", getattr(self, name), "must be positive")
+        for name in ("condition_dropout", "two_step_t"):
+            _check(0 <= getattr(self, name) <= 1, f"apt.{name}", getattr(self, name), "lies in [0, 1]")
+        unpaired = self.loss != "relativistic"
+        _check(unpaired or not self.unmatched_conditions, "apt.unmatched_conditions", True, "has no paired form; use another apt.loss")
         _check(0 < self.discriminator_depth <= 1, "apt.discriminator_depth", self.discriminator_depth, "is a share in (0, 1]")
         _check(
             bool(self.head_layers) and all(0 < f <= 1 for f in self.head_layers),
@@ -177,13 +191,16 @@ class RunConfig:
     save_every: int = 0
     """0 saves at the end only."""
     keep_checkpoints: int = 2
+    """0 keeps all."""
     tensorboard: bool = True
     wandb: str = ""
     """Weights & Biases project; needs the wandb package. Empty: not used."""
 
     def __post_init__(self):
-        _check(self.iterations >= 0, "iterations", self.iterations, "must not be negative")
-        _check(self.micro_batch >= 1, "micro_batch", self.micro_batch, "must be at least 1")
+        for name in ("iterations", "save_every", "keep_checkpoints"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        for name in ("global_batch", "micro_batch", "log_every"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _check(self.global_batch % self.micro_batch == 0, "global_batch", self.global_batch, f"use a multiple of micro_batch={self.micro_batch}")
 
 
@@ -202,6 +219,18 @@ def check_fits(config: RunConfig) -> None:
             f"model.heads={model.heads} over parallel.tp={parallel.tp} leaves {local_heads} heads, which do not split over "
             f"parallel.cp={parallel.cp}; use --parallel.context-parallel all_gather or another cp"
         )
+
+    if config.method == "apt":
+        _check_apt(config)
+
+
+def _check_apt(config: RunConfig) -> None:
+    if config.apt.unmatched_conditions and config.micro_batch < 2:
+        raise ValueError(f"apt.unmatched_conditions=True exchanges captions inside a microbatch; micro_batch={config.micro_batch} has none, use 2")
+    if config.apt.exact_r1_every and config.model.recompute == "full":
+        raise ValueError(f"apt.exact_r1_every={config.apt.exact_r1_every} differentiates with respect to samples; it needs model.recompute=none")
+    if config.micro_batch == 1 and config.guards.collapse_window:
+        warnings.warn("micro_batch=1 leaves no two samples to compare: the diversity alarm is off, only d/loss is watched", stacklevel=3)
 
 
 def to_dict(config: RunConfig) -> dict:

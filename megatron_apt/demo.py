@@ -95,7 +95,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _train(run: RunConfig, mesh: Mesh, label: str) -> None:
-    with training_progress(run, label=label) as report:
+    with training_progress(run, enabled=mesh.is_main, label=label) as report:
         train(run, mesh, report)
 
 

@@ -26,16 +26,18 @@ class Network:
         self.optimizer: RMSProp | AdamW | None = None
         self.ema: Ema | None = None
         self.updates = 0
+        self.source = ""  # checkpoint its weights came from, pinned so that a resume takes the same ones
         for parameter_name, parameter in self.module.named_parameters():
             parameter.requires_grad_(role.optimizer is not None and role.trains(parameter_name))
         if role.optimizer is not None:
             self.flat = FlatParameters(self.module, mesh, role.lr_scale)
             self.optimizer = make_optimizer(self.flat, role.optimizer)
 
-    def start(self) -> None:
-        """Takes the role's starting weights, then begins the average from them."""
-        if self.role.source:
-            load_weights(self.role.source, self.module.get_submodule(self.role.target), self.mesh, self.flat)
+    def start(self, source: str = "") -> None:
+        """Takes the role's starting weights (or those of `source`), then begins the average from them."""
+        source = source or self.role.source
+        if source:
+            self.source = load_weights(source, self.module.get_submodule(self.role.target), self.mesh, self.flat)
         self.begin_average()
 
     def begin_average(self) -> None:
@@ -80,10 +82,12 @@ class Network:
         return state
 
     @torch.no_grad()
-    def restore(self, folder: Path, updates: int) -> None:
-        """Puts back a state written from `sharded_state`, in place."""
+    def restore(self, folder: Path, updates: int, source: str) -> None:
+        """Puts back a state written from `sharded_state`, in place. A network that does not train comes from `source` again."""
         if self.flat is None:
-            return self.start()
+            self.start(source)
+            return
+        self.source = source
         self.begin_average()
         wanted = self.sharded_state()
         targets = {key: tensor.data for key, tensor in wanted.items()}
@@ -93,11 +97,10 @@ class Network:
         self.updates = updates
         if isinstance(self.optimizer, AdamW):
             self.optimizer.set_steps(updates)
-        return None
 
 
 @torch.no_grad()
-def load_weights(source: str, module: nn.Module, mesh: Mesh, flat: FlatParameters | None = None) -> Path:
+def load_weights(source: str, module: nn.Module, mesh: Mesh, flat: FlatParameters | None = None) -> str:
     """Fills a module with the generator of a checkpoint: `path`, or `path:ema` or `path:raw` (default: ema where there is one).
 
     Args:
@@ -106,7 +109,7 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, flat: FlatParameter
         flat: buffers of the network that owns the module, whose masters then take the same weights.
 
     Returns:
-        The checkpoint folder used.
+        What was loaded, in full: `folder:kind`.
 
     Raises:
         CheckpointError: not there, or of another shape.
@@ -123,4 +126,4 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, flat: FlatParameter
         parameter.copy_(loaded[prefix + name])
         if id(parameter) in masters:
             masters[id(parameter)].copy_(loaded[prefix + name])
-    return folder
+    return f"{folder}:{kind}"

@@ -75,6 +75,7 @@ def image_apt(place: Place = Place()) -> RunConfig:
         method="apt",
         output=place.run("images/apt"),
         iterations=place.updates(250),
+        save_every=50,
         # The discriminator learns faster than the generator: its heads start from nothing, and a generator that follows an ignorant
         # discriminator first forgets what distillation taught it.
         optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=20, ema=0.98),
@@ -96,7 +97,7 @@ def video_flow(place: Place = Place()) -> RunConfig:
     return replace(
         image_flow(place),
         output=place.run("videos/flow"),
-        iterations=place.updates(1300),
+        iterations=place.updates(1100),
         global_batch=96,
         micro_batch=48,
         model=ModelConfig(latent_channels=4),
@@ -110,7 +111,7 @@ def video_consistency(place: Place = Place()) -> RunConfig:
         base,
         method="consistency",
         output=place.run("videos/consistency"),
-        iterations=place.updates(350),
+        iterations=place.updates(300),
         optimizer=images.optimizer,
         consistency=images.consistency,
         init=InitConfig(diffusion=base.output),

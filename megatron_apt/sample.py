@@ -1,6 +1,7 @@
 """Samples from a checkpoint: loads the generator with the codec and text encoder of the data it was trained on."""
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def sample_to_files(config) -> list[Path]:
     mesh = startup.start(ParallelConfig())
     loaded = load_generator(config.checkpoint, mesh, config.weights)
     dataset = LatentShards(config.dataset or loaded.shards[0])
+    _check_dataset(dataset, loaded)
     codec, encoder = dataset.codec(), dataset.text_encoder()
     shape = (dataset.shapes[0][0], *(config.size or dataset.shapes[0][1:]))
     prompts = config.prompts or tuple(dict.fromkeys(dataset.captions))[:8]
@@ -87,11 +89,15 @@ def sample_to_files(config) -> list[Path]:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     files, pictures = [], []
-    for seed, prompt in itertools.product(config.seeds, prompts):
+    texts = encoder.encode(list(prompts))
+    for prompt, text in zip(prompts, texts, strict=True):
+        if loaded.text_length and len(text) > loaded.text_length:
+            warnings.warn(f"prompt {prompt!r} has {len(text)} tokens; this model reads the first {loaded.text_length}", stacklevel=2)
+    for seed, (number, prompt) in itertools.product(config.seeds, enumerate(prompts)):
         # A prompt's noise depends on its seed alone, so samples of one seed can be compared across prompts and checkpoints.
-        latent = sample_latents(loaded, mesh, encoder.encode([prompt]), negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
+        latent = sample_latents(loaded, mesh, [texts[number]], negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
         frames = codec.decode(latent[0].cpu()).clamp(-1, 1)
-        path = out / f"{_file_name(prompt)}-seed{seed}.{config.format}"
+        path = out / f"{number:03d}-{_file_name(prompt)}-seed{seed}.{config.format}"
         _write(frames, path, config)
         files.append(path)
         pictures.append(frames)
@@ -101,6 +107,15 @@ def sample_to_files(config) -> list[Path]:
         files.append(grid)
     print("\n".join(map(str, files)))
     return files
+
+
+def _check_dataset(dataset: LatentShards, loaded: Loaded) -> None:
+    model = loaded.model.model
+    found, needed = (dataset.shapes[0][0], dataset.null_text.shape[-1]), (model.latent_channels, model.text_width)
+    if found != needed:
+        raise ValueError(
+            f"dataset {dataset.path}: latent channels and text width are {found}, the checkpoint's {needed}; give the dataset of its run"
+        )
 
 
 def _file_name(prompt: str) -> str:

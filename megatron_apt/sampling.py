@@ -25,7 +25,7 @@ def sample_noise(seed: int, ids: Tensor, shape: tuple[int, int, int, int], purpo
 
 @dataclass(frozen=True)
 class Sampler:
-    """A trained network with the conditions of some samples, on one context-parallel rank.
+    """A trained network with the conditions of some samples. Without context parallelism: every rank samples whole latents.
 
     Attributes:
         model: an MMDiT.

@@ -41,6 +41,7 @@ class Trainer:
         self.iteration = 0
         self.alarm_since: dict[str, int] = {}
         folder = store.latest(config.output)
+        _warn_of_random_weights(config)
         if folder is None:
             for network in self.networks.values():
                 network.start()
@@ -51,7 +52,7 @@ class Trainer:
         state = store.read_state(folder)
         _same_run(state["config"], to_dict(self.config), folder)
         for name, network in self.networks.items():
-            network.restore(folder, state["updates"].get(name, 0))
+            network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
         self.iteration = state["iteration"]
 
     def save(self) -> None:
@@ -62,6 +63,7 @@ class Trainer:
         state = {
             "config": to_dict(self.config),
             "updates": {name: network.updates for name, network in self.networks.items()},
+            "sources": {name: network.source for name, network in self.networks.items() if network.source},
             "ema": self.networks["generator"].ema is not None,
             "samples_seen": self.iteration * self.config.global_batch,
         }
@@ -75,14 +77,14 @@ class Trainer:
         def update(role: str) -> None:
             values.update(self.networks[role].update(self.config.iterations))
 
-        contributions = {}
-        for phase in self.method.phases:
-            actions = alternate(phase, len(batches))
-            contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
+        contributions: dict[str, torch.Tensor] = {}
         if self.method.check_every and self.iteration % self.method.check_every == 0:
             for batch in batches:
                 for name, value in self.method.check(self.executor.networks, batch).items():
-                    contributions[name] = contributions[name] + value if name in contributions else value
+                    contributions[name] = contributions.get(name, 0.0) + value
+        for phase in self.method.phases:
+            actions = alternate(phase, len(batches))
+            contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
         self.iteration += 1
         return self.method.summarise(values | _summed(contributions, self.mesh))
 
@@ -103,11 +105,14 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
         report: called on the main rank after every iteration with (iteration, values).
 
     Raises:
-        Collapse, BadLoss, BadGradient: training stopped by itself; the last checkpoint is kept.
+        Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
+            if config.save_every is 0.
     """
     trainer = Trainer(config, mesh)
     log = RunLog(config, trainer.iteration) if mesh.is_main else None
     saved = trainer.iteration
+    if log and trainer.iteration >= config.iterations:
+        print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
     try:
         while trainer.iteration < config.iterations:
             began = time.perf_counter()
@@ -118,7 +123,8 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
             if report and mesh.is_main:
                 report(trainer.iteration, values)
             trainer.watch(values)
-            if config.save_every and trainer.iteration % config.save_every == 0:
+            # A standing alarm must not push the last good checkpoint out.
+            if config.save_every and trainer.iteration % config.save_every == 0 and not trainer.alarm_since:
                 trainer.save()
                 saved = trainer.iteration
         if saved != trainer.iteration:
@@ -163,6 +169,14 @@ def _same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
         warnings.warn(
             f"continuing {folder} to {wanted['iterations']} instead of {stored['iterations']} iterations; a cosine decay changes", stacklevel=2
         )
+
+
+def _warn_of_random_weights(config: RunConfig) -> None:
+    """APT and distillation of random weights run, which tests and benchmarks use; nobody else means to."""
+    needed = {"consistency": ("diffusion",), "apt": ("generator", "diffusion")}.get(config.method, ())
+    empty = [f"init.{name}" for name in needed if not getattr(config.init, name)]
+    if empty:
+        warnings.warn(f"{' and '.join(empty)} empty: those weights are random; give checkpoints unless this is a test", stacklevel=3)
 
 
 def _plain(value):

@@ -40,7 +40,7 @@ def test_train_and_sample(recipe, tmp_path, capsys):
     prompts = ["--prompts", "a handwritten seven", "a handwritten two", "--seeds", "0", "1"]
     main(["sample", str(tmp_path / "out"), *prompts, "--out", str(out), "--scale", "2"])
     files = sorted(p.name for p in out.iterdir())
-    assert files == sorted([f"a-handwritten-{w}-seed{s}.png" for w in ("seven", "two") for s in (0, 1)] + ["grid.png"])
+    assert files == sorted([f"{i:03d}-a-handwritten-{w}-seed{s}.png" for i, w in enumerate(("seven", "two")) for s in (0, 1)] + ["grid.png"])
     assert Image.open(out / "grid.png").size[0] >= 2 * 16
     main(["sample", str(tmp_path / "out"), "--size", "2", "8", "16", "--format", "gif", "--steps", "2", "--weights", "raw", "--out", str(out)])
     assert len(list(out.glob("*.gif"))) > 0

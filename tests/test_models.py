@@ -11,7 +11,7 @@ from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from problems import IMAGES, MIXED, build, microbatch, model_config, run_config
 
 from megatron_apt.models import parameters
-from megatron_apt.models.config import PRESETS, ModelConfig, seaweed_8b
+from megatron_apt.models.config import ModelConfig, seaweed_8b, tiny
 from megatron_apt.models.embeddings import patchify, rotary_split, rotate, unpatchify
 from megatron_apt.models.layout import build_layout, chunk
 from megatron_apt.models.mmdit import Condition, MMDiT
@@ -68,13 +68,19 @@ def test_seaweed_8b_has_the_published_size(mesh):
 
 
 def test_presets_are_what_they_say():
-    assert set(PRESETS) == {"tiny", "seaweed_8b"}
-    assert PRESETS["tiny"]().width == 64
+    assert (tiny().depth, tiny().width, tiny().heads) == (6, 64, 4)
+    assert seaweed_8b().dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"width": 65}, "width=65"), ({"width": 60, "heads": 12}, "even head size"), ({"width": 66, "heads": 6, "depth": 1}, "even head size")],
+    [
+        ({"heads": 0}, "heads=0"),
+        ({"patch": (0, 2, 2)}, "patch"),
+        ({"width": 65}, "width=65"),
+        ({"width": 60, "heads": 12}, "even head size"),
+        ({"width": 66, "heads": 6, "depth": 1}, "even head size"),
+    ],
 )
 def test_model_sizes_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -31,7 +31,7 @@ def config(datasets, output, method="apt", **changes) -> RunConfig:
         model=model_config(latent_channels=4),
         data=DataConfig(shards=(str(datasets / "images"), str(datasets / "videos")), weights=(1, 1), text_length=5, block=4),
         optimizer=OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9),
-        apt=AptConfig(ar1_lambda=10.0),
+        apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1),
         tensorboard=False,
     )
     return replace(base, **changes)
@@ -162,8 +162,7 @@ def test_two_ranks_train_like_one(ranks, mesh, datasets, tmp_path, parallel):
 def test_a_checkpoint_of_two_ranks_continues_on_one(ranks, mesh, datasets, tmp_path):
     run = config(datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH, parallel=ParallelConfig(tp=2))
     ranks(2).run(_train_to, ParallelConfig(tp=2), replace(run, iterations=3), timeout=120)
-    with pytest.warns(UserWarning, match="iterations"):
-        train(replace(run, parallel=ParallelConfig()), mesh)
+    train(replace(run, parallel=ParallelConfig()), mesh)
     straight = replace(run, output=str(tmp_path / "straight"), parallel=ParallelConfig())
     train(straight, mesh)
     for ours, want in zip(rows(run.output), rows(straight.output), strict=True):
@@ -250,6 +249,47 @@ def test_old_checkpoints_are_removed_and_a_torn_save_is_ignored(mesh, datasets, 
     (folder / "iteration-00000004" / "state.json").write_text("{")
     with pytest.raises(store.CheckpointError, match=r"iteration-00000004/state\.json"):
         Trainer(run, mesh)
+
+
+class Attack:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_an_index_that_would_run_code_is_refused(mesh, datasets, tmp_path):
+    import pickle
+
+    run = config(datasets, tmp_path, "flow", iterations=1)
+    train(run, mesh)
+    index = store.latest(run.output) / ".metadata"
+    index.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(store.CheckpointError, match=r"\.metadata: its index asks for builtins\.exec"):
+        Trainer(run, mesh)
+    index.write_bytes(index.read_bytes()[:10])
+    with pytest.raises(store.CheckpointError, match="the checkpoint is damaged"):
+        Trainer(run, mesh)
+
+
+def test_a_shorter_discriminator_starts_from_the_diffusion_weights(mesh, datasets, tmp_path):
+    flow = config(datasets, tmp_path / "flow", "flow", iterations=1)
+    train(flow, mesh)
+    init = InitConfig(generator=flow.output, diffusion=flow.output)
+    apt = AptConfig(discriminator_depth=2 / 3, head_layers=(0.5, 1.0))
+    networks = Trainer(config(datasets, tmp_path / "apt", apt=apt, init=init), mesh).networks
+    generator = dict(networks["generator"].module.named_parameters())
+    backbone = dict(networks["discriminator"].module.backbone.named_parameters())
+    assert {name.split(".")[1] for name in backbone if name.startswith("blocks.")} == {"0", "1"}
+    assert all(torch.equal(p, generator[name]) for name, p in backbone.items())
+
+
+def test_a_resumed_distillation_keeps_its_teacher(mesh, datasets, tmp_path):
+    flow = config(datasets, tmp_path / "flow", "flow", iterations=1, keep_checkpoints=0)
+    train(flow, mesh)
+    run = config(datasets, tmp_path / "run", "consistency", iterations=2, save_every=1, init=InitConfig(diffusion=flow.output))
+    train(replace(run, iterations=1), mesh)
+    teacher = Trainer(run, mesh).networks["teacher"].module.x_embed.weight.clone()
+    train(replace(flow, iterations=3), mesh)  # the teacher's run goes on meanwhile
+    assert torch.equal(Trainer(run, mesh).networks["teacher"].module.x_embed.weight, teacher)
 
 
 def test_checkpoint_state_is_json(mesh, datasets, tmp_path):

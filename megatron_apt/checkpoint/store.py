@@ -4,15 +4,18 @@
     OUTPUT/checkpoints/latest                name of the newest whole one
 
 A save writes to a temporary name, flushes to disk, renames, then moves `latest`: a crash at any instant leaves the previous commit whole.
-Everything that is not a tensor is JSON; no object is unpickled on load.
+Everything of ours that is not a tensor is JSON. torch_dist keeps its own index as a pickle, which is read only if it names nothing but the
+classes such an index is made of.
 """
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -73,7 +76,8 @@ def save(output: str, iteration: int, tensors: Mapping[str, ShardedTensor], stat
         temporary.rename(final)
         _sync(root)
         write_atomically(root / "latest", final.name)
-        for old in sorted(root.glob("iteration-*"))[:-keep] if keep else []:
+        earlier = [path for path in sorted(root.glob("iteration-*")) if path.name <= final.name]
+        for old in earlier[:-keep] if keep else []:
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -117,12 +121,43 @@ def read_state(folder: Path) -> dict:
     return state
 
 
+class _IndexReader(pickle.Unpickler):
+    """Unpickles nothing but the classes that torch.distributed.checkpoint's own index is made of."""
+
+    _MODULES = ("torch.distributed.checkpoint.", "torch.serialization", "torch._utils", "collections", "pathlib")
+    _NAMES = frozenset({"torch.Size", "torch.device", "builtins.set", "builtins.slice", "_codecs.encode"})
+
+    def find_class(self, module: str, name: str):
+        known = module.startswith(self._MODULES[0]) or module in self._MODULES or f"{module}.{name}" in self._NAMES
+        torch_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format)
+        if not (known or torch_type):
+            raise CheckpointError(f"its index asks for {module}.{name}, which no checkpoint index needs; do not load this checkpoint")
+        return super().find_class(module, name)
+
+
+def _check_index(folder: Path) -> None:
+    """torch reads .metadata with an unrestricted unpickler, so it is read here first with a restricted one.
+
+    Raises:
+        CheckpointError: missing, damaged, or naming anything that could run code.
+    """
+    file = folder / ".metadata"
+    try:
+        with open(file, "rb") as stream:
+            _IndexReader(stream).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged, use an older one") from error
+
+
 def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> dict[str, Tensor]:
     """Loads these tensors, each rank its part.
 
     Raises:
         CheckpointError: a tensor that the checkpoint lacks or holds in another shape, or an unreadable file.
     """
+    _check_index(folder)
     try:
         stored = load_tensors_metadata(str(folder))
     except Exception as error:

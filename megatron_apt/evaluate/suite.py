@@ -27,7 +27,7 @@ from megatron_apt.evaluate.report import FLOOR, Report, Row, Section
 from megatron_apt.log import read_rows
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.recipes import Place
-from megatron_apt.sample import load_generator, sample_latents
+from megatron_apt.sample import Loaded, load_generator, sample_latents
 
 SEED = 1234
 SHOWN_SEEDS = 2  # samples of each caption in the report
@@ -109,11 +109,12 @@ def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick:
     shown = shown_samples(real.shards)
     ids = torch.tensor(shown + [i for i in range(len(real.shards)) if i not in set(shown)])[: QUICK_SAMPLES if quick else SAMPLES[section]]
     for row in rows:
+        mine = ids.tensor_split(mesh.dp.size)[mesh.dp.rank]
+        loaded = load_generator(f"{here.root}/{row.run}", mesh)
         began = time.perf_counter()
-        save_file(
-            {"latents": sample_row(here, row, real.shards, ids.tensor_split(mesh.dp.size)[mesh.dp.rank], mesh)}, _part(folder, row, mesh.dp.rank)
-        )
-        seconds = (time.perf_counter() - began) * mesh.dp.size / len(ids)
+        latents = sample_row(loaded, row, real.shards, mine, mesh)
+        seconds = (time.perf_counter() - began) / len(mine)
+        save_file({"latents": latents}, _part(folder, row, mesh.dp.rank))
         dist.barrier()
         if mesh.is_main:
             parts = [_part(folder, row, rank) for rank in range(mesh.dp.size)]
@@ -137,9 +138,8 @@ def _part(folder: Path, row: Measured, rank: int) -> Path:
     return folder / f".{row.key}-rank{rank}.safetensors"
 
 
-def sample_row(here: Place, row: Measured, shards: LatentShards, ids: Tensor, mesh: Mesh) -> Tensor:
+def sample_row(loaded: Loaded, row: Measured, shards: LatentShards, ids: Tensor, mesh: Mesh) -> Tensor:
     """One sample for the caption of each dataset entry in ids, (len(ids), C, F, H, W)."""
-    loaded = load_generator(f"{here.root}/{row.run}", mesh)
     config = SampleConfig(checkpoint="", steps=row.steps, guidance=row.guidance)
     parts = []
     for chunk in ids.split(CHUNK):

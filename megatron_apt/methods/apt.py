@@ -217,7 +217,9 @@ def _relativistic(apt: AptConfig) -> list[Branch]:
             penalty = batch.sample_mean(losses.approximate_r1(*generated))
             loss, metrics["d/ar2"] = loss + apt.ar2_lambda * penalty, penalty.detach()
         metrics |= _logit_metrics(batch, reals[0].detach(), real=True)
-        return loss, _added(metrics, _logit_metrics(batch, generated[0].detach(), real=False))
+        metrics = _added(metrics, _logit_metrics(batch, generated[0].detach(), real=False))
+        # This loss knows differences only, so only the order of a pair can be right or wrong.
+        return loss, metrics | {"d/accuracy": batch.sample_mean((reals[0] > generated[0]).to(reals[0].dtype))}
 
     generate = _feed_generator(apt)
     return [
@@ -248,10 +250,14 @@ def statistics(batch: Microbatch, outputs: Sequence[Tensor]) -> Metrics:
     """
     x_hat = fakes(batch, outputs).detach()
     metrics = {"sample/mean": batch.token_mean(x_hat), "sample/mean_square": batch.token_mean(x_hat.square())}
-    if batch.layout.visual.uniform and batch.layout.samples > 1:
-        for name, x in (("fake", x_hat), ("real", batch.x)):
+    comparable = batch.layout.visual.uniform and batch.layout.samples > 1
+    for name, x in (("fake", x_hat), ("real", batch.x)):
+        # Every rank reports the same names, whatever its own microbatches are, because their values are summed as one vector.
+        distance = x.new_zeros(())
+        if comparable:
             x = batch.layout.visual.fold(x)
-            metrics[f"sample/distance_{name}"] = batch.token_mean((x - x.roll(1, 0)).square().flatten(0, 1))
+            distance = batch.token_mean((x - x.roll(1, 0)).square().flatten(0, 1))
+        metrics[f"sample/distance_{name}"] = distance
     return metrics
 
 
@@ -259,8 +265,8 @@ def summarise(values: Values) -> Values:
     """Adds the standard deviation of generated samples and their diversity as a share of the real samples'."""
     values = dict(values)
     values["sample/std"] = max(values.pop("sample/mean_square") - values["sample/mean"] ** 2, 0.0) ** 0.5
-    fake, real = values.pop("sample/distance_fake", None), values.pop("sample/distance_real", None)
-    if fake is not None and real:
+    fake, real = values.pop("sample/distance_fake"), values.pop("sample/distance_real")
+    if real > 0:
         values["sample/diversity"] = (fake / real) ** 0.5
     return values
 
@@ -280,14 +286,14 @@ def signs_of_collapse(values: Values, guards: GuardConfig) -> dict[str, str]:
 
 def _exact_r1(apt: AptConfig):
     def check(networks: dict, batch: Microbatch) -> Metrics:
-        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the label, condition and weights of this iteration's D phase.
+        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the labels and conditions of the D phase that follows.
 
         Measured beside aR1 / sigma^2 of the same weights, which estimates it to first order.
         """
         batch = batch.for_phase("d")
         condition = condition_of(batch, apt)
         x = batch.x.clone().requires_grad_(True)
-        t, layout = label(batch, apt, "t_real"), batch.layout_for(condition)
+        t, layout = label(batch, apt, "t_pair" if apt.loss == "relativistic" else "t_real"), batch.layout_for(condition)
         discriminator = networks["discriminator"]
         logits = discriminator(x, t, condition, layout)
         # Each context-parallel rank returns the same logits: a share of each makes the ranks' contributions add up to their sum.

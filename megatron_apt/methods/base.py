@@ -96,7 +96,7 @@ class Method:
         summarise: turns the summed metrics of an iteration into what is logged.
         signs_of_collapse: (logged values, thresholds) -> message per sign now present.
         correlated: pairs of logged values whose correlation over the run is reported at its end.
-        check, check_every: a measurement on each microbatch after every so many iterations (0: never).
+        check, check_every: a measurement on each microbatch at every so many iterations, before their phases (0: never).
     """
 
     roles: dict[str, Role]

@@ -32,6 +32,11 @@ class ModelConfig:
     """`full` keeps only each block's input and runs the block again in the backward pass."""
 
     def __post_init__(self):
+        for name in ("depth", "width", "heads", "mlp_ratio", "latent_channels", "text_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        if min(self.patch) < 1:
+            raise ValueError(f"model.patch={self.patch}: each side must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple")
         if (self.width // self.heads) % 2 or self.width // self.heads < 6:
@@ -65,6 +70,3 @@ def seaweed_8b() -> ModelConfig:
         dtype="bfloat16",
         recompute="full",
     )
-
-
-PRESETS = {"tiny": tiny, "seaweed_8b": seaweed_8b}

@@ -178,7 +178,7 @@ class MMDiT(nn.Module):
         self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
         self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
         spec = mmdit_block_spec(choose_backend(mesh.device.type))
-        last_text = [True] * (depth - 1) + [model.last_block_text]
+        last_text = [i < model.depth - 1 or model.last_block_text for i in range(depth)]
         self.blocks = nn.ModuleList(Block(model, mesh, spec, i + 1, last_text[i]) for i in range(depth))
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output else None
 

@@ -85,12 +85,11 @@ def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, in
     return layer
 
 
-def linear(width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False, bias: bool = True) -> nn.Linear:
+def linear(width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False) -> nn.Linear:
     """A linear layer that every tensor-parallel rank holds whole."""
-    layer = nn.utils.skip_init(nn.Linear, width_in, width_out, bias=bias, dtype=dtype)
+    layer = nn.utils.skip_init(nn.Linear, width_in, width_out, dtype=dtype)
     declare(layer.weight, init, tp_partial=tp_partial)
-    if bias:
-        declare(layer.bias, zeros, tp_partial=tp_partial)
+    declare(layer.bias, zeros, tp_partial=tp_partial)
     return layer
 
 

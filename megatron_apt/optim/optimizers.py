@@ -1,6 +1,5 @@
 """Optimisers over a flat buffer, their learning-rate schedule, and the moving average."""
 
-import contextlib
 import math
 
 import torch
@@ -35,7 +34,6 @@ class AdamW:
     def __init__(self, flat: FlatParameters, config: OptimizerConfig):
         self.flat = flat
         self.state = {"mean": torch.zeros_like(flat.master), "square": torch.zeros_like(flat.master)}
-        self.steps = torch.zeros(())
         stretches = []
         for group in flat.groups:
             part = slice(group.start, group.stop)
@@ -46,7 +44,7 @@ class AdamW:
         for group, stretch in zip(flat.groups, self._adamw.param_groups, strict=True):
             part = slice(group.start, group.stop)
             self._adamw.state[stretch["params"][0]] = {
-                "step": self.steps.clone(),
+                "step": torch.zeros((), device=flat.master.device),  # where the fused kernel reads it
                 "exp_avg": self.state["mean"][part],
                 "exp_avg_sq": self.state["square"][part],
             }
@@ -83,15 +81,3 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         self.average.lerp_(self.flat.master, 1 - self.decay)
-
-    @contextlib.contextmanager
-    def swapped_in(self):
-        """The network computes with the average inside this context; the trained weights come back even after an exception."""
-        trained = self.flat.master.clone()
-        try:
-            self.flat.master.copy_(self.average)
-            self.flat.publish()
-            yield
-        finally:
-            self.flat.master.copy_(trained)
-            self.flat.publish()

@@ -1,6 +1,7 @@
 """Start-up: the only place that knows whether this is CUDA + NCCL or CPU + gloo, python, torchrun or srun."""
 
 import datetime
+import math
 import os
 import subprocess
 
@@ -38,6 +39,7 @@ def start(config: ParallelConfig) -> Mesh:
             tensor_model_parallel_size=config.tp,
             pipeline_model_parallel_size=config.pp,
             context_parallel_size=config.cp,
+            distributed_timeout_minutes=math.ceil(config.timeout_minutes),
             create_gloo_process_groups=cuda,  # without CUDA every group is gloo already
         )
     mesh = _mesh(parallel_state, config, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))

@@ -1,7 +1,7 @@
 """A schedule is a list of actions per rank. Today's schedules have one pipeline stage.
 
-F fake.1 m3    forward of segment 1 of branch "fake" on microbatch 3
-B fake.1 m3    its backward: input gradient, and weight gradient where the segment trains its role
+F 0.1 m3       forward of segment 1 of the phase's branch 0 on microbatch 3
+B 0.1 m3       its backward: input gradient, and weight gradient where the segment trains its role
 STEP generator
 """
 

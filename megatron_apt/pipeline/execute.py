@@ -70,7 +70,7 @@ class Executor:
             else:
                 self._backward(branch.segments[action.segment], action.segment, chains[key])
             if self._finished(branch, action):
-                del chains[key]
+                chains.pop(key).batch.drawn.clear()  # its noise; another branch that needs it draws it again, equal
         return metrics
 
     def _context(self, segment: Segment):
