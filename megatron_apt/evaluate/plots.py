@@ -93,7 +93,7 @@ def svg(plot: Plot, name: str) -> str:
 
 
 def _draw(axes, data: Line, colour: str) -> None:
-    """Every point faintly, and over it a running mean that the eye can follow."""
+    """Every point faintly, and over it a running median that the eye can follow."""
     x, y = _thinned(data.x), _thinned(data.y)
     window = len(y) // 25
     if window < 2:
@@ -101,7 +101,7 @@ def _draw(axes, data: Line, colour: str) -> None:
         return
     axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
     padded = np.pad(y, window, "edge")
-    smooth = np.convolve(padded, np.full(2 * window + 1, 1 / (2 * window + 1)), "valid")
+    smooth = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1), axis=1)
     axes.plot(x, smooth, color=colour, linewidth=1.5)
 
 
@@ -110,10 +110,13 @@ def _decorate(axes, plot: Plot) -> None:
     if plot.log and values.min() > 0:
         axes.set_yscale("log")
     elif values.min() >= 0:
-        axes.set_ylim(0, max(values.max(), *plot.thresholds, 0.0) * 1.08 or 1.0)
-    for value, meaning in plot.thresholds.items():
+        # Single spikes run out of the picture rather than press the rest flat.
+        axes.set_ylim(0, max(1.2 * np.percentile(values, 97), *plot.thresholds, 0.0) * 1.08 or 1.0)
+    for number, (value, meaning) in enumerate(plot.thresholds.items()):
         axes.axhline(value, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.annotate(meaning, (1, value), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=_MUTED)
+        axes.annotate(
+            meaning, (1, value), (0, -10 if number else 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=_MUTED
+        )
     axes.set_xlabel("update", color=_MUTED)
     axes.margins(x=0.01)
     axes.grid(axis="y", color=_RULE, linewidth=0.6)
