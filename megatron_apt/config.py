@@ -120,6 +120,9 @@ class AptConfig:
     discriminator_init: Literal["diffusion", "distilled"] = "diffusion"
     discriminator_lr: float = 0.0
     """0 takes optimizer.lr."""
+    discriminator_warmup: int = 0
+    """Updates of linear warm-up of the discriminator; optimizer.warmup is the generator's. A longer one for the generator lets a discriminator
+    whose heads start from nothing learn before it is followed."""
     head_lr_scale: float = 1.0
     unmatched_conditions: bool = False
     """Also shows the discriminator real samples with another sample's condition, as fakes."""
@@ -130,7 +133,7 @@ class AptConfig:
 
     def __post_init__(self):
         _check(self.ar1_lambda >= 0, "apt.ar1_lambda", self.ar1_lambda, "must not be negative")
-        for name in ("ar2_lambda", "discriminator_lr", "exact_r1_every"):
+        for name in ("ar2_lambda", "discriminator_lr", "discriminator_warmup", "exact_r1_every"):
             _check(getattr(self, name) >= 0, f"apt.{name}", getattr(self, name), "must not be negative")
         for name in ("ar1_sigma", "ar2_sigma", "timestep_shift", "head_lr_scale"):
             _check(getattr(self, name) > 0, f"apt.{name}", getattr(self, name), "must be positive")

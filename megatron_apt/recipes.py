@@ -78,8 +78,8 @@ def image_apt(place: Place = Place()) -> RunConfig:
         save_every=50,
         # The discriminator learns faster than the generator: its heads start from nothing, and a generator that follows an ignorant
         # discriminator first forgets what distillation taught it.
-        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=20, ema=0.98),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.03, timestep_shift=1.0, discriminator_lr=2e-4),
+        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=80, ema=0.98),
+        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.03, timestep_shift=1.0, discriminator_lr=2e-4, discriminator_warmup=10),
         init=InitConfig(generator=distilled.output, diffusion=distilled.init.diffusion),
     )
 

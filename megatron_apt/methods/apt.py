@@ -11,6 +11,7 @@ dropout and packing. A relativistic loss compares real and fake logits, so there
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
             build_discriminator,
             source=config.init.diffusion if apt.discriminator_init == "diffusion" else config.init.generator,
             target="backbone",
-            optimizer=config.optimizer,
+            optimizer=replace(config.optimizer, warmup=apt.discriminator_warmup),
             trains=lambda name: apt.train_backbone or not name.startswith("backbone."),
             lr_scale=lr_scale,
         ),
