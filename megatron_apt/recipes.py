@@ -78,8 +78,8 @@ def image_apt(place: Place = Place()) -> RunConfig:
         save_every=50,
         # The discriminator learns faster than the generator: its heads start from nothing, and a generator that follows an ignorant
         # discriminator first forgets what distillation taught it.
-        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=80, ema=0.98),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.03, timestep_shift=1.0, discriminator_lr=2e-4, discriminator_warmup=10),
+        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=20, ema=0.98),
+        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.03, timestep_shift=1.0, discriminator_lr=2e-4, discriminator_warmup=20),
         init=InitConfig(generator=distilled.output, diffusion=distilled.init.diffusion),
     )
 
@@ -111,7 +111,7 @@ def video_consistency(place: Place = Place()) -> RunConfig:
         base,
         method="consistency",
         output=place.run("videos/consistency"),
-        iterations=place.updates(300),
+        iterations=place.updates(200),
         optimizer=images.optimizer,
         consistency=images.consistency,
         init=InitConfig(diffusion=base.output),
@@ -129,8 +129,9 @@ def video_apt(place: Place = Place()) -> RunConfig:
         distilled,
         method="apt",
         output=place.run("videos/apt"),
-        iterations=place.updates(250),
-        optimizer=image_apt(place).optimizer,
-        apt=replace(image_apt(place).apt, ar1_sigma=0.05),
+        iterations=place.updates(300),
+        save_every=50,
+        optimizer=replace(image_apt(place).optimizer, lr=2e-5, warmup=40, ema=0.99),
+        apt=replace(image_apt(place).apt, ar1_sigma=0.1, discriminator_lr=3e-4, discriminator_warmup=10),
         init=InitConfig(generator=distilled.output, diffusion=distilled.init.diffusion),
     )

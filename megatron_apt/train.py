@@ -165,10 +165,8 @@ def _same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
                 f"{folder}: was trained with {name}={stored.get(name)}, this run asks for {wanted.get(name)}; "
                 "use another output folder, or the same configuration to continue"
             )
-    if stored["iterations"] != wanted["iterations"]:
-        warnings.warn(
-            f"continuing {folder} to {wanted['iterations']} instead of {stored['iterations']} iterations; a cosine decay changes", stacklevel=2
-        )
+    if stored["iterations"] != wanted["iterations"] and wanted["optimizer"]["decay"] == "cosine":
+        warnings.warn(f"{folder}: {wanted['iterations']} iterations instead of {stored['iterations']} change the cosine decay", stacklevel=2)
 
 
 def _warn_of_random_weights(config: RunConfig) -> None:

@@ -52,16 +52,13 @@ def slide(picture: np.ndarray, direction: str, first: int, frames: int, height: 
 
 
 def digit_clip(picture: np.ndarray, index: int, frames: int, height: int, width: int, step: int, seed: int) -> tuple[np.ndarray, str]:
-    """Clip and direction of digit `index`. Both, and the starting column, depend on (seed, index) only.
+    """Clip and direction of digit `index`; the direction depends on (seed, index) only.
 
-    The digit stays inside the canvas where its way is short enough; a longer way wraps around.
+    The digit sets out from the edge it moves away from. It stays inside the canvas where its way is short enough; a longer way wraps around.
     """
     random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index]))
     direction = DIRECTIONS[random.integers(2)]
-    room = width - picture.shape[1] - step * (frames - 1)
-    first = int(random.integers(room + 1)) if room >= 0 else 0
-    if direction == "left":
-        first = width - picture.shape[1] - first
+    first = width - picture.shape[1] if direction == "left" else 0
     return slide(picture, direction, first, frames, height, width, step), direction
 
 
