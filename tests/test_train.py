@@ -159,6 +159,17 @@ def test_two_ranks_train_like_one(ranks, mesh, datasets, tmp_path, parallel):
 
 
 @pytest.mark.dist
+def test_ranks_with_different_kinds_of_microbatches_agree(ranks, mesh, datasets, tmp_path):
+    """Blocks of 2 in microbatches of 4: some are packed mixtures, some are uniform, and the two ranks hold different ones."""
+    run = config(datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH)
+    run = replace(run, data=replace(run.data, block=2, weights=(3, 1)))
+    reference, _ = steps(mesh, run, 3)
+    for values, _ in ranks(2).run(steps, ParallelConfig(), run, 3):
+        for ours, want in zip(values, reference, strict=True):
+            assert ours == {k: pytest.approx(v, rel=1e-8, abs=1e-10) for k, v in want.items()}
+
+
+@pytest.mark.dist
 def test_a_checkpoint_of_two_ranks_continues_on_one(ranks, mesh, datasets, tmp_path):
     run = config(datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH, parallel=ParallelConfig(tp=2))
     ranks(2).run(_train_to, ParallelConfig(tp=2), replace(run, iterations=3), timeout=120)
