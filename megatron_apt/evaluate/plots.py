@@ -93,7 +93,7 @@ def svg(plot: Plot, name: str) -> str:
 
 
 def _draw(axes, data: Line, colour: str) -> None:
-    """Every point faintly, and over it a running median that the eye can follow."""
+    """Every point faintly, and over it a curve that the eye can follow: a running median, which drops spikes, then a running mean, which evens out swings."""
     x, y = _thinned(data.x), _thinned(data.y)
     window = len(y) // 25
     if window < 2:
@@ -101,7 +101,8 @@ def _draw(axes, data: Line, colour: str) -> None:
         return
     axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
     padded = np.pad(y, window, "edge")
-    smooth = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1), axis=1)
+    median = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1), axis=1)
+    smooth = np.convolve(np.pad(median, window, "edge"), np.full(2 * window + 1, 1 / (2 * window + 1)), "valid")
     axes.plot(x, smooth, color=colour, linewidth=1.5)
 
 
