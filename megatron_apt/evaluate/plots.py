@@ -93,7 +93,7 @@ def svg(plot: Plot, name: str) -> str:
 
 
 def _draw(axes, data: Line, colour: str) -> None:
-    """Every point faintly, and over it a curve that the eye can follow: a running median, which drops spikes, then a running mean, which evens out swings."""
+    """Every point faintly, and over it a curve that the eye can follow: a running median drops spikes, then a running mean evens out swings."""
     x, y = _thinned(data.x), _thinned(data.y)
     window = len(y) // 25
     if window < 2:
