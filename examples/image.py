@@ -5,7 +5,7 @@ srun megatron-apt train examples/image.py:apt --data.shards DATASET --init.gener
 
 from dataclasses import replace
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
 from megatron_apt.models.config import seaweed_8b
 
 
@@ -49,5 +49,5 @@ def apt() -> RunConfig:
         optimizer=OptimizerConfig(kind="rmsprop", lr=5e-6, alpha=0.9, ema=0.995),
         apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.01, timestep_shift=1.0),
         save_every=25,
-        keep_checkpoints=14,
+        retention=RetentionConfig(last=14),
     )

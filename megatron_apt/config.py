@@ -23,6 +23,7 @@ class ParallelConfig:
     """With tp > 1: split activations between blocks over the tensor-parallel ranks."""
     context_parallel: Literal["ulysses", "all_gather"] = "ulysses"
     timeout_minutes: float = 10.0
+    """How long a collective may take before it fails. Ranks that die are found sooner (guards.rank_timeout)."""
 
     def __post_init__(self):
         for name in ("tp", "cp", "pp"):
@@ -63,8 +64,13 @@ class OptimizerConfig:
     decay: Literal["constant", "cosine"] = "constant"
     ema: float = 0.995
     """Decay of the fp32 moving average of the generator; 0 turns it off."""
+    overlap: bool = True
+    """Reduce-scatters each bucket of gradients while the last microbatch's backward still runs."""
+    bucket_size: int | None = None
+    """Weights of one bucket; None: 40 million, or a million for each data-parallel rank if that is more."""
 
     def __post_init__(self):
+        _check(self.bucket_size is None or self.bucket_size > 0, "optimizer.bucket_size", self.bucket_size, "must be positive")
         _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
         _check(0 <= self.ema < 1, "optimizer.ema", self.ema, "must be in [0, 1)")
 
@@ -170,6 +176,31 @@ class GuardConfig:
     """Discriminator loss below which it has won for good."""
     collapse_diversity: float = 0.05
     """Mean distance between generated samples, as a share of that between real ones, below which they are one sample."""
+    rank_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost and the others stop; 0 turns the watch off."""
+    requeue_code: int = 99
+    """Exit code after a checkpoint asked for by SIGUSR1, by which a batch script knows to requeue. SIGTERM ends with 0."""
+
+    def __post_init__(self):
+        _check(self.rank_timeout >= 0, "guards.rank_timeout", self.rank_timeout, "must not be negative")
+        _check(0 <= self.requeue_code < 256, "guards.requeue_code", self.requeue_code, "exit codes lie in 0 .. 255")
+
+
+@dataclass(frozen=True)
+class RetentionConfig:
+    """Which checkpoints stay. One that any rule keeps stays."""
+
+    last: int = 2
+    """The newest so many; 0 keeps all."""
+    every: int = 0
+    """Those whose iteration is a multiple of this; 0: none for this reason."""
+    best: str = ""
+    """A logged value, e.g. g/loss: the checkpoint stays whose mean of it since the one before is best, and the file `best` names it."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+
+    def __post_init__(self):
+        for name in ("last", "every"):
+            _check(getattr(self, name) >= 0, f"retention.{name}", getattr(self, name), "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -180,7 +211,8 @@ class RunConfig:
     iterations: int = 100
     global_batch: int = 64
     micro_batch: int = 64
-    """Samples of one microbatch on one data-parallel rank; gradient accumulation makes up the global batch."""
+    """Samples of one microbatch on one data-parallel rank; gradient accumulation makes up the global batch. What is left of it after the last
+    full round of microbatches is dealt out evenly, in smaller ones."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -193,18 +225,18 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 0
     """0 saves at the end only."""
-    keep_checkpoints: int = 2
-    """0 keeps all."""
+    save_async: bool = True
+    """Writes checkpoints while training goes on."""
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     tensorboard: bool = True
     wandb: str = ""
     """Weights & Biases project; needs the wandb package. Empty: not used."""
 
     def __post_init__(self):
-        for name in ("iterations", "save_every", "keep_checkpoints"):
+        for name in ("iterations", "save_every"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("global_batch", "micro_batch", "log_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _check(self.global_batch % self.micro_batch == 0, "global_batch", self.global_batch, f"use a multiple of micro_batch={self.micro_batch}")
 
 
 def check_fits(config: RunConfig) -> None:
@@ -228,8 +260,6 @@ def check_fits(config: RunConfig) -> None:
 
 
 def _check_apt(config: RunConfig) -> None:
-    if config.apt.unmatched_conditions and config.micro_batch < 2:
-        raise ValueError(f"apt.unmatched_conditions=True exchanges captions inside a microbatch; micro_batch={config.micro_batch} has none, use 2")
     if config.apt.exact_r1_every and config.model.recompute == "full":
         raise ValueError(f"apt.exact_r1_every={config.apt.exact_r1_every} differentiates with respect to samples; it needs model.recompute=none")
     if config.micro_batch == 1 and config.guards.collapse_window:

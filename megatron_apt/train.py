@@ -1,8 +1,10 @@
 """The training loop. It knows phases, not what happens in them."""
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -12,20 +14,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
+from megatron_apt.guards import CollapseAlarm, Signals, locate_bad_gradient
 from megatron_apt.log import RunLog, correlations, read_rows
 from megatron_apt.methods import METHODS
-from megatron_apt.networks import Network
+from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.parallel.watch import Watch
 from megatron_apt.pipeline.actions import alternate
 from megatron_apt.pipeline.execute import Executor
 
 Report = Callable[[int, dict[str, float]], None]
-
-
-class Collapse(RuntimeError):
-    """Training shows a lasting sign of collapse."""
 
 
 class Trainer:
@@ -34,12 +35,13 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh):
         check_fits(config)
         self.config, self.mesh = config, mesh
-        self.batches = Batches(config.data, config.model, mesh, config.seed, config.global_batch, config.micro_batch)
         self.method = METHODS[config.method](config, mesh)
+        self.batches = Batches(config.data, config.model, mesh, config.seed, config.global_batch, config.micro_batch, self.method.least_samples)
         self.networks = {name: Network(name, role, mesh) for name, role in self.method.roles.items()}
-        self.executor = Executor({name: network.module for name, network in self.networks.items()})
+        self.executor = Executor(self.networks)
+        self.checkpoints = Checkpoints(config.output, mesh, config.retention)
         self.iteration = 0
-        self.alarm_since: dict[str, int] = {}
+        self._totals: dict[str, list[float]] = {}  # sum and count of each value since the last save
         folder = store.latest(config.output)
         _warn_of_random_weights(config)
         if folder is None:
@@ -51,12 +53,13 @@ class Trainer:
     def _resume(self, folder) -> None:
         state = store.read_state(folder)
         _same_run(state["config"], to_dict(self.config), folder)
+        store.verify(folder, self.mesh)
         for name, network in self.networks.items():
             network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
         self.iteration = state["iteration"]
 
     def save(self) -> None:
-        """Commits weights, averages, optimisers and counters of this iteration."""
+        """Starts a commit of weights, averages, optimisers and counters of this iteration; with save_async=False, finishes it."""
         tensors = {}
         for network in self.networks.values():
             tensors |= network.sharded_state()
@@ -66,13 +69,17 @@ class Trainer:
             "sources": {name: network.source for name, network in self.networks.items() if network.source},
             "ema": self.networks["generator"].ema is not None,
             "samples_seen": self.iteration * self.config.global_batch,
+            "values": {name: total / count for name, (total, count) in self._totals.items()},
         }
-        store.save(self.config.output, self.iteration, tensors, state, self.mesh, self.config.keep_checkpoints)
+        self._totals = {}
+        self.checkpoints.save(self.iteration, tensors, state)
+        if not self.config.save_async:
+            self.checkpoints.commit()
 
     def step(self) -> dict[str, float]:
         """One iteration: every phase over the global batch. Returns what to log, the same on every rank."""
         values: dict[str, float] = {}
-        batches = [self.batches.microbatch(self.iteration, m) for m in range(self.batches.microbatches)]
+        batches = self.batches.iteration(self.iteration)
 
         def update(role: str) -> None:
             values.update(self.networks[role].update(self.config.iterations))
@@ -84,37 +91,44 @@ class Trainer:
                     contributions[name] = contributions.get(name, 0.0) + value
         for phase in self.method.phases:
             actions = alternate(phase, len(batches))
-            contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
+            try:
+                contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
+            except BadGradient as error:
+                raise BadGradient(locate_bad_gradient(self.networks[phase.updates], self.executor, phase, batches, self.mesh)) from error
         self.iteration += 1
-        return self.method.summarise(values | _summed(contributions, self.mesh))
-
-    def watch(self, values: dict[str, float]) -> None:
-        """Raises Collapse when a sign of collapse has lasted for guards.collapse_window iterations."""
-        guards = self.config.guards
-        signs = self.method.signs_of_collapse(values, guards) if guards.collapse_window else {}
-        self.alarm_since = {sign: self.alarm_since.get(sign, self.iteration) for sign in signs}
-        for sign, since in self.alarm_since.items():
-            if self.iteration - since >= guards.collapse_window:
-                raise Collapse(f"collapse at iteration {self.iteration}, lasting since {since}: {signs[sign]}")
+        values = self.method.summarise(values | _summed(contributions, self.mesh))
+        for name, value in values.items():
+            total = self._totals.setdefault(name, [0.0, 0])
+            total[0], total[1] = total[0] + value, total[1] + 1
+        return values
 
 
-def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
+def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> int:
     """Trains to config.iterations, resuming if the output folder holds a checkpoint.
 
     Args:
         report: called on the main rank after every iteration with (iteration, values).
+
+    Returns:
+        Exit code: 0, or guards.requeue_code after SIGUSR1. SIGTERM and SIGUSR1 end training between two iterations, with a checkpoint.
 
     Raises:
         Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
             if config.save_every is 0.
     """
     trainer = Trainer(config, mesh)
+    alarm = CollapseAlarm(trainer.method, config.guards)
     log = RunLog(config, trainer.iteration) if mesh.is_main else None
     saved = trainer.iteration
     if log and trainer.iteration >= config.iterations:
         print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
-    try:
-        while trainer.iteration < config.iterations:
+    signalled = 0
+    with contextlib.ExitStack() as stack:
+        if log:
+            stack.callback(log.close)
+        watch = stack.enter_context(Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout))
+        signals = stack.enter_context(Signals())
+        while trainer.iteration < config.iterations and not signalled:
             began = time.perf_counter()
             values = trainer.step()
             values["seconds"] = time.perf_counter() - began
@@ -122,18 +136,32 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
                 log.row(trainer.iteration, values, scalars=trainer.iteration % config.log_every == 0)
             if report and mesh.is_main:
                 report(trainer.iteration, values)
-            trainer.watch(values)
+            alarm.watch(trainer.iteration, values)
+            signalled, writing = _agreed(mesh, signals.received, trainer.checkpoints.writing)
+            if not writing:
+                trainer.checkpoints.commit()
             # A standing alarm must not push the last good checkpoint out.
-            if config.save_every and trainer.iteration % config.save_every == 0 and not trainer.alarm_since:
+            if config.save_every and trainer.iteration % config.save_every == 0 and not alarm.since:
                 trainer.save()
                 saved = trainer.iteration
         if saved != trainer.iteration:
             trainer.save()
-        if log:
-            _write_summary(config, trainer)
-    finally:
-        if log:
-            log.close()
+        trainer.checkpoints.commit()
+        watch.leave()
+    if log and signalled:
+        print(f"{config.output}: saved at iteration {trainer.iteration} of {config.iterations} and stopped by {signal.Signals(signalled).name}")
+    elif log:
+        _write_summary(config, trainer)
+    return Signals.exit_code(signalled, config.guards)
+
+
+def _agreed(mesh: Mesh, *flags: int) -> list[int]:
+    """The largest of each number over all ranks, so that every rank decides alike."""
+    if mesh.world.size == 1:
+        return list(flags)
+    largest = torch.tensor(flags, device=mesh.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.world.group)
+    return largest.tolist()
 
 
 def _write_summary(config: RunConfig, trainer: Trainer) -> None:
@@ -155,7 +183,10 @@ def _summed(contributions: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, flo
 
 
 # What may change between an interrupted run and its continuation: where and how it runs, not what it computes.
-_FREE = {"output", "iterations", "parallel", "log_every", "save_every", "keep_checkpoints", "tensorboard", "wandb", "guards", "micro_batch", "init"}
+_FREE = {
+    *("output", "iterations", "parallel", "micro_batch", "init", "guards"),
+    *("log_every", "save_every", "save_async", "retention", "tensorboard", "wandb"),
+}
 
 
 def _same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:

@@ -77,9 +77,8 @@ def waken(networks: dict[str, Network], seed: int = 1) -> None:
                 whole = whole.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
             with torch.no_grad():
                 parameter.add_(whole.to(parameter.dtype))
-        if network.flat is not None:
-            for parameter, master in zip(network.flat.parameters, network.flat.views(network.flat.master), strict=True):
-                master.copy_(parameter.data)
+        if network.shards is not None:
+            network.shards.adopt()
             network.begin_average()
 
 
@@ -87,7 +86,12 @@ def build(config: RunConfig, mesh: Mesh):
     method = METHODS[config.method](config, mesh)
     networks = {name: Network(name, role, mesh) for name, role in method.roles.items()}
     waken(networks)
-    return method, networks, Executor({name: network.module for name, network in networks.items()})
+    return method, networks, Executor(networks)
+
+
+def gradient_of(network: Network) -> torch.Tensor:
+    """The gradient accumulated so far, of every parameter, as one vector."""
+    return torch.cat([p.main_grad.flatten() for p in network.shards.parameters])
 
 
 def phase_gradients(config: RunConfig, mesh: Mesh, shapes, text_lengths=(3, 3, 3, 3)) -> dict:
@@ -98,9 +102,10 @@ def phase_gradients(config: RunConfig, mesh: Mesh, shapes, text_lengths=(3, 3, 3
     for phase in method.phases:
         actions = [a for a in alternate(phase, 1) if a.kind != "STEP"]
         metrics = executor.run(phase, actions, [batch.for_phase(phase.name)], lambda role: None)
-        flat = networks[phase.updates].flat
-        flat.reduce_gradients()
-        gradients = {name: whole(grad, p, mesh) for name, p, grad in zip(flat.names, flat.parameters, flat.views(flat.grad), strict=True)}
+        shards = networks[phase.updates].shards
+        shards.reduce_gradients()
+        parameters = dict(zip(shards.names, shards.parameters, strict=True))
+        gradients = {name: whole(grad, parameters[name], mesh) for name, grad in shards.whole_gradients()}
         result[phase.name] = {"metrics": {k: summed(v, mesh) for k, v in metrics.items()}, "gradients": gradients}
     return result
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import IMAGES, build, microbatch, model_config, run_config
+from problems import IMAGES, build, gradient_of, microbatch, model_config, run_config
 
 from megatron_apt.config import AptConfig
 from megatron_apt.conventions import interpolate, one_step_sample, predict_sample, shift, velocity_target
@@ -91,9 +91,9 @@ def test_d_phase_equals_the_written_formula(mesh, loss):
     phase = method.phases[1]
     batch = microbatch(mesh, IMAGES, config.model).for_phase("d")
     executor.run(phase, [a for a in alternate(phase, 1) if a.kind != "STEP"], [batch], lambda role: None)
-    flat = networks["discriminator"].flat
-    ours = flat.grad.clone()
-    flat.zero_grad()
+    network = networks["discriminator"]
+    ours = gradient_of(network)
+    network.shards.zero_grad()
 
     d: Discriminator = networks["discriminator"].module
     g = networks["generator"].module
@@ -112,7 +112,7 @@ def test_d_phase_equals_the_written_formula(mesh, loss):
     }[loss]
     total = adversarial.mean() + 3.0 * ((on_real - on_noisy) ** 2).mean() + 2.0 * ((on_fake - on_noisy_fake) ** 2).mean()
     total.backward()
-    assert torch.allclose(ours, flat.grad, rtol=1e-9, atol=1e-13)
+    assert torch.allclose(ours, gradient_of(network), rtol=1e-9, atol=1e-13)
 
 
 def test_g_phase_equals_the_written_formula(mesh):
@@ -120,14 +120,14 @@ def test_g_phase_equals_the_written_formula(mesh):
     method, networks, executor = build(config, mesh)
     batch = microbatch(mesh, IMAGES, config.model).for_phase("g")
     executor.run(method.phases[0], [a for a in alternate(method.phases[0], 1) if a.kind != "STEP"], [batch], lambda role: None)
-    flat = networks["generator"].flat
-    ours = flat.grad.clone()
-    flat.zero_grad()
+    network = networks["generator"]
+    ours = gradient_of(network)
+    network.shards.zero_grad()
     z, layout = batch.noise("z"), batch.layout
     fake = z - networks["generator"].module(z, batch.times(1.0), batch.condition, layout)
     logit = networks["discriminator"].module(fake, shift(batch.uniform("t_fake"), 12.0), batch.condition, layout)
     (-torch.sigmoid(logit).log()).mean().backward()
-    assert torch.allclose(ours, flat.grad, rtol=1e-9, atol=1e-13)
+    assert torch.allclose(ours, gradient_of(network), rtol=1e-9, atol=1e-13)
 
 
 def test_approximate_r1_points_where_exact_r1_points(mesh):
@@ -135,7 +135,7 @@ def test_approximate_r1_points_where_exact_r1_points(mesh):
     config = run_config(model=model_config(dtype="float64", width=24))
     _, networks, _ = build(config, mesh)
     network = networks["discriminator"]
-    d, flat = network.module, network.flat
+    d = network.module
     batch = microbatch(mesh, IMAGES[:1], config.model, (3,), global_batch=1).for_phase("d")
     t, layout, sigma, draws = batch.times(0.5), batch.layout, 1e-3, 256
 
@@ -144,8 +144,8 @@ def test_approximate_r1_points_where_exact_r1_points(mesh):
         (gradient,) = torch.autograd.grad(_plain_rms(lambda: d(x, t, batch.condition, layout)).sum(), x, create_graph=True)
         exact = gradient.square().sum()
         _plain_rms(exact.backward)
-    exact_direction = flat.grad.clone()
-    flat.zero_grad()
+    exact_direction = gradient_of(network)
+    network.shards.zero_grad()
 
     estimates = []
     for k in range(draws):
@@ -155,7 +155,7 @@ def test_approximate_r1_points_where_exact_r1_points(mesh):
         estimates.append(float(penalty))
     # Each penalty is ||grad||^2 times a chi-square of one degree of freedom: its mean over 256 draws is within 30 % at more than 3 sigma.
     assert sum(estimates) / draws == pytest.approx(float(exact), rel=0.3)
-    cosine = torch.dot(flat.grad, exact_direction) / (flat.grad.norm() * exact_direction.norm())
+    cosine = torch.dot(gradient_of(network), exact_direction) / (gradient_of(network).norm() * exact_direction.norm())
     assert cosine > 0.95
 
 

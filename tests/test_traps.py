@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
-from problems import IMAGES, MIXED, build, microbatch, model_config, phase_gradients, run_config
+from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config
 
 from megatron_apt.config import AptConfig
 from megatron_apt.models.discriminator import head_blocks
@@ -44,15 +44,15 @@ def test_2_gradients_flow_through_both_terms_of_ar1(mesh):
     method, networks, executor = build(config, mesh)
     batch = microbatch(mesh, IMAGES, F64).for_phase("d")
     run_phase(method, executor, 1, batch)
-    flat, d = networks["discriminator"].flat, networks["discriminator"].module
-    ours = flat.grad.clone()
+    network, d = networks["discriminator"], networks["discriminator"].module
+    ours = gradient_of(network)
 
     def gradient(cut: bool):
-        flat.zero_grad()
+        network.shards.zero_grad()
         t = batch.uniform("t_real")
         clean, noisy = (d(x, t, batch.condition, batch.layout) for x in (batch.x, batch.x + 0.1 * batch.noise("ar1")))
         (1e6 * (clean - (noisy.detach() if cut else noisy)).square().mean()).backward()
-        return flat.grad.clone()
+        return gradient_of(network)
 
     both, one = gradient(cut=False), gradient(cut=True)
     assert (ours - both).norm() < 1e-3 * both.norm()  # what remains is the adversarial loss, a millionth of the weight
@@ -63,8 +63,8 @@ def test_3_the_g_step_goes_through_d_but_gives_its_weights_nothing(mesh):
     method, networks, executor = build(run_config(model=F64), mesh)
     batch = microbatch(mesh, IMAGES, F64)
     run_phase(method, executor, 0, batch)
-    assert not networks["discriminator"].flat.grad.any()
-    assert networks["generator"].flat.grad.any()
+    assert not gradient_of(networks["discriminator"]).any()
+    assert gradient_of(networks["generator"]).any()
     # No weight-gradient product is even part of the graph.
     d = networks["discriminator"].module
     with frozen(d):

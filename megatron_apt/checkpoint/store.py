@@ -1,18 +1,21 @@
 """Checkpoint folders: one commit each, loadable on another tensor-, context- or data-parallel size.
 
-    OUTPUT/checkpoints/iteration-00000100/   tensors (torch_dist) and state.json: iteration, configuration, counters
-    OUTPUT/checkpoints/latest                name of the newest whole one
+    OUTPUT/checkpoints/iteration-00000100/                  a commit
+        *.distcp .metadata metadata.json common.pt          tensors, in Megatron-Core's torch_dist format
+        state.json                                          iteration, configuration, counters
+        checksums.json                                      size and SHA-256 of every file above
+    OUTPUT/checkpoints/latest                               name of the newest whole one
 
-A save writes to a temporary name, flushes to disk, renames, then moves `latest`: a crash at any instant leaves the previous commit whole.
-Everything of ours that is not a tensor is JSON. torch_dist keeps its own index as a pickle, which is read only if it names nothing but the
-classes such an index is made of.
+A save (checkpoint/save.py) writes to a temporary name, flushes to disk, renames, then moves `latest`: a crash at any instant leaves the
+previous commit whole. Everything of ours that is not a tensor is JSON. torch_dist keeps its own index as a pickle, which is read only if it
+names nothing but the classes such an index is made of; common.pt, which is empty here, is read by torch with weights_only.
 """
 
+import hashlib
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,22 +24,27 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.parallel.mesh import Mesh
 
-FORMAT = 1
+FORMAT = 2
+SUMS = "checksums.json"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another shape."""
 
 
-def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh) -> ShardedTensor:
-    """A tensor laid out like a parameter (its weight, average or optimiser state), as dist_checkpointing sees it."""
+def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> ShardedTensor:
+    """A tensor laid out like a parameter (its weight, average or optimiser state), as dist_checkpointing sees it.
+
+    Args:
+        replica: 0 on the data x context rank that writes it, any other number on further ranks that hold it.
+    """
     if parameter.sharded_dim is None:
-        return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, mesh.dp_cp.rank))
-    offset = (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size)
-    return ShardedTensor.from_rank_offsets(key, tensor, offset, replica_id=(0, 0, mesh.dp_cp.rank))
+        return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, replica))
+    return ShardedTensor.from_rank_offsets(key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -46,10 +54,11 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,33 +66,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(output: str, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict, mesh: Mesh, keep: int) -> Path:
-    """Commits one checkpoint; every rank calls it. Older ones beyond `keep` are removed after the commit."""
-    root = Path(output) / "checkpoints"
-    final = root / f"iteration-{iteration:08d}"
-    temporary = root / f".{final.name}.tmp"
-    if mesh.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(dict(tensors), str(temporary))
-    if mesh.is_main:
-        write_atomically(temporary / "state.json", json.dumps({"format": FORMAT, "iteration": iteration, **state}, indent=1))
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _sync(root)
-        write_atomically(root / "latest", final.name)
-        earlier = [path for path in sorted(root.glob("iteration-*")) if path.name <= final.name]
-        for old in earlier[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
-
-
-def latest(output: str) -> Path | None:
+def latest(output: str | Path) -> Path | None:
     """The newest committed checkpoint of a run, or None."""
     pointer = Path(output) / "checkpoints" / "latest"
     if not pointer.is_file():
@@ -149,6 +132,60 @@ def _check_index(folder: Path) -> None:
         raise CheckpointError(f"{file}: {error}") from error
     except Exception as error:
         raise CheckpointError(f"{file}: cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged, use an older one") from error
+
+
+def checksum(file: Path) -> dict:
+    """Size and SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def damages(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the files of a commit, one line each, naming the file.
+
+    Args:
+        part, parts: look at one of so many shares of the files (their sizes are all compared by each).
+    """
+    try:
+        expected = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        return [f"{folder / SUMS}: {error}; the list of checksums itself is damaged"]
+    found = []
+    for i, (name, want) in enumerate(sorted(expected.items(), key=lambda item: (-item[1]["bytes"], item[0]))):
+        file = folder / name
+        if not file.is_file():
+            found.append(f"{file}: missing")
+        elif file.stat().st_size != want["bytes"]:
+            found.append(f"{file}: {file.stat().st_size} bytes, {want['bytes']} were committed; it was cut short or overwritten")
+        elif i % parts == part and checksum(file)["sha256"] != want["sha256"]:
+            found.append(f"{file}: its SHA-256 differs from the committed one; bits have changed")
+    return found
+
+
+def verify(folder: Path, mesh: Mesh) -> None:
+    """Compares every file with its checksum, each rank a share of them.
+
+    Raises:
+        CheckpointError: on every rank, naming each damaged file.
+    """
+    found = damages(folder, mesh.world.rank, mesh.world.size)
+    everyone: list[list[str]] = [found]
+    if mesh.world.size > 1:
+        everyone = [[] for _ in range(mesh.world.size)]
+        dist.all_gather_object(everyone, found)
+    wrong = sorted(set().union(*everyone))
+    if wrong:
+        raise CheckpointError("; ".join(wrong) + ". Use an older checkpoint: point `latest` at another iteration-* folder")
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a commit, whole, one at a time, in one process and without a model."""
+    _check_index(folder)
+    reader = FileSystemReader(str(folder))
+    for key, meta in sorted(reader.read_metadata().state_dict_metadata.items()):
+        wanted = {key: torch.empty(meta.size, dtype=meta.properties.dtype)}
+        torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+        yield key, wanted[key]
 
 
 def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> dict[str, Tensor]:

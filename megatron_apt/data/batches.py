@@ -1,4 +1,9 @@
-"""Microbatches from latent shards: which samples, in which shape, on which rank."""
+"""Microbatches from latent shards: which samples, in which shape, on which rank.
+
+An iteration takes the next `global_batch` samples of the stream. They are dealt out in rounds: `micro_batch` samples to each data-parallel rank
+in turn. What is left after the last full round is cut into one contiguous piece for each rank, whose sizes differ by at most one, so that a
+global batch need not be a multiple of anything; a rank whose piece is empty has one microbatch less.
+"""
 
 import torch
 
@@ -8,28 +13,43 @@ from megatron_apt.data.order import SampleOrder
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
-from megatron_apt.models.layout import build_layout
+from megatron_apt.models.layout import build_layout, chunk
 from megatron_apt.models.mmdit import Condition
 from megatron_apt.parallel.mesh import Mesh
+
+
+def deal(global_batch: int, micro_batch: int, ranks: int, rank: int) -> list[tuple[int, int]]:
+    """(first, count) of each microbatch of a rank, within one iteration's samples."""
+    rounds, rest = divmod(global_batch, micro_batch * ranks)
+    full = [((m * ranks + rank) * micro_batch, micro_batch) for m in range(rounds)]
+    start, stop = chunk(rest, ranks, rank)
+    return full + [(global_batch - rest + start, stop - start)] if stop > start else full
 
 
 class Batches:
     """Serves microbatch m of iteration i to this data-parallel rank.
 
+    Args:
+        least: samples that every microbatch must have.
+
     Raises:
-        ValueError: datasets that do not fit the model, or a global batch that the ranks do not divide.
+        ValueError: datasets that do not fit the model, or a global batch that leaves a rank without samples or a microbatch with too few.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, mesh: Mesh, seed: int, global_batch: int, micro_batch: int):
+    def __init__(self, data: DataConfig, model: ModelConfig, mesh: Mesh, seed: int, global_batch: int, micro_batch: int, least: int = 1):
         if not data.shards:
             raise ValueError("data.shards=(): name at least one folder written by `megatron-apt encode`")
-        share = micro_batch * mesh.dp.size
-        if global_batch % share:
+        everyone = [deal(global_batch, micro_batch, mesh.dp.size, rank) for rank in range(mesh.dp.size)]
+        if not all(everyone):
+            raise ValueError(f"global_batch={global_batch} leaves some of {mesh.dp.size} data-parallel ranks without samples; use a larger one")
+        fewest = min(count for parts in everyone for _, count in parts)
+        if fewest < least:
             raise ValueError(
-                f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} x {mesh.dp.size} data-parallel ranks; use {share}"
+                f"global_batch={global_batch} in microbatches of micro_batch={micro_batch} on {mesh.dp.size} data-parallel ranks leaves one of "
+                f"{fewest}; this method needs {least} in each, use a multiple of {micro_batch * mesh.dp.size} with micro_batch of at least {least}"
             )
         self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
-        self.global_batch, self.micro_batch, self.microbatches = global_batch, micro_batch, global_batch // share
+        self.global_batch, self.parts = global_batch, everyone[mesh.dp.rank]
         self.sources = [LatentShards(path) for path in data.shards]
         for path, source in zip(data.shards, self.sources, strict=True):
             self._check(path, source)
@@ -47,10 +67,12 @@ class Batches:
         if width != self.model.text_width:
             raise ValueError(f"{path}: text embeddings are {width} wide, model.text_width={self.model.text_width}; set it to {width}")
 
-    def microbatch(self, iteration: int, m: int) -> Microbatch:
-        """Microbatch m (0 <= m < microbatches) of an iteration, this rank's part."""
-        first = iteration * self.global_batch + (m * self.mesh.dp.size + self.mesh.dp.rank) * self.micro_batch
-        positions = range(first, first + self.micro_batch)
+    def iteration(self, iteration: int) -> list[Microbatch]:
+        """This rank's microbatches of an iteration."""
+        return [self._microbatch(iteration, iteration * self.global_batch + first, count) for first, count in self.parts]
+
+    def _microbatch(self, iteration: int, first: int, count: int) -> Microbatch:
+        positions = range(first, first + count)
         places = [self.order.at(position) for position in positions]
         samples = [self.sources[source][index] for source, index in places]
         dtype = torch.float64 if self.model.dtype == "float64" else torch.float32

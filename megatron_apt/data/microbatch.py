@@ -60,6 +60,10 @@ class Microbatch:
     def for_phase(self, phase: str) -> "Microbatch":
         return replace(self, phase=phase, drawn={})
 
+    def named_samples(self) -> str:
+        """The samples for a message: their index in their dataset, the first eight."""
+        return ", ".join(map(str, self.sample_ids[:8])) + (", ..." if len(self.sample_ids) > 8 else "")
+
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
         return tuple(patch_grid(shape[1:], self.patch) for shape in self.shapes)

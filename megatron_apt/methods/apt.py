@@ -46,6 +46,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         correlated=(("check/r1_exact", "check/r1_approximate"), ("check/r1_exact", "d/ar1")),
         check=_exact_r1(config.apt),
         check_every=config.apt.exact_r1_every,
+        least_samples=2 if config.apt.unmatched_conditions else 1,  # captions are exchanged inside a microbatch
     )
 
 

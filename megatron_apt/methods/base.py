@@ -96,6 +96,7 @@ class Method:
         summarise: turns the summed metrics of an iteration into what is logged.
         signs_of_collapse: (logged values, thresholds) -> message per sign now present.
         correlated: pairs of logged values whose correlation over the run is reported at its end.
+        least_samples: of a microbatch, for a method that compares samples with each other.
         check, check_every: a measurement on each microbatch at every so many iterations, before their phases (0: never).
     """
 
@@ -106,3 +107,4 @@ class Method:
     correlated: tuple[tuple[str, str], ...] = ()
     check: Callable[[dict[str, nn.Module], Microbatch], Metrics] | None = None
     check_every: int = 0
+    least_samples: int = 1

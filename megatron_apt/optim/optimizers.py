@@ -1,4 +1,4 @@
-"""Optimisers over a flat buffer, their learning-rate schedule, and the moving average."""
+"""Optimisers over a shard, their learning-rate schedule, and the moving average."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.config import OptimizerConfig
-from megatron_apt.optim.flat import FlatParameters
+from megatron_apt.optim.sharded import ShardedParameters
 
 
 class RMSProp:
@@ -15,38 +15,35 @@ class RMSProp:
     No momentum, no bias correction, no decay: what the paper uses for G and D (section 3.5).
     """
 
-    def __init__(self, flat: FlatParameters, config: OptimizerConfig):
-        self.flat, self.config = flat, config
-        self.state = {"square": torch.zeros_like(flat.master)}
+    def __init__(self, shards: ShardedParameters, config: OptimizerConfig):
+        self.shards, self.config = shards, config
+        self.state = {"square": torch.zeros_like(shards.master)}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        square, grad = self.state["square"], self.flat.grad
-        square.mul_(self.config.alpha).addcmul_(grad, grad, value=1 - self.config.alpha)
-        for group in self.flat.groups:
-            part = slice(group.start, group.stop)
-            self.flat.master[part].addcdiv_(grad[part], square[part].sqrt().add_(self.config.eps), value=-lr * group.lr_scale)
+        for stretch in self.shards.stretches:
+            square, grad = self.state["square"][stretch.part], stretch.grad
+            square.mul_(self.config.alpha).addcmul_(grad, grad, value=1 - self.config.alpha)
+            self.shards.master[stretch.part].addcdiv_(grad, square.sqrt().add_(self.config.eps), value=-lr * stretch.lr_scale)
 
 
 class AdamW:
-    """torch.optim.AdamW on stretches of the flat buffer, its states laid into flat buffers too."""
+    """torch.optim.AdamW on the stretches of a shard, its states laid out like the shard."""
 
-    def __init__(self, flat: FlatParameters, config: OptimizerConfig):
-        self.flat = flat
-        self.state = {"mean": torch.zeros_like(flat.master), "square": torch.zeros_like(flat.master)}
-        stretches = []
-        for group in flat.groups:
-            part = slice(group.start, group.stop)
-            weights = torch.nn.Parameter(flat.master[part])
-            weights.grad = flat.grad[part]
-            stretches.append({"params": [weights], "weight_decay": config.weight_decay if group.decays else 0.0, "lr_scale": group.lr_scale})
-        self._adamw = torch.optim.AdamW(stretches, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        for group, stretch in zip(flat.groups, self._adamw.param_groups, strict=True):
-            part = slice(group.start, group.stop)
-            self._adamw.state[stretch["params"][0]] = {
-                "step": torch.zeros((), device=flat.master.device),  # where the fused kernel reads it
-                "exp_avg": self.state["mean"][part],
-                "exp_avg_sq": self.state["square"][part],
+    def __init__(self, shards: ShardedParameters, config: OptimizerConfig):
+        self.shards = shards
+        self.state = {"mean": torch.zeros_like(shards.master), "square": torch.zeros_like(shards.master)}
+        groups = []
+        for stretch in shards.stretches:
+            weights = torch.nn.Parameter(shards.master[stretch.part])
+            weights.grad = stretch.grad
+            groups.append({"params": [weights], "weight_decay": config.weight_decay if stretch.decays else 0.0, "lr_scale": stretch.lr_scale})
+        self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        for stretch, group in zip(shards.stretches, self._adamw.param_groups, strict=True):
+            self._adamw.state[group["params"][0]] = {
+                "step": torch.zeros((), device=shards.master.device),  # where the fused kernel reads it
+                "exp_avg": self.state["mean"][stretch.part],
+                "exp_avg_sq": self.state["square"][stretch.part],
             }
 
     def set_steps(self, steps: int) -> None:
@@ -55,13 +52,13 @@ class AdamW:
             state["step"].fill_(steps)
 
     def step(self, lr: float) -> None:
-        for stretch in self._adamw.param_groups:
-            stretch["lr"] = lr * stretch["lr_scale"]
+        for group in self._adamw.param_groups:
+            group["lr"] = lr * group["lr_scale"]
         self._adamw.step()
 
 
-def make_optimizer(flat: FlatParameters, config: OptimizerConfig) -> RMSProp | AdamW:
-    return {"rmsprop": RMSProp, "adamw": AdamW}[config.kind](flat, config)
+def make_optimizer(shards: ShardedParameters, config: OptimizerConfig) -> RMSProp | AdamW:
+    return {"rmsprop": RMSProp, "adamw": AdamW}[config.kind](shards, config)
 
 
 def learning_rate(config: OptimizerConfig, lr: float, update: int, updates: int) -> float:
@@ -72,12 +69,15 @@ def learning_rate(config: OptimizerConfig, lr: float, update: int, updates: int)
 
 
 class Ema:
-    """Moving average of the masters in fp32: average <- decay * average + (1 - decay) * weights, once per update of the network."""
+    """Moving average of the masters, in their precision and on their shards: average <- decay * average + (1 - decay) * weights.
 
-    def __init__(self, flat: FlatParameters, decay: float):
-        self.flat, self.decay = flat, decay
-        self.average: Tensor = flat.master.clone()
+    Once per update of the network, one pass over the shard.
+    """
+
+    def __init__(self, shards: ShardedParameters, decay: float):
+        self.shards, self.decay = shards, decay
+        self.average: Tensor = shards.master.clone()
 
     @torch.no_grad()
     def update(self) -> None:
-        self.average.lerp_(self.flat.master, 1 - self.decay)
+        self.average.lerp_(self.shards.master, 1 - self.decay)

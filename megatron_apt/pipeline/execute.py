@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Branch, Metrics, Phase, Segment
 from megatron_apt.pipeline.actions import Action
+
+if TYPE_CHECKING:
+    from megatron_apt.networks import Network
 
 
 class BadLoss(RuntimeError):
@@ -45,17 +49,24 @@ class Executor:
     the network again and must see the same choice.
     """
 
-    def __init__(self, networks: dict[str, nn.Module]):
-        self.networks = networks
+    def __init__(self, networks: "dict[str, Network]"):
+        self._networks = networks
+        self.networks: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
 
-    def run(self, phase: Phase, actions: Sequence[Action], batches: Sequence[Microbatch], step: Callable[[str], None]) -> Metrics:
+    def run(
+        self, phase: Phase, actions: Sequence[Action], batches: Sequence[Microbatch], step: Callable[[str], None], last: int | None = None
+    ) -> Metrics:
         """Runs every action in order; returns the sum of the branches' metric contributions.
+
+        Args:
+            last: microbatch after whose backward passes gradients are complete; None: the last one, -1: none of them.
 
         Raises:
             BadLoss: naming phase, branch, microbatch and samples.
         """
         chains: dict[tuple[int, int], _Chain] = {}
         metrics: Metrics = {}
+        last = len(batches) - 1 if last is None else last
         for action in actions:
             if action.kind == "STEP":
                 step(action.role)
@@ -68,7 +79,9 @@ class Executor:
                     for name, value in self._loss(phase, branch, action.microbatch, chain).items():
                         metrics[name] = metrics[name] + value if name in metrics else value
             else:
-                self._backward(branch.segments[action.segment], action.segment, chains[key])
+                segment = branch.segments[action.segment]
+                with self._networks[segment.role].accumulating(last=action.microbatch == last):
+                    self._backward(segment, action.segment, chains[key])
             if self._finished(branch, action):
                 chains.pop(key).batch.drawn.clear()  # its noise; another branch that needs it draws it again, equal
         return metrics
@@ -89,8 +102,8 @@ class Executor:
     def _loss(self, phase: Phase, branch: Branch, microbatch: int, chain: _Chain) -> Metrics:
         loss, metrics = branch.loss(chain.batch, chain.boundary)
         if not torch.isfinite(loss):
-            ids = ", ".join(map(str, chain.batch.sample_ids[:8]))
-            raise BadLoss(f"loss of phase {phase.name}, branch {branch.name}, microbatch {microbatch} is {loss.item()}; its samples: {ids}, ...")
+            where = f"phase {phase.name}, branch {branch.name}, microbatch {microbatch} on rank {chain.batch.mesh.world.rank}"
+            raise BadLoss(f"loss of {where} is {loss.item()}; its samples: {chain.batch.named_samples()}")
         if loss.requires_grad:
             loss.backward()
         return metrics

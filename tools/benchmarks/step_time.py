@@ -3,7 +3,7 @@
     python tools/benchmarks/step_time.py [--json FILE] [--threads 2] [--repeats 7]
 
 8 layers, 8 heads x 64, 1,024 visual and 77 text tokens, batch 1, QK RMSNorm on both sides. A step is forward, backward and the same AdamW
-over the same flat fp32 masters. Steps of the two models alternate, so that a busy machine slows both; the medians are compared.
+over the same fp32 masters. Steps of the two models alternate, so that a busy machine slows both; the medians are compared.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import Condition, MMDiT
 from megatron_apt.models.spec import DTYPES
-from megatron_apt.optim.flat import FlatParameters
+from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.optim.optimizers import AdamW
 from megatron_apt.parallel.startup import start
 
@@ -34,8 +34,8 @@ class Step:
         for parameter in model.parameters():
             if not hasattr(parameter, "sharded_dim"):
                 parameter.sharded_dim, parameter.tp_partial = None, False
-        self.loss, self.flat = loss, FlatParameters(model, mesh)
-        self.optimizer = AdamW(self.flat, OptimizerConfig(kind="adamw"))
+        self.loss, self.shards = loss, ShardedParameters(model, mesh)
+        self.optimizer = AdamW(self.shards, OptimizerConfig(kind="adamw"))
         self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "update": [], "step": []}
 
     def run(self) -> None:
@@ -45,8 +45,8 @@ class Step:
         loss.backward()
         marks.append(time.perf_counter())
         self.optimizer.step(1e-4)
-        self.flat.publish()
-        self.flat.zero_grad()
+        self.shards.publish()
+        self.shards.zero_grad()
         marks.append(time.perf_counter())
         for name, a, b in zip(("forward", "backward", "update"), marks[:-1], marks[1:], strict=True):
             self.seconds[name].append(b - a)

@@ -1,0 +1,173 @@
+"""Saving without stopping: a snapshot now, the files in a background thread, the commit once every rank has written.
+
+Megatron-Core plans the save (collectives, now) and collects the results (collectives, at the commit); between the two lie only file writes.
+They run in a thread, not in Megatron-Core's forked process: the thread ends with its process, so no orphan of a killed run can write into the
+folder of the next one, and nothing is forked under the feet of CUDA, NCCL or gloo threads. The snapshot is the copy that every parameter's
+owner makes when shards become whole parameters (optim/sharded.py).
+"""
+
+import json
+import queue
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from megatron_apt.checkpoint.store import FORMAT, SUMS, CheckpointError, checksum, sync, write_atomically
+from megatron_apt.config import RetentionConfig
+from megatron_apt.parallel.mesh import Mesh
+
+
+@dataclass
+class _Pending:
+    """A save between its snapshot and its commit, on one rank."""
+
+    iteration: int
+    temporary: Path
+    state: dict
+    request: AsyncRequest
+    thread: threading.Thread
+    sums: dict[str, dict]  # of the files this rank has written; filled by the thread
+
+
+class Checkpoints:
+    """Saves of one run. Every rank makes the same calls in the same order."""
+
+    def __init__(self, output: str, mesh: Mesh, retention: RetentionConfig):
+        self.root, self.mesh, self.retention = Path(output) / "checkpoints", mesh, retention
+        self._pending: _Pending | None = None
+
+    def save(self, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict) -> None:
+        """Starts a commit of these tensors, which must not change any more, and returns while they are being written.
+
+        Args:
+            state: JSON-ready; goes into state.json.
+        """
+        self.commit()
+        temporary = self.root / f".iteration-{iteration:08d}.tmp"
+        if self.mesh.is_main:
+            for left_over in self.root.glob(".iteration-*.tmp"):  # of a run that was killed
+                shutil.rmtree(left_over)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        # Results come back within this process: without this, Megatron-Core starts a manager process that outlives a killed run.
+        filesystem_async._results_queue = queue.Queue()
+        request = dist_checkpointing.save(
+            dict(tensors), str(temporary), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), async_sharded_save=True
+        )
+        sums: dict[str, dict] = {}
+        buckets = request.preload_fn() if request.preload_fn else []
+        thread = threading.Thread(target=_write, args=(request, buckets, sums), name=f"save-{iteration}", daemon=True)
+        self._pending = _Pending(iteration, temporary, state, request, thread, sums)
+        thread.start()
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._pending is not None and self._pending.thread.is_alive()
+
+    def commit(self) -> Path | None:
+        """Waits for the pending save, if there is one, and commits it; returns its folder.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        pending.thread.join()
+        try:
+            for finalize in pending.request.finalize_fns:
+                finalize()
+        except Exception as error:
+            raise CheckpointError(
+                f"{pending.temporary}: could not be written ({error}); the checkpoints before it are whole. Free disk space, or check the folder"
+            ) from error
+        sums: list[dict] | None = [{} for _ in range(self.mesh.world.size)] if self.mesh.is_main else None
+        dist.gather_object(pending.sums, sums, dst=0)
+        final = self.root / f"iteration-{pending.iteration:08d}"
+        if self.mesh.is_main:
+            self._publish(pending, final, {name: value for part in sums for name, value in part.items()})
+        dist.barrier()
+        return final
+
+    def _publish(self, pending: _Pending, final: Path, sums: dict[str, dict]) -> None:
+        temporary = pending.temporary
+        write_atomically(temporary / "state.json", json.dumps({"format": FORMAT, "iteration": pending.iteration, **pending.state}, indent=1))
+        for file in temporary.iterdir():
+            if file.name not in sums:
+                sync(file)
+                sums[file.name] = checksum(file)
+        write_atomically(temporary / SUMS, json.dumps(sums, indent=1, sort_keys=True))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync(self.root)
+        write_atomically(self.root / "latest", final.name)
+        for old in superseded(self.root, final.name, self.retention):
+            shutil.rmtree(old)
+
+
+def _write(request: AsyncRequest, buckets: list, sums: dict[str, dict]) -> None:
+    """Runs in the background: this rank's files, flushed to disk, and their checksums. No collectives, and no exceptions out."""
+    if request.async_fn is None:
+        return  # this rank owns nothing
+    results: dict | Exception = {}
+    try:
+        for i, bucket in enumerate(buckets):
+            answers, count = queue.Queue(), _Count()
+            transforms = request.async_fn.args[0]
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answers, count, use_fsync=True)
+            _, answer = answers.get()
+            if isinstance(answer, Exception):
+                raise answer
+            results[i] = answer
+            sums[bucket[1]] = checksum(Path(bucket[0]))
+    except Exception as error:  # goes to Megatron-Core's finalize, which raises it on every rank
+        results = error
+    request.async_fn_args[2].put(results)
+
+
+class _Count:
+    """Stands in for the queue by which a writing process says that it is done."""
+
+    def get(self) -> None: ...
+
+    def task_done(self) -> None: ...
+
+
+def superseded(root: Path, newest: str, retention: RetentionConfig) -> list[Path]:
+    """Committed folders, up to `newest`, that retention does not keep."""
+    folders = [path for path in sorted(root.glob("iteration-*")) if path.name <= newest]
+    if not retention.last:
+        return []
+    kept = {path.name for path in folders[-retention.last :]}
+    if retention.every:
+        kept |= {path.name for path in folders if int(path.name.removeprefix("iteration-")) % retention.every == 0}
+    if retention.best:
+        kept |= _best(root, folders, retention)
+    return [path for path in folders if path.name not in kept]
+
+
+def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[str]:
+    """The folder whose saved value of `retention.best` is best, which `best` then names."""
+    values = {}
+    for folder in folders:
+        value = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("values", {}).get(retention.best)
+        if value is None:
+            warnings.warn(f"{folder}: has no value {retention.best!r} (retention.best), so it cannot be the best", stacklevel=2)
+        else:
+            values[folder.name] = value
+    if not values:
+        return set()
+    best = (min if retention.best_is == "lowest" else max)(values, key=values.get)
+    write_atomically(root / "best", best)
+    return {best}

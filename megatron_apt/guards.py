@@ -1,0 +1,85 @@
+"""What ends a run early: signals, signs of collapse, gradients that are not finite."""
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+
+import torch.distributed as dist
+
+from megatron_apt.config import GuardConfig
+from megatron_apt.data.microbatch import Microbatch
+from megatron_apt.methods.base import Method, Phase, Values
+from megatron_apt.networks import Network
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.actions import alternate
+from megatron_apt.pipeline.execute import Executor
+
+
+class Collapse(RuntimeError):
+    """Training shows a lasting sign of collapse."""
+
+
+class CollapseAlarm:
+    """Raises Collapse when a sign of collapse has lasted for guards.collapse_window iterations."""
+
+    def __init__(self, method: Method, guards: GuardConfig):
+        self.method, self.guards = method, guards
+        self.since: dict[str, int] = {}
+
+    def watch(self, iteration: int, values: Values) -> None:
+        signs = self.method.signs_of_collapse(values, self.guards) if self.guards.collapse_window else {}
+        self.since = {sign: self.since.get(sign, iteration) for sign in signs}
+        for sign, since in self.since.items():
+            if iteration - since >= self.guards.collapse_window:
+                raise Collapse(f"collapse at iteration {iteration}, lasting since {since}: {signs[sign]}")
+
+
+class Signals:
+    """Notes SIGTERM and SIGUSR1 while it is entered; the loop then saves and ends between two iterations."""
+
+    _WATCHED = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received = 0
+        self._before: dict = {}
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.signal(number, self._note) for number in self._WATCHED}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    @staticmethod
+    def exit_code(number: int, guards: GuardConfig) -> int:
+        """Exit code of a run that ended because of this signal (0: none)."""
+        return guards.requeue_code if number == signal.SIGUSR1 else 0
+
+
+def locate_bad_gradient(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> str:
+    """Where a gradient that is not finite came from.
+
+    The reduced gradient no longer says, so the phase is run again one microbatch at a time, without reduction and from the same weights: every
+    draw is keyed, so it computes the same. Every rank calls it.
+    """
+    found = []
+    for m, batch in enumerate(batches):
+        network.shards.zero_grad()
+        with network.accumulating(last=False):
+            actions = [action for action in alternate(phase, 1) if action.kind != "STEP"]
+            executor.run(phase, actions, [batch.for_phase(phase.name)], lambda role: None, last=-1)
+        if names := network.shards.bad_gradients():
+            more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""
+            found.append(
+                f"the gradient of {network.name}.{names[0]}{more} is not finite in phase {phase.name}, microbatch {m} on rank {mesh.world.rank}; "
+                f"its samples: {batch.named_samples()}"
+            )
+            break
+    everyone: list[list[str]] = [[] for _ in range(mesh.world.size)]
+    dist.all_gather_object(everyone, found)
+    named = [message for messages in everyone for message in messages]
+    return named[0] if named else f"the gradient of {network.name} is not finite only after the sum over ranks: it overflowed"

@@ -1,0 +1,286 @@
+"""One network's weights and gradients over the data x context ranks: Megatron-Core's buffers and reduce-scatter, our shards (ZeRO-1).
+
+Megatron-Core's DistributedDataParallel lays parameters and gradients into contiguous buckets and, while the last microbatch's backward still
+runs, reduce-scatters each bucket that is complete. Every rank then owns an equal slice of each bucket, keeps fp32 master weights, optimiser
+state and average for that slice only, and gathers the updated weights.
+
+Megatron-Core's own DistributedOptimizer is not used: it takes Adam only and saves exp_avg and exp_avg_sq by name, so a one-state RMSProp would
+carry a dead state of 4 bytes for each weight, which is the memory the method saves (APT paper, section 3.5).
+
+Losses are contributions (parallel/collectives.py), so gradients are SUMMED over ranks: Megatron-Core calls this calculate_per_token_loss.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_apt.config import OptimizerConfig
+from megatron_apt.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of one parameter that lies in one rank's shard."""
+
+    parameter: int  # index in ShardedParameters.names
+    start: int  # range of the flattened parameter
+    stop: int
+    offset: int  # place in the rank's shard
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """A run of this rank's shard inside one bucket whose weights share a learning-rate scale and weight decay."""
+
+    part: slice  # of the master, the states and the average
+    grad: Tensor  # the same elements of the gradient buffer
+    lr_scale: float
+    decays: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """This rank's slice of one bucket."""
+
+    weights: Tensor  # view into the parameter buffer
+    grad: Tensor  # view into the gradient buffer
+    offset: int  # place in the shard
+
+
+class ShardedParameters:
+    """The trainable parameters of a module.
+
+    Attributes:
+        names, parameters: in the module's order.
+        master: (N / ranks,) fp32 (fp64 for a float64 model) weights of this rank's shard, the ones that are updated.
+        stretches: the shard cut up for an optimiser.
+    """
+
+    def __init__(
+        self, module: nn.Module, mesh: Mesh, config: OptimizerConfig = OptimizerConfig(), lr_scale: Callable[[str], float] = lambda name: 1.0
+    ):
+        self.mesh = mesh
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("a network without trainable parameters cannot be optimised; unfreeze its heads or its backbone")
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.dtype = torch.promote_types(self.parameters[0].dtype, torch.float32)
+        self.ddp = _distributed(module, mesh, config, reduce_in_fp32=self.dtype == torch.float32)
+        self._slices, self.fragments = self._cut()
+        size = sum(len(part.weights) for part in self._slices)
+        self.master = torch.empty(size, dtype=self.dtype, device=mesh.device)
+        mine = self.fragments[mesh.dp_cp.rank]
+        self.stretches = self._stretches(mine, [lr_scale(name) for name in self.names])
+        self._grads = [self._grad(fragment) for fragment in mine]
+        partial = [p.tp_partial and mesh.tp.size > 1 for p in self.parameters]
+        self._partial = [grad for grad, fragment in zip(self._grads, mine, strict=True) if partial[fragment.parameter]]
+        # A gradient that every tensor-parallel rank holds whole counts once in the norm over all ranks.
+        copies = [1.0 if self.parameters[f.parameter].sharded_dim is not None else 1.0 / mesh.tp.size for f in mine]
+        self._weights = torch.tensor(copies, dtype=torch.float64, device=mesh.device)
+        self.adopt()
+
+    # --- layout
+
+    def _cut(self) -> tuple[list[_Slice], list[list[Fragment]]]:
+        """This rank's slices, and every rank's fragments."""
+        axis, number = self.mesh.dp_cp, {p: i for i, p in enumerate(self.parameters)}
+        slices, fragments, offset = [], [[] for _ in range(axis.size)], 0
+        for buffer in self.ddp.buffers:
+            for bucket in buffer.buckets:
+                size = len(bucket.grad_data) // axis.size
+                own = slice(axis.rank * size, (axis.rank + 1) * size)
+                slices.append(_Slice(bucket.param_data[own], bucket.grad_data[own], offset))
+                for p in bucket.params_list:
+                    start, stop, _ = buffer.param_index_map[p]
+                    for rank in range(axis.size):
+                        low = bucket.offset + rank * size
+                        a, b = max(start, low), min(stop, low + size)
+                        if a < b:
+                            fragments[rank].append(Fragment(number[p], a - start, b - start, offset + a - low))
+                offset += size
+        return slices, [sorted(part, key=lambda f: f.offset) for part in fragments]
+
+    def _grad(self, fragment: Fragment) -> Tensor:
+        part = next(s for s in reversed(self._slices) if s.offset <= fragment.offset)
+        start = fragment.offset - part.offset
+        return part.grad[start : start + fragment.size]
+
+    def _stretches(self, fragments: list[Fragment], scales: list[float]) -> list[Stretch]:
+        """Neighbouring fragments of one kind become one stretch; the padding between them has no gradient, so updates leave it alone."""
+        runs: list[list] = []
+        for f in fragments:
+            kind = (scales[f.parameter], self.parameters[f.parameter].dim() >= 2, next(s for s in reversed(self._slices) if s.offset <= f.offset))
+            if runs and runs[-1][0] == kind:
+                runs[-1][2] = f.offset + f.size
+            else:
+                runs.append([kind, f.offset, f.offset + f.size])
+        return [
+            Stretch(slice(start, stop), part.grad[start - part.offset : stop - part.offset], scale, decays)
+            for (scale, decays, part), start, stop in runs
+        ]
+
+    @property
+    def numel(self) -> int:
+        """Weights on this model-parallel rank, over all its shards."""
+        return sum(p.numel() for p in self.parameters)
+
+    # --- weights
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Takes the module's present weights as masters."""
+        for part in self._slices:
+            self.master[part.offset : part.offset + len(part.weights)].copy_(part.weights)
+
+    @torch.no_grad()
+    def set_master(self, name: str, value: Tensor) -> None:
+        """Takes this rank's fragments of one whole parameter, in master precision."""
+        flat, index = value.reshape(-1), self.names.index(name)
+        for f in self.fragments[self.mesh.dp_cp.rank]:
+            if f.parameter == index:
+                self.master[f.offset : f.offset + f.size].copy_(flat[f.start : f.stop])
+
+    @torch.no_grad()
+    def publish(self, weights: Tensor | None = None) -> None:
+        """Writes the masters (or another buffer of the shard's layout) into the module's parameters on every rank."""
+        weights = self.master if weights is None else weights
+        for part in self._slices:
+            part.weights.copy_(weights[part.offset : part.offset + len(part.weights)])
+        if self.mesh.dp_cp.size > 1:
+            self.ddp.start_param_sync(force_sync=True)
+
+    # --- gradients
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context of a microbatch's backward: with the last one, each complete bucket starts on its way (optimizer.overlap)."""
+        return contextlib.nullcontext() if last else self.ddp.no_sync()
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Leaves this rank's shard of the gradient summed over data and context ranks, and over tensor ranks where those hold parts of it."""
+        if self.mesh.dp_cp.size > 1:
+            self.ddp.finish_grad_sync()
+        if self._partial:
+            joined = torch.cat(self._partial)
+            dist.all_reduce(joined, group=self.mesh.tp.group)
+            for grad, value in zip(self._partial, joined.split([len(grad) for grad in self._partial]), strict=True):
+                grad.copy_(value)
+
+    @torch.no_grad()
+    def grad_norm(self) -> float:
+        """Global L2 norm of the reduced gradient, the same on every rank; not finite if any entry on any rank is not."""
+        norms = torch.stack(torch._foreach_norm(self._grads)).double() if self._grads else self._weights
+        square = torch.dot(norms.square(), self._weights)
+        if self.mesh.world.size > 1:
+            dist.all_reduce(square, group=self.mesh.world.group)
+        return math.sqrt(square) if square >= 0 and not torch.isinf(square) else float("nan")
+
+    def bad_gradients(self) -> list[str]:
+        """Names of parameters whose unreduced gradient on this rank is not finite."""
+        return [name for name, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.main_grad).all()]
+
+    def zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+
+    # --- whole parameters, for checkpoints
+
+    def owners(self) -> list[int]:
+        """For each parameter the data x context rank that writes and reads it: largest first, to the rank with the least so far."""
+        load, owner = [0] * self.mesh.dp_cp.size, [0] * len(self.parameters)
+        for i in sorted(range(len(owner)), key=lambda i: (-self.parameters[i].numel(), i)):
+            owner[i] = load.index(min(load))
+            load[owner[i]] += self.parameters[i].numel()
+        return owner
+
+    @torch.no_grad()
+    def gather_owned(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Exchanges shards of a buffer so that each rank holds, whole, the parameters it owns. No rank ever holds all of them."""
+        sent, received = self._routes()
+        rows = self._exchange(buffer, sent, received)
+        whole: dict[int, Tensor] = {}
+        for row, route in zip(rows.split([sum(f.size for f in route) for route in received]), received, strict=True):
+            for f, values in zip(route, row.split([f.size for f in route]), strict=True):
+                target = whole.setdefault(f.parameter, buffer.new_empty(self.parameters[f.parameter].numel()))
+                target[f.start : f.stop] = values
+        return {self.names[i]: value.view(self.parameters[i].shape) for i, value in sorted(whole.items())}
+
+    @torch.no_grad()
+    def scatter_owned(self, whole: dict[str, Tensor], buffer: Tensor) -> None:
+        """Inverse of `gather_owned`, into `buffer`."""
+        received, sent = self._routes()
+        flat = {self.names.index(name): value.reshape(-1) for name, value in whole.items()}
+        pieces = [flat[f.parameter][f.start : f.stop] for route in sent for f in route]
+        joined = torch.cat(pieces) if pieces else buffer.new_empty(0)
+        rows = self._all_to_all(joined, sent, received, buffer)
+        for row, route in zip(rows.split([sum(f.size for f in route) for route in received]), received, strict=True):
+            for f, values in zip(route, row.split([f.size for f in route]), strict=True):
+                buffer[f.offset : f.offset + f.size] = values
+
+    def _routes(self) -> tuple[list[list[Fragment]], list[list[Fragment]]]:
+        """Fragments this rank's shard has for each owner, and those each rank's shard has for this owner."""
+        owner, rank, ranks = self.owners(), self.mesh.dp_cp.rank, range(self.mesh.dp_cp.size)
+        sent = [[f for f in self.fragments[rank] if owner[f.parameter] == to] for to in ranks]
+        received = [[f for f in self.fragments[source] if owner[f.parameter] == rank] for source in ranks]
+        return sent, received
+
+    def _exchange(self, buffer: Tensor, sent: list[list[Fragment]], received: list[list[Fragment]]) -> Tensor:
+        pieces = [buffer[f.offset : f.offset + f.size] for route in sent for f in route]
+        return self._all_to_all(torch.cat(pieces) if pieces else buffer.new_empty(0), sent, received, buffer)
+
+    def _all_to_all(self, joined: Tensor, sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor) -> Tensor:
+        if self.mesh.dp_cp.size == 1:
+            return joined
+        sizes = [[sum(f.size for f in route) for route in routes] for routes in (received, sent)]
+        rows = like.new_empty(sum(sizes[0]))
+        dist.all_to_all_single(rows, joined.to(like.dtype), *sizes, group=self.mesh.dp_cp.group)
+        return rows
+
+    @torch.no_grad()
+    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's reduced gradient on this tensor-parallel rank, whole on every rank: for comparisons at small scale."""
+        shard = torch.zeros_like(self.master)
+        for part in self._slices:
+            shard[part.offset : part.offset + len(part.grad)] = part.grad
+        return self.whole(shard)
+
+    @torch.no_grad()
+    def whole(self, shard: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter from a buffer of the shard's layout, whole on every rank: for comparisons at small scale."""
+        axis = self.mesh.dp_cp
+        rows = shard.new_empty(axis.size, len(shard))
+        dist.all_gather_into_tensor(rows.view(-1), shard, group=axis.group)
+        values = [shard.new_empty(p.numel()) for p in self.parameters]
+        for row, fragments in zip(rows, self.fragments, strict=True):
+            for f in fragments:
+                values[f.parameter][f.start : f.stop] = row[f.offset : f.offset + f.size]
+        for name, p, value in zip(self.names, self.parameters, values, strict=True):
+            yield name, value.view(p.shape)
+
+
+def _distributed(module: nn.Module, mesh: Mesh, config: OptimizerConfig, reduce_in_fp32: bool) -> DistributedDataParallel:
+    groups = ProcessGroupCollection()
+    groups.dp, groups.dp_cp, groups.tp, groups.pp = mesh.dp.group, mesh.dp_cp.group, mesh.tp.group, mesh.pp.group
+    groups.ep = groups.expt_dp = mesh.dp.group  # there are no experts; given so that no group is made for them
+    return DistributedDataParallel(
+        TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1, calculate_per_token_loss=True),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=reduce_in_fp32,
+            overlap_grad_reduce=config.overlap and mesh.dp_cp.size > 1,
+            use_distributed_optimizer=True,
+            bucket_size=config.bucket_size,
+        ),
+        module,
+        pg_collection=groups,
+    )

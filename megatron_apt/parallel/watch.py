@@ -1,0 +1,113 @@
+"""Finds ranks that died, so that the others stop with a message that names them instead of hanging in a collective.
+
+Every rank has a thread that counts up a number of its own in the rendezvous store, and looks at the number of the next rank (a ring: the cost
+does not grow with the world). A number that stands still for too long, or a rank that says goodbye with an error, is written into the store as
+the reason to stop; each rank reads it, prints it, and ends if it has not ended by itself after a grace period.
+"""
+
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+LOST = 70  # exit code of ranks that stop because of another (EX_SOFTWARE)
+GRACE = 5.0  # seconds in which a rank may end by itself
+
+
+class Watch:
+    """The watch of one rank; a context manager around training.
+
+    Args:
+        timeout: seconds without a sign of life after which a rank counts as lost; 0 watches nothing.
+        interval: seconds between two signs.
+    """
+
+    def __init__(self, rank: int, world: int, timeout: float, interval: float = 1.0):
+        self.rank, self.world, self.timeout, self.interval = rank, world, timeout, min(interval, timeout / 4) if timeout else interval
+        self.active = timeout > 0 and world > 1
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watch":
+        if self.active:
+            # A connection of its own: the main thread may wait inside the shared one for minutes.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, None, False, datetime.timedelta(seconds=self.timeout), wait_for_workers=False)
+            # A restarted run may meet the store of the one before it.
+            run = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+            self._store = dist.PrefixStore(f"watch/{run}/", store)
+            self._store.set(f"host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not self.active:
+            return
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            self._explain(error)
+        self._ended.set()
+        self._thread.join(timeout=2 * self.interval)
+
+    def leave(self) -> None:
+        """Says that this rank has finished well, before it stops giving signs of life."""
+        self._ended.set()
+
+    def _explain(self, error: BaseException) -> None:
+        """Tells the others why this rank ends; if its error may come from a lost rank, names that one."""
+        lost = self._silent() if isinstance(error, RuntimeError) and "gloo" in str(error).lower() or "nccl" in str(error).lower() else []
+        message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {type(error).__name__}: {error}"
+        try:
+            self._store.compare_set("stop", "", message)
+            if lost:
+                print(f"megatron-apt: rank {self.rank}: {message}; stopping", file=sys.stderr, flush=True)
+        except RuntimeError:
+            print(f"megatron-apt: rank {self.rank}: the rank that keeps the rendezvous store is gone; stopping", file=sys.stderr, flush=True)
+
+    def _silent(self) -> list[int]:
+        """Ranks whose number stands still over a few intervals."""
+        try:
+            before = self._beats()
+            time.sleep(4 * self.interval)
+            after = self._beats()
+        except RuntimeError:
+            return []
+        return [r for r in range(self.world) if r != self.rank and before[r] == after[r]]
+
+    def _beats(self) -> list[bytes | None]:
+        return [self._beat(r) for r in range(self.world)]
+
+    def _beat(self, rank: int) -> bytes | None:
+        return self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else None
+
+    def _named(self, rank: int) -> str:
+        host = self._store.get(f"host/{rank}").decode() if self._store.check([f"host/{rank}"]) else "never started watching"
+        return f"rank {rank} ({host})"
+
+    def _run(self) -> None:
+        beat, neighbour = 0, (self.rank + 1) % self.world
+        seen, since = None, time.monotonic()
+        try:
+            while not self._ended.wait(self.interval):
+                beat += 1
+                self._store.set(f"beat/{self.rank}", str(beat))
+                value = self._beat(neighbour)
+                if value != seen:
+                    seen, since = value, time.monotonic()
+                elif value != b"done" and time.monotonic() - since > self.timeout:
+                    self._store.compare_set("stop", "", f"{self._named(neighbour)} gave no sign of life for {self.timeout:.0f} s")
+                if self._store.check(["stop"]):
+                    self._stop(self._store.get("stop").decode())
+                    return
+            self._store.set(f"beat/{self.rank}", "done")
+        except RuntimeError:  # the store is gone, and with it the rank that kept it
+            self._stop("the rank that keeps the rendezvous store is gone")
+
+    def _stop(self, reason: str) -> None:
+        if not self._ended.wait(GRACE):
+            print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
+            os._exit(LOST)
