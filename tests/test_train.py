@@ -189,7 +189,7 @@ def _train_to(mesh, run):
 def test_exact_r1_is_reported_beside_its_estimate(mesh, datasets, tmp_path):
     trainer = Trainer(config(datasets, tmp_path, apt=AptConfig(ar1_sigma=1e-2, exact_r1_every=2)), mesh)
     with torch.no_grad():
-        trainer.networks["discriminator"].module.logit.weight.fill_(0.1)  # it starts at zero, where both are zero
+        trainer.networks["discriminator"].module.logit.weight.normal_()  # it starts at zero, where both are zero
     first, second = trainer.step(), trainer.step()
     assert 0.1 < first["check/r1_approximate"] / first["check/r1_exact"] < 5.0  # chi-square of 8 samples around 1
     assert "check/r1_exact" not in second

@@ -23,7 +23,7 @@ def deal(global_batch: int, micro_batch: int, ranks: int, rank: int) -> list[tup
     rounds, rest = divmod(global_batch, micro_batch * ranks)
     full = [((m * ranks + rank) * micro_batch, micro_batch) for m in range(rounds)]
     start, stop = chunk(rest, ranks, rank)
-    return full + [(global_batch - rest + start, stop - start)] if stop > start else full
+    return [*full, (global_batch - rest + start, stop - start)] if stop > start else full
 
 
 class Batches:

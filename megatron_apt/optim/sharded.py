@@ -68,9 +68,7 @@ class ShardedParameters:
         stretches: the shard cut up for an optimiser.
     """
 
-    def __init__(
-        self, module: nn.Module, mesh: Mesh, config: OptimizerConfig = OptimizerConfig(), lr_scale: Callable[[str], float] = lambda name: 1.0
-    ):
+    def __init__(self, module: nn.Module, mesh: Mesh, config: OptimizerConfig, lr_scale: Callable[[str], float] = lambda name: 1.0):
         self.mesh = mesh
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:

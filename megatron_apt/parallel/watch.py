@@ -59,7 +59,7 @@ class Watch:
 
     def _explain(self, error: BaseException) -> None:
         """Tells the others why this rank ends; if its error may come from a lost rank, names that one."""
-        lost = self._silent() if isinstance(error, RuntimeError) and "gloo" in str(error).lower() or "nccl" in str(error).lower() else []
+        lost = self._silent() if (isinstance(error, RuntimeError) and "gloo" in str(error).lower()) or "nccl" in str(error).lower() else []
         message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {type(error).__name__}: {error}"
         try:
             self._store.compare_set("stop", "", message)

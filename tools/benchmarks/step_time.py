@@ -20,8 +20,8 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import Condition, MMDiT
 from megatron_apt.models.spec import DTYPES
-from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.optim.optimizers import AdamW
+from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel.startup import start
 
 LAYERS, HEADS, HEAD, CHANNELS, SIDE, TEXT, TEXT_WIDTH = 8, 8, 64, 16, 64, 77, 1024
@@ -34,8 +34,9 @@ class Step:
         for parameter in model.parameters():
             if not hasattr(parameter, "sharded_dim"):
                 parameter.sharded_dim, parameter.tp_partial = None, False
-        self.loss, self.shards = loss, ShardedParameters(model, mesh)
-        self.optimizer = AdamW(self.shards, OptimizerConfig(kind="adamw"))
+        config = OptimizerConfig(kind="adamw")
+        self.loss, self.shards = loss, ShardedParameters(model, mesh, config)
+        self.optimizer = AdamW(self.shards, config)
         self.seconds: dict[str, list[float]] = {"forward": [], "backward": [], "update": [], "step": []}
 
     def run(self) -> None:
