@@ -114,11 +114,27 @@ def _report(argv: list[str]) -> None:
     print(rewrite_report(tyro.cli(DemoConfig, args=argv, prog="megatron-apt report")))
 
 
+def _checkpoint(argv: list[str]) -> None:
+    from megatron_apt.checkpoint.commands import Command, run
+
+    sys.exit(run(tyro.cli(Command, args=argv, prog="megatron-apt checkpoint")))
+
+
+def _plan(argv: list[str]) -> None:
+    from megatron_apt.plan import PlanConfig, plan
+
+    if not argv or argv[0].startswith("-"):
+        raise ValueError("usage: megatron-apt plan FILE.py:FUNCTION --memory [--ranks N] [--json FILE]")
+    plan(load_recipe(argv[0]), tyro.cli(PlanConfig, args=argv[1:], prog=f"megatron-apt plan {argv[0]}"))
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (_demo, "diffusion model in, one-step generator out, on real digits and clips, on a CPU"),
     "encode": (_encode, "videos and images with captions -> shards of latents and text embeddings"),
     "train": (_train, "train a recipe: FILE.py:FUNCTION [--field value ...]"),
     "sample": (_sample, "pictures and clips from a checkpoint"),
+    "checkpoint": (_checkpoint, "inspect | verify | reshard a checkpoint"),
+    "plan": (_plan, "what a recipe needs on a cluster: memory of weights, gradients, optimiser and average"),
     "report": (_report, "write the demo's report again from its results"),
 }
 

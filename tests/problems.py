@@ -35,23 +35,25 @@ def run_config(method: str = "apt", model: ModelConfig | None = None, apt: AptCo
 
 
 def microbatch(
-    mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3), seed: int = 0, iteration: int = 0, global_batch: int = 4
+    mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3), seed: int = 0, iteration: int = 0, global_batch: int = 4, rows=None
 ) -> Microbatch:
-    """The same samples on every mesh; each context-parallel rank keeps its tokens."""
+    """The same samples on every mesh; each context-parallel rank keeps its tokens. `rows` takes some of them."""
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     texts = [torch.randn(length, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for length in text_lengths]
     null, negative = (torch.randn(2, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    tokens = pack_latents(tuple(shapes), model.patch, lambda rows, _: torch.stack([latents[i] for i in rows]))
+    rows = tuple(range(len(shapes))) if rows is None else tuple(rows)
+    shapes, latents, texts = (tuple(values[i] for i in rows) for values in (shapes, latents, texts))
+    tokens = pack_latents(shapes, model.patch, lambda some, _: torch.stack([latents[i] for i in some]))
     condition = Condition.pack(texts)
     layout = build_layout(tuple(patch_grid(s[1:], model.patch) for s in shapes), condition.lengths, mesh)
     return Microbatch(
         mesh=mesh,
         patch=model.patch,
-        positions=torch.arange(len(shapes)) + 100,
-        sample_ids=tuple(range(len(shapes))),
-        shapes=tuple(shapes),
+        positions=torch.tensor(rows) + 100,
+        sample_ids=rows,
+        shapes=shapes,
         x=tokens.to(dtype).index_select(0, layout.visual.index),
         condition=condition,
         null=Condition.pack([null]).repeat(len(shapes)),

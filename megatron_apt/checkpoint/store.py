@@ -178,11 +178,17 @@ def verify(folder: Path, mesh: Mesh) -> None:
         raise CheckpointError("; ".join(wrong) + ". Use an older checkpoint: point `latest` at another iteration-* folder")
 
 
+def shapes(folder: Path) -> dict[str, tuple[torch.Size, int]]:
+    """Shape and bytes per number of every tensor of a commit."""
+    _check_index(folder)
+    index = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: (meta.size, meta.properties.dtype.itemsize) for key, meta in sorted(index.items())}
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a commit, whole, one at a time, in one process and without a model."""
     _check_index(folder)
-    reader = FileSystemReader(str(folder))
-    for key, meta in sorted(reader.read_metadata().state_dict_metadata.items()):
+    for key, meta in sorted(FileSystemReader(str(folder)).read_metadata().state_dict_metadata.items()):
         wanted = {key: torch.empty(meta.size, dtype=meta.properties.dtype)}
         torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
         yield key, wanted[key]

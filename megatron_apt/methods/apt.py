@@ -55,7 +55,7 @@ def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
 
     def build_discriminator() -> Discriminator:
         depth = max(1, round(apt.discriminator_depth * config.model.depth))
-        model = Discriminator(config.model, mesh, depth, apt.head_layers).to(mesh.device)
+        model = Discriminator(config.model, mesh, depth, apt.head_layers)
         parameters.initialise(model, mesh, config.seed)
         return model
 

@@ -14,7 +14,7 @@ from megatron_apt.parallel.mesh import Mesh
 
 def build_generator(config: RunConfig, mesh: Mesh) -> MMDiT:
     """A diffusion transformer with weights drawn from the run's seed."""
-    model = MMDiT(config.model, mesh).to(mesh.device)
+    model = MMDiT(config.model, mesh)
     parameters.initialise(model, mesh, config.seed)
     return model
 

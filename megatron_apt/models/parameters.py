@@ -103,10 +103,13 @@ def full_shape(parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
-    """Fills every parameter from (seed, its name): the same model on every mesh.
+    """Moves the model to the mesh's device and fills every parameter from (seed, its name): the same model on every mesh.
 
     Weights are drawn whole, in fp32 on the CPU, and each rank keeps its slice.
     """
+    if mesh.device.type == "meta":
+        return  # built for its shapes alone
+    model.to(mesh.device)
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(derive_key(seed, "weights", name) >> 1)
         whole = torch.empty(full_shape(parameter, mesh))

@@ -146,7 +146,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool |
         sequence_parallel=mesh.sequence_parallel if sequence_parallel is None else sequence_parallel,
         params_dtype=DTYPES[model.dtype],
         bf16=model.dtype == "bfloat16",
-        use_cpu_initialization=mesh.device.type == "cpu",
+        use_cpu_initialization=mesh.device.type != "cuda",
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -8,6 +8,8 @@ from torch import Tensor
 from megatron_apt.config import OptimizerConfig
 from megatron_apt.optim.sharded import ShardedParameters
 
+STATES = {"rmsprop": ("square",), "adamw": ("mean", "square")}  # buffers of the shard's size that each optimiser keeps
+
 
 class RMSProp:
     """RMSProp with ONE state per parameter: s <- alpha s + (1 - alpha) g^2;  w <- w - lr g / (sqrt(s) + eps).
@@ -17,7 +19,7 @@ class RMSProp:
 
     def __init__(self, shards: ShardedParameters, config: OptimizerConfig):
         self.shards, self.config = shards, config
-        self.state = {"square": torch.zeros_like(shards.master)}
+        self.state = {name: torch.zeros_like(shards.master) for name in STATES["rmsprop"]}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -32,7 +34,7 @@ class AdamW:
 
     def __init__(self, shards: ShardedParameters, config: OptimizerConfig):
         self.shards = shards
-        self.state = {"mean": torch.zeros_like(shards.master), "square": torch.zeros_like(shards.master)}
+        self.state = {name: torch.zeros_like(shards.master) for name in STATES["adamw"]}
         groups = []
         for stretch in shards.stretches:
             weights = torch.nn.Parameter(shards.master[stretch.part])

@@ -6,6 +6,7 @@ the reason to stop; each rank reads it, prints it, and ends if it has not ended 
 """
 
 import datetime
+import itertools
 import os
 import socket
 import sys
@@ -16,6 +17,8 @@ import torch.distributed as dist
 
 LOST = 70  # exit code of ranks that stop because of another (EX_SOFTWARE)
 GRACE = 5.0  # seconds in which a rank may end by itself
+
+_watches = itertools.count()
 
 
 class Watch:
@@ -37,9 +40,9 @@ class Watch:
             # A connection of its own: the main thread may wait inside the shared one for minutes.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, None, False, datetime.timedelta(seconds=self.timeout), wait_for_workers=False)
-            # A restarted run may meet the store of the one before it.
-            run = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-            self._store = dist.PrefixStore(f"watch/{run}/", store)
+            # torchrun's store outlives a restart, and one process may train several times: each watch has keys of its own.
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"watch/{restart}/{next(_watches)}", store)
             self._store.set(f"host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
@@ -58,24 +61,27 @@ class Watch:
         self._ended.set()
 
     def _explain(self, error: BaseException) -> None:
-        """Tells the others why this rank ends; if its error may come from a lost rank, names that one."""
-        lost = self._silent() if (isinstance(error, RuntimeError) and "gloo" in str(error).lower()) or "nccl" in str(error).lower() else []
-        message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {type(error).__name__}: {error}"
+        """Tells the others why this rank ends; if its error may come from a lost rank, says which."""
+        failed_collective = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
         try:
-            self._store.compare_set("stop", "", message)
-            if lost:
-                print(f"megatron-apt: rank {self.rank}: {message}; stopping", file=sys.stderr, flush=True)
+            lost = self._silent() if failed_collective else []
+            message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {type(error).__name__}: {error}"
+            reason = self._store.compare_set("stop", "", message).decode()  # the first reason stays
         except RuntimeError:
-            print(f"megatron-apt: rank {self.rank}: the rank that keeps the rendezvous store is gone; stopping", file=sys.stderr, flush=True)
+            reason = self._store_gone
+        if failed_collective:
+            print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
+
+    @property
+    def _store_gone(self) -> str:
+        keeper = "the torchrun agent" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        return f"{keeper}, which keeps the rendezvous store, died"
 
     def _silent(self) -> list[int]:
         """Ranks whose number stands still over a few intervals."""
-        try:
-            before = self._beats()
-            time.sleep(4 * self.interval)
-            after = self._beats()
-        except RuntimeError:
-            return []
+        before = self._beats()
+        time.sleep(4 * self.interval)
+        after = self._beats()
         return [r for r in range(self.world) if r != self.rank and before[r] == after[r]]
 
     def _beats(self) -> list[bytes | None]:
@@ -105,7 +111,7 @@ class Watch:
                     return
             self._store.set(f"beat/{self.rank}", "done")
         except RuntimeError:  # the store is gone, and with it the rank that kept it
-            self._stop("the rank that keeps the rendezvous store is gone")
+            self._stop(self._store_gone)
 
     def _stop(self, reason: str) -> None:
         if not self._ended.wait(GRACE):

@@ -1,0 +1,153 @@
+"""megatron-apt checkpoint: what a checkpoint holds, whether it is whole, and the same one written by another mesh."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.save import Checkpoints
+from megatron_apt.config import ParallelConfig, RetentionConfig, RunConfig, check_fits
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Prints what a checkpoint holds."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """Run folder (its latest checkpoint) or iteration-* folder."""
+    tensors: bool = False
+    """Also lists every tensor."""
+    json: str = ""
+    """Also writes it to this file."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compares every file with its checksum; exit code 1 if any differs."""
+
+    path: Annotated[str, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Reshard:
+    """Writes a checkpoint again from another mesh, one file per rank that owns weights.
+
+    Training loads any checkpoint on any mesh; this lays the files out for one beforehand. Start as many processes as the mesh has ranks.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Run folder (its latest checkpoint) or iteration-* folder."""
+    target: Annotated[str, tyro.conf.Positional]
+    """Run folder to write to."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+Command = (
+    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Reshard, tyro.conf.subcommand("reshard")]
+)
+
+
+def run(command: Inspect | Verify | Reshard) -> int:
+    """Returns the exit code."""
+    if isinstance(command, Inspect):
+        print("\n".join(inspect(command)))
+        return 0
+    if isinstance(command, Verify):
+        folder = store.resolve(command.path)
+        damages = store.damages(folder)
+        print("\n".join(damages) if damages else f"{folder}: every file is as it was committed")
+        return int(bool(damages))
+    reshard(command)
+    return 0
+
+
+def inspect(command: Inspect) -> Iterator[str]:
+    folder = store.resolve(command.path)
+    state = store.read_state(folder)
+    config = state["config"]
+    shapes = store.shapes(folder)
+    groups: dict[str, list[int]] = {}
+    for key, (shape, size) in shapes.items():
+        role, _, rest = key.partition(".")
+        kind = rest.split(".")[0] if rest.startswith("ema.") else ".".join(rest.split(".")[:2]) if rest.startswith("optimizer.") else "weights"
+        total = groups.setdefault(f"{role} {kind}", [0, 0, 0])
+        for i, value in enumerate((1, shape.numel(), shape.numel() * size)):
+            total[i] += value
+    yield f"{folder}"
+    parallel = config["parallel"]
+    mesh = " x ".join(f"{axis}={parallel[axis]}" for axis in ("tp", "cp", "pp"))
+    yield f"method {config['method']}, iteration {state['iteration']}, {state['samples_seen']} samples seen, seed {config['seed']}, written by {mesh}"
+    yield f"updates: {', '.join(f'{role} {count}' for role, count in state['updates'].items())}"
+    for role, source in state["sources"].items():
+        yield f"{role} started from {source}"
+    for group, (tensors, numbers, size) in groups.items():
+        yield f"  {group:32} {tensors:5} tensors {numbers:15,} numbers {size / 2**20:12,.1f} MiB"
+    if command.tensors:
+        yield from (f"  {key} {tuple(shape)}" for key, (shape, _) in shapes.items())
+    if command.json:
+        summary = {name: {"tensors": t, "numbers": n, "bytes": b} for name, (t, n, b) in groups.items()}
+        Path(command.json).write_text(json.dumps({"folder": str(folder), **state, "groups": summary}, indent=1), encoding="utf-8")
+
+
+def reshard(command: Reshard) -> None:
+    """Builds the run's networks on the new mesh, loads and saves."""
+    from megatron_apt.methods import METHODS
+    from megatron_apt.networks import Network
+    from megatron_apt.parallel import startup
+
+    folder = store.resolve(command.source)
+    state = store.read_state(folder)
+    config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
+    check_fits(config)
+    target = Path(command.target) / "checkpoints" / folder.name
+    if target.exists():
+        raise store.CheckpointError(f"{target} exists already; give another target folder")
+    mesh = startup.start(command.parallel)
+    try:
+        store.verify(folder, mesh)
+        tensors = {}
+        for name, role in METHODS[config.method](config, mesh).roles.items():
+            if role.optimizer is not None:  # what does not train is not in a checkpoint
+                network = Network(name, role, mesh)
+                network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
+                tensors |= network.sharded_state()
+        stored = {key: value for key, value in state.items() if key not in ("format", "iteration")}
+        stored["config"] = {**state["config"], "parallel": {**state["config"]["parallel"], **vars(command.parallel)}}
+        checkpoints = Checkpoints(command.target, mesh, RetentionConfig(last=0))
+        checkpoints.save(state["iteration"], tensors, stored)
+        checkpoints.commit()
+        if mesh.is_main:
+            print(target)
+    finally:
+        startup.stop()
+
+
+def from_dict(kind: type, stored: dict):
+    """A configuration from its JSON form: nested dataclasses by their annotations, lists as tuples.
+
+    Raises:
+        CheckpointError: a field that this version does not know.
+    """
+    hints = get_type_hints(kind)
+    unknown = set(stored) - {field.name for field in fields(kind)}
+    if unknown:
+        raise store.CheckpointError(f"configuration of {kind.__name__} has unknown fields {sorted(unknown)}; it was written by another version")
+    return kind(**{name: _value(hints[name], value) for name, value in stored.items()})
+
+
+def _value(hint, value):
+    if is_dataclass(hint):
+        return from_dict(hint, value)
+    if get_origin(hint) in (Union, UnionType, Literal):
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        inner = get_args(hint)
+        return tuple(_value(inner[0] if inner else object, item) for item in value)
+    return value

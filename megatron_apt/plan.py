@@ -1,0 +1,134 @@
+"""megatron-apt plan: what a recipe's networks need on each rank, before a cluster is booked.
+
+Counted from the model's own parameters, built without memory: what each rank holds of them under tensor parallelism, and of fp32 masters,
+optimiser states and average under data x context parallelism. Activations are not counted.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_apt.config import ParallelConfig, RunConfig
+from megatron_apt.methods import METHODS
+from megatron_apt.models.parameters import full_shape
+from megatron_apt.optim.optimizers import STATES
+from megatron_apt.parallel import startup
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    memory: bool = True
+    """Bytes of weights, gradients, masters, optimiser states and average."""
+    ranks: int = 8
+    json: str = ""
+    """Also writes the figures to this file."""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Bytes of one network on one rank.
+
+    Attributes:
+        weights: numbers on this tensor-parallel rank.
+        shard: numbers of them whose master, states and average this rank keeps.
+        parts: bytes by what they are.
+    """
+
+    role: str
+    weights: int
+    shard: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def role_memory(name: str, numbers: dict[torch.dtype, int], shards: int, optimizer: str | None, average: bool) -> RoleMemory:
+    """Memory of a network with so many weights of each dtype on a rank, sharded over `shards` ranks.
+
+    Weights are kept in their own dtype; gradients are accumulated, and masters, states and averages kept, in fp32 (fp64 for fp64 weights).
+    """
+    weights = sum(numbers.values())
+    parts = {"weights": sum(dtype.itemsize * n for dtype, n in numbers.items())}
+    if optimizer is None:
+        return RoleMemory(name, weights, 0, parts)
+    wide = {dtype: torch.promote_types(dtype, torch.float32).itemsize for dtype in numbers}
+    shard = {dtype: -(-n // shards) for dtype, n in numbers.items()}
+    kept = sum(wide[dtype] * n for dtype, n in shard.items())
+    parts["gradients"] = sum(wide[dtype] * n for dtype, n in numbers.items())
+    parts["masters"] = kept
+    for state in STATES[optimizer]:
+        parts[f"state {state}"] = kept
+    if average:
+        parts["average"] = kept
+    return RoleMemory(name, weights, sum(shard.values()), parts)
+
+
+def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[RoleMemory]:
+    """Memory of each role on one of `ranks` ranks; `optimizer` counts another one's states.
+
+    Raises:
+        ValueError: ranks that the recipe's tp x cp x pp does not divide.
+    """
+    parallel = config.parallel
+    model_parallel = parallel.tp * parallel.cp * parallel.pp
+    if ranks % model_parallel:
+        raise ValueError(f"ranks={ranks} is not a multiple of tp x cp x pp = {model_parallel} of the recipe; use one, or change its parallel")
+    mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))  # shapes and dtypes without memory
+    roles = []
+    for name, role in METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh).roles.items():
+        with torch.device("meta"):
+            module = role.build()
+        numbers: dict[torch.dtype, int] = {}
+        for p in module.parameters():
+            whole = torch.Size(full_shape(p, mesh)).numel()
+            numbers[p.dtype] = numbers.get(p.dtype, 0) + (whole // parallel.tp if p.sharded_dim is not None else whole)
+        kind = (optimizer or role.optimizer.kind) if role.optimizer is not None else None
+        roles.append(role_memory(name, numbers, ranks // (parallel.tp * parallel.pp), kind, role.ema))
+    return roles
+
+
+def plan(config: RunConfig, options: PlanConfig) -> None:
+    """Prints the tables; the second one compares with Adam's two states."""
+    kind = config.optimizer.kind
+    ours, adam = memory(config, options.ranks), memory(config, options.ranks, optimizer="adamw")
+    parallel = config.parallel
+    data = options.ranks // (parallel.tp * parallel.cp * parallel.pp)
+    table = Table(title=f"Memory of one rank, GiB: tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {data}, optimiser {kind}")
+    table.add_column("")
+    for role in ours:
+        table.add_column(f"{role.role}\n{role.weights / 1e6:,.1f} M weights", justify="right")
+    for part in dict.fromkeys(part for role in ours for part in role.parts):
+        table.add_row(part, *(f"{role.parts.get(part, 0) / GIB:.3f}" for role in ours))
+    table.add_row("total", *(f"{role.total / GIB:.3f}" for role in ours))
+    table.add_row("bytes per weight", *(f"{role.total / role.weights:.2f}" for role in ours))
+    table.add_row("bytes per sharded weight", *(f"{_sharded(role):.0f}" if role.shard else "-" for role in ours))
+    console = Console()
+    console.print(table)
+    total, other = sum(role.total for role in ours), sum(role.total for role in adam)
+    saved = other - total
+    console.print(
+        f"All networks: {total / GIB:.3f} GiB with {kind} ({len(STATES[kind])} state), {other / GIB:.3f} GiB with Adam (2 states): "
+        f"{saved / GIB:.3f} GiB saved. Activations come on top."
+    )
+    if options.json:
+        figures = {
+            "ranks": options.ranks,
+            "optimizer": kind,
+            "bytes": total,
+            "bytes_with_adam": other,
+            "roles": {role.role: {"weights": role.weights, "shard": role.shard, **role.parts} for role in ours},
+        }
+        Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def _sharded(role: RoleMemory) -> float:
+    """Bytes for each weight of the shard: master, states and average."""
+    return sum(size for part, size in role.parts.items() if part not in ("weights", "gradients")) / role.shard

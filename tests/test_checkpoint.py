@@ -1,0 +1,243 @@
+"""Checkpoints: whole or not at all, on any mesh, for as long as asked, and readable without running anything."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from problems import model_config
+from test_train import SMOOTH, config, rows, state
+
+from megatron_apt.checkpoint import save as saving
+from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.commands import Inspect, Reshard, Verify, from_dict, inspect, run
+from megatron_apt.checkpoint.save import Checkpoints, superseded
+from megatron_apt.config import ParallelConfig, RetentionConfig, RunConfig, to_dict
+from megatron_apt.train import Trainer, train
+
+F64 = {"model": model_config(dtype="float64", latent_channels=4), "optimizer": SMOOTH}
+
+
+def test_a_background_save_holds_the_weights_of_its_moment(mesh, datasets, tmp_path):
+    """Training goes on while files are written: the commit has the state from before."""
+    run_config = config(datasets, tmp_path / "run")
+    trainer = Trainer(run_config, mesh)
+    trainer.step()
+    before = state(trainer)
+    trainer.save()
+    assert trainer.checkpoints.writing or trainer.checkpoints._pending is not None
+    for _ in range(2):
+        trainer.step()
+    assert store.latest(run_config.output) is None, "committed before it was asked to"
+    folder = trainer.checkpoints.commit()
+    assert folder.name == "iteration-00000001"
+    stored = dict(store.read_tensors(folder))
+    assert stored.keys() == before.keys()
+    assert all(torch.equal(stored[key], before[key]) for key in before)
+    assert any(not torch.equal(value, before[key]) for key, value in state(trainer).items())
+
+
+def test_resuming_during_a_save_takes_the_one_before(mesh, datasets, tmp_path):
+    trainer = Trainer(config(datasets, tmp_path / "run"), mesh)
+    for _ in range(2):
+        trainer.step()
+        trainer.save()  # the second one commits the first
+    assert Trainer(config(datasets, tmp_path / "run"), mesh).iteration == 1
+    trainer.checkpoints.commit()
+    assert Trainer(config(datasets, tmp_path / "run"), mesh).iteration == 2
+
+
+def damaged(folder: Path, name: str, how: str) -> Path:
+    file = next(iter(sorted(folder.glob(name))))
+    content = bytearray(file.read_bytes())
+    if how == "bit":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "short":
+        file.write_bytes(content[:-7])
+    else:
+        file.unlink()
+    return file
+
+
+@pytest.mark.parametrize("name", ["*.distcp", "common.pt", "metadata.json", ".metadata", "state.json"])
+@pytest.mark.parametrize(("how", "message"), [("bit", "bits have changed"), ("short", "were committed; it was cut short"), ("gone", "missing")])
+def test_a_damaged_file_is_named(mesh, datasets, tmp_path, name, how, message):
+    run_config = config(datasets, tmp_path / "run", "flow", iterations=1)
+    train(run_config, mesh)
+    folder = store.latest(run_config.output)
+    assert store.damages(folder) == []
+    file = damaged(folder, name, how)
+    (found,) = store.damages(folder)
+    assert str(file) in found and message in found
+    assert run(Verify(run_config.output)) == 1 if name != "state.json" or how != "gone" else True
+    with pytest.raises(store.CheckpointError, match=file.name.replace(".", r"\.")):
+        Trainer(run_config, mesh)
+
+
+def test_a_failed_write_keeps_what_was_there(mesh, datasets, tmp_path, monkeypatch):
+    run_config = config(datasets, tmp_path / "run", "flow", iterations=4, save_every=1)
+    train(replace(run_config, iterations=1), mesh)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "checksum", full)
+    with pytest.raises(store.CheckpointError, match=r"\.iteration-00000002\.tmp: could not be written .*No space left on device"):
+        train(run_config, mesh)
+    monkeypatch.undo()
+    assert store.latest(run_config.output).name == "iteration-00000001"
+    train(run_config, mesh)
+    assert store.latest(run_config.output).name == "iteration-00000004"
+
+
+def folders(root: Path, values: dict[int, float]) -> Path:
+    for iteration, value in values.items():
+        folder = root / f"iteration-{iteration:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"values": {"g/loss": value}}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (RetentionConfig(last=2), {50, 60}),
+        (RetentionConfig(last=0), {10, 20, 30, 40, 50, 60}),
+        (RetentionConfig(last=1, every=20), {20, 40, 60}),
+        (RetentionConfig(last=1, best="g/loss"), {30, 60}),
+        (RetentionConfig(last=1, best="g/loss", best_is="highest"), {10, 60}),
+        (RetentionConfig(last=1, every=25, best="g/loss"), {30, 50, 60}),
+    ],
+)
+def test_retention(tmp_path, retention, kept):
+    root = folders(tmp_path, {10: 5.0, 20: 3.0, 30: 1.0, 40: 2.0, 50: 4.0, 60: 4.5})
+    gone = {int(path.name[-8:]) for path in superseded(root, "iteration-00000060", retention)}
+    assert {10, 20, 30, 40, 50, 60} - gone == kept
+    if retention.best:
+        assert (root / "best").read_text() == f"iteration-{30 if retention.best_is == 'lowest' else 10:08d}"
+
+
+def test_the_best_checkpoint_stays_and_can_be_resumed_from(mesh, datasets, tmp_path):
+    run_config = config(datasets, tmp_path / "run", "flow", iterations=4, save_every=1, retention=RetentionConfig(last=1, best="flow/loss"))
+    train(run_config, mesh)
+    losses = [row["flow/loss"] for row in rows(run_config.output)]
+    best = f"iteration-{losses.index(min(losses)) + 1:08d}"
+    root = tmp_path / "run" / "checkpoints"
+    assert (root / "best").read_text() == best
+    assert {path.name for path in root.glob("iteration-*")} == {best, "iteration-00000004"}
+    assert store.read_state(root / best)["values"]["flow/loss"] == min(losses)
+
+
+def test_inspect_tells_what_is_inside(mesh, datasets, tmp_path):
+    run_config = config(datasets, tmp_path / "run", iterations=1)
+    train(run_config, mesh)
+    text = "\n".join(inspect(Inspect(run_config.output, tensors=True, json=str(tmp_path / "out.json"))))
+    assert "method apt, iteration 1, 8 samples seen" in text and "generator.ema.x_embed.weight" in text
+    groups = json.loads((tmp_path / "out.json").read_text())["groups"]
+    weights = groups["generator weights"]["numbers"]
+    assert weights == groups["generator ema"]["numbers"] == groups["generator optimizer.square"]["numbers"]
+    assert groups.keys() == {
+        *(f"generator {k}" for k in ("weights", "ema", "optimizer.square")),
+        "discriminator weights",
+        "discriminator optimizer.square",
+    }
+
+
+def test_a_configuration_survives_json(datasets, tmp_path):
+    run_config = config(datasets, tmp_path, retention=RetentionConfig(last=3, best="g/loss"), parallel=ParallelConfig(tp=2))
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run_config)))) == run_config
+    with pytest.raises(store.CheckpointError, match=r"unknown fields \['colour'\]"):
+        from_dict(RunConfig, {"colour": 1})
+
+
+# --- other meshes
+
+
+def train_on(mesh, run_config):
+    train(run_config, mesh)
+
+
+def state_on(mesh, run_config):
+    trainer = Trainer(run_config, mesh)
+    return trainer.iteration, {name: network.updates for name, network in trainer.networks.items()}
+
+
+MESHES = {
+    "tp2-dp2": (4, ParallelConfig(tp=2)),
+    "cp2-dp2": (4, ParallelConfig(cp=2)),
+    "dp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tp=2)),
+    "cp2": (2, ParallelConfig(cp=2)),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("after", ["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize("before", ["tp2-dp2", "cp2-dp2"])
+def test_any_mesh_continues_what_another_began(ranks, mesh, datasets, tmp_path, before, after):
+    """Ten iterations, five on each mesh, with accumulation and a remainder, equal ten on one rank: log, weights, average, both optimisers."""
+    base = config(datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=2, **F64)
+    train(base, mesh)
+    broken = replace(base, output=str(tmp_path / "broken"))
+    for (world, parallel), iterations in ((MESHES[before], 5), (MESHES[after], 10)):
+        ranks(world).run(train_on, parallel, replace(broken, iterations=iterations, parallel=parallel))
+    for ours, want in zip(rows(broken.output), rows(base.output), strict=True):
+        shared = {key: value for key, value in want.items() if key != "sample/diversity"}  # its pairs are neighbours within a microbatch
+        assert all(ours[key] == pytest.approx(value, rel=1e-8, abs=1e-10) for key, value in shared.items())
+    a, b = (dict(store.read_tensors(store.latest(r.output))) for r in (broken, base))
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=1e-8, atol=1e-10), key
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+def test_ten_steps_interrupted_equal_ten_steps_bit_for_bit_on_the_same_mesh(ranks, datasets, tmp_path, parallel):
+    straight = config(datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=2, parallel=parallel)
+    ranks(2).run(train_on, parallel, straight)
+    broken = replace(straight, output=str(tmp_path / "broken"))
+    for iterations in (3, 7, 10):
+        ranks(2).run(train_on, parallel, replace(broken, iterations=iterations))
+    assert rows(broken.output) == rows(straight.output)
+    a, b = (dict(store.read_tensors(store.latest(r.output))) for r in (broken, straight))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.dist
+def test_reshard_keeps_every_bit(ranks, mesh, datasets, tmp_path, monkeypatch):
+    run_config = config(datasets, tmp_path / "run", iterations=2, parallel=ParallelConfig(tp=2))
+    ranks(4).run(train_on, run_config.parallel, run_config)
+    source = store.latest(run_config.output)
+    ranks(2).run(_reshard, ParallelConfig(cp=2), str(source), str(tmp_path / "cp2"))
+    want = dict(store.read_tensors(source))
+    got = dict(store.read_tensors(store.latest(tmp_path / "cp2")))
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    assert store.read_state(store.latest(tmp_path / "cp2"))["config"]["parallel"]["cp"] == 2
+    assert len(list(source.glob("*.distcp"))) == 4 and len(list(store.latest(tmp_path / "cp2").glob("*.distcp"))) == 2
+    with pytest.raises(AssertionError, match="exists already"):
+        ranks(2).run(_reshard, ParallelConfig(cp=2), str(source), str(tmp_path / "cp2"))
+
+
+def _reshard(mesh, source, target):
+    from megatron_apt.checkpoint import commands
+    from megatron_apt.parallel import startup
+
+    kept, startup.stop = startup.stop, lambda: None  # the pool of test processes goes on
+    try:
+        commands.reshard(Reshard(source, target, ParallelConfig(cp=2)))
+    finally:
+        startup.stop = kept
+
+
+def test_an_incomplete_folder_is_cleared_by_the_next_save(mesh, datasets, tmp_path):
+    run_config = config(datasets, tmp_path / "run", "flow", iterations=1)
+    left = tmp_path / "run" / "checkpoints" / ".iteration-00000007.tmp"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    train(run_config, mesh)
+    assert not left.exists()
+    assert isinstance(Checkpoints(run_config.output, mesh, RetentionConfig()), Checkpoints)
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,168 @@
+"""What stops a run: signals, lost ranks, errors on one rank. Real processes, real signals."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from problems import model_config
+from test_train import config
+
+from megatron_apt.checkpoint import store
+from megatron_apt.config import GuardConfig, ParallelConfig
+from megatron_apt.guards import Signals
+from megatron_apt.networks import BadGradient
+from megatron_apt.parallel.watch import LOST
+from megatron_apt.train import Trainer, train
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 42)])
+def test_a_signal_ends_training_with_a_checkpoint(mesh, datasets, tmp_path, number, code, capsys):
+    run = config(datasets, tmp_path / "run", "flow", iterations=50, guards=GuardConfig(requeue_code=42))
+
+    def send(iteration, values):
+        if iteration == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    assert train(run, mesh, send) == code
+    assert store.latest(run.output).name == "iteration-00000003"
+    assert f"saved at iteration 3 of 50 and stopped by {number.name}" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+    assert Signals.exit_code(0, run.guards) == 0
+
+
+def signalled(mesh, run):
+    def send(iteration, values):  # called on the main rank only
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return train(run, mesh, send), store.latest(run.output).name
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_ends_all_at_the_same_iteration(ranks, datasets, tmp_path):
+    run = config(datasets, tmp_path / "run", iterations=50)
+    assert ranks(2).run(signalled, ParallelConfig(), run) == [(0, "iteration-00000002")] * 2
+
+
+def bad_gradient(mesh, run):
+    trainer = Trainer(run, mesh)
+    weight = trainer.networks["generator"].module.x_embed.weight
+    if mesh.world.rank == 1:
+        weight.register_hook(lambda g: g * float("nan"))
+    before = trainer.networks["generator"].shards.master.clone()
+    try:
+        trainer.step()
+    except BadGradient as error:
+        assert torch.equal(trainer.networks["generator"].shards.master, before)
+        return str(error)
+
+
+@pytest.mark.dist
+def test_a_bad_gradient_of_another_rank_is_located(ranks, datasets, tmp_path):
+    run = config(datasets, tmp_path / "run", micro_batch=2)
+    messages = ranks(2).run(bad_gradient, ParallelConfig(), run)
+    assert messages[0] == messages[1]
+    assert "generator.x_embed.weight" in messages[0] and "phase g, microbatch 0 on rank 1; its samples:" in messages[0]
+
+
+# --- ranks that die: processes of their own, because they do
+
+
+def start(tmp_path, datasets, script: str, world: int = 2) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    file = tmp_path / "script.py"
+    file.write_text(PREAMBLE + script)
+    shared = dict(os.environ, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    shared["PYTHONPATH"] = str(Path(__file__).parent)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(file), str(datasets), str(tmp_path / "run")],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+PREAMBLE = """
+import os, signal, sys, time
+from pathlib import Path
+import megatron_apt
+from megatron_apt.config import GuardConfig, ParallelConfig
+from megatron_apt.parallel import startup
+from megatron_apt.pipeline.execute import Executor
+from megatron_apt.train import train
+from test_train import config
+
+mesh = startup.start(ParallelConfig())
+run = config(Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, guards=GuardConfig(rank_timeout=6.0))
+original = Executor.run
+def at_iteration_3(act):
+    def wrapped(self, phase, actions, batches, step, last=None):
+        if batches[0].iteration == 3:
+            act()
+        return original(self, phase, actions, batches, step, last)
+    Executor.run = wrapped
+"""
+
+
+def ends(processes, within: float) -> list[str]:
+    """Outputs, once all have ended by themselves."""
+    until = time.monotonic() + within
+    try:
+        return [process.communicate(timeout=max(0.1, until - time.monotonic()))[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        pytest.fail("a rank hangs")
+    finally:
+        for process in processes:
+            process.kill()
+
+
+DEATHS = {
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "frozen": "os.kill(os.getpid(), signal.SIGSTOP)",  # its connections stay open: only the watch can tell
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("death", DEATHS)
+def test_the_others_stop_and_name_the_rank_that_is_lost(datasets, tmp_path, death, victim):
+    if (death, victim) == ("frozen", 0):
+        pytest.skip("a frozen rank 0 also stops answering for the rendezvous store it keeps; torchrun's agent keeps it elsewhere")
+    processes = start(tmp_path, datasets, f"if mesh.world.rank == {victim}:\n    at_iteration_3(lambda: {DEATHS[death]})\ntrain(run, mesh)\n")
+    other = processes[1 - victim]
+    (said,) = ends([other], within=120)
+    processes[victim].kill()
+    processes[victim].communicate()
+    assert other.returncode not in (0, None)
+    assert f"rank {victim}" in said and ("died" in said or "no sign of life" in said)
+    if death == "frozen":
+        assert other.returncode == LOST
+    assert store.latest(tmp_path / "run").name == "iteration-00000002"
+
+
+@pytest.mark.dist
+def test_an_error_on_one_rank_reaches_the_others(datasets, tmp_path):
+    script = "def fail():\n    raise ValueError('bad luck on this rank')\nif mesh.world.rank == 1:\n    at_iteration_3(fail)\ntrain(run, mesh)\n"
+    said = ends(start(tmp_path, datasets, script), within=120)
+    assert "rank 1" in said[0] and "ValueError: bad luck on this rank" in said[0]
+
+
+def test_the_guards_check_themselves():
+    with pytest.raises(ValueError, match=r"guards\.rank_timeout=-1"):
+        GuardConfig(rank_timeout=-1)
+    with pytest.raises(ValueError, match=r"guards\.requeue_code=300"):
+        GuardConfig(requeue_code=300)
+    assert model_config().width == 48

@@ -1,0 +1,221 @@
+"""Every mesh computes what one rank computes: three whole iterations of two networks, with accumulation and a remainder.
+
+In float64 everything is compared at 1e-9: losses, every gradient, updated weights of both networks, the average. In fp32 and bf16 the gradients
+of the first iteration are compared. `make test` runs every mesh once; `make test-dist` runs the whole table.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from megatron_apt.kernels.keyed_noise import derive_key
+from parity import DATA, compare_bf16, compare_exactly, compare_fp32, iterations, meshes, problem
+
+from megatron_apt.config import ParallelConfig
+from megatron_apt.data.microbatch import Microbatch
+from megatron_apt.optim.sharded import ShardedParameters
+from megatron_apt.parallel import collectives, context
+
+pytestmark = pytest.mark.dist
+
+MESHES = [(world, name, parallel) for world in (2, 4) for name, parallel in meshes(world).items()]
+# Six samples do not go round eight data-parallel ranks, so that mesh is left out.
+EIGHT = [(8, name, parallel) for name, parallel in meshes(8).items() if parallel.tp * parallel.cp > 1]
+METHODS = ("apt", "flow", "consistency")
+
+_references: dict = {}
+
+
+def reference(mesh, config, data):
+    key = (config, data)
+    if key not in _references:
+        _references[key] = iterations(mesh, config, data)
+    return _references[key]
+
+
+def check(ranks, mesh, world, parallel, config, data):
+    want = reference(mesh, config, data)
+    for got in ranks(world).run(iterations, parallel, config, data):
+        if config.model.dtype == "float64":
+            compare_exactly(got, want)
+        elif config.model.dtype == "float32":
+            compare_fp32(got, want)
+        else:
+            compare_bf16(got, want, reference(mesh, problem(), data))
+
+
+def ids(case):
+    return case[1]
+
+
+def test_the_matrix_is_complete():
+    """2 ranks: tp, cp, dp with their variants; 4 ranks: those alone and in pairs."""
+    assert (len(meshes(2)), len(meshes(4))) == (5, 15)
+
+
+@pytest.mark.parametrize("case", MESHES, ids=ids)
+def test_apt_on_mixed_data(ranks, mesh, case):
+    world, _, parallel = case
+    check(ranks, mesh, world, parallel, problem(), "mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["images", "videos"])
+@pytest.mark.parametrize("case", MESHES, ids=ids)
+def test_apt_on_images_and_videos(ranks, mesh, case, data):
+    world, _, parallel = case
+    check(ranks, mesh, world, parallel, problem(), data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flow", "consistency"])
+@pytest.mark.parametrize("case", MESHES, ids=ids)
+def test_the_other_methods(ranks, mesh, case, method):
+    world, _, parallel = case
+    check(ranks, mesh, world, parallel, problem(method, recompute="full"), "mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", MESHES, ids=ids)
+def test_low_precision(ranks, mesh, case, dtype, data):
+    world, _, parallel = case
+    check(ranks, mesh, world, parallel, problem(dtype=dtype), data)
+
+
+FEW = ("tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "tp1-cp2-all_gather-dp1", "tp1-cp1-dp2")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FEW)
+def test_low_precision_on_two_ranks(ranks, mesh, name, dtype):
+    check(ranks, mesh, 2, meshes(2)[name], problem(dtype=dtype), "mixed")
+
+
+@pytest.mark.parametrize("method", ["flow", "consistency"])
+@pytest.mark.parametrize("name", FEW)
+def test_the_other_methods_on_two_ranks(ranks, mesh, name, method):
+    check(ranks, mesh, 2, meshes(2)[name], problem(method, recompute="full"), "mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EIGHT, ids=ids)
+def test_eight_ranks(ranks, mesh, case):
+    world, _, parallel = case
+    check(ranks, mesh, world, parallel, problem(), "mixed")
+
+
+# --- deliberate bugs: the harness must notice each, and name a parameter
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def drop_the_reduction_of_partial_gradients(mesh):
+    def reduce(self):
+        self._partial = []
+        original(self)
+
+    original = ShardedParameters.reduce_gradients
+    return replaced(ShardedParameters, "reduce_gradients", reduce)
+
+
+def drop_the_sum_over_data_ranks(mesh):
+    return replaced(torch.distributed, "reduce_scatter_tensor", lambda *a, **k: None)
+
+
+def double_the_gradient_of_gathered_keys(mesh):
+    class Doubled(collectives._GatherRows):
+        @staticmethod
+        def backward(ctx, dy):
+            dx, *rest = collectives._GatherRows.backward(ctx, dy)
+            return 2 * dx, *rest
+
+    return replaced(context, "gather_rows", lambda x, sizes, axis: Doubled.apply(x, sizes, axis))
+
+
+def double_the_gradient_over_context_ranks(mesh):
+    class Doubled(collectives._Sum):
+        @staticmethod
+        def backward(ctx, dy):
+            dx, rest = collectives._Sum.backward(ctx, dy)
+            return 2 * dx, rest
+
+    from megatron_apt.models import discriminator
+
+    return replaced(discriminator, "sum_over", lambda x, axis: Doubled.apply(x, axis.group))
+
+
+def seed_by_rank(mesh):
+    def noise(self, purpose):
+        return original(self, f"{purpose} of rank {self.mesh.world.rank}")
+
+    original = Microbatch.noise
+    return replaced(Microbatch, "noise", noise)
+
+
+def average_only_on_the_main_rank(mesh):
+    from megatron_apt.optim.optimizers import Ema
+
+    original = Ema.update
+    return replaced(Ema, "update", lambda self: original(self) if mesh.is_main else None)
+
+
+BUGS = {
+    "a dropped all-reduce of sequence-parallel gradients": (drop_the_reduction_of_partial_gradients, ParallelConfig(tp=2), "gradient of"),
+    "a dropped reduce-scatter": (drop_the_sum_over_data_ranks, ParallelConfig(), "gradient of"),
+    "a doubled gradient of gathered keys": (double_the_gradient_of_gathered_keys, ParallelConfig(cp=2, context_parallel="all_gather"), "gradient of"),
+    "a doubled gradient of the query heads": (double_the_gradient_over_context_ranks, ParallelConfig(cp=2), "gradient of discriminator"),
+    "noise that depends on the rank": (seed_by_rank, ParallelConfig(), "gradient of"),
+    "an average kept on one rank only": (average_only_on_the_main_rank, ParallelConfig(), "average of generator"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_deliberate_bug_is_noticed(ranks, mesh, bug):
+    defect, parallel, message = BUGS[bug]
+    want = reference(mesh, problem(), "mixed")
+    with pytest.raises(AssertionError, match=message):
+        for got in ranks(2).run(iterations, parallel, problem(), "mixed", defect):
+            compare_exactly(got, want)
+
+
+# --- randomness
+
+
+def draws(mesh, data):
+    from parity import _samples
+
+    from megatron_apt.data.batches import deal
+
+    parts = deal(6, 2, mesh.dp.size, mesh.dp.rank)
+    found = {}
+    for first, size in parts:
+        batch = _samples(mesh, problem(), data, 3, first, size).for_phase("d")
+        noise, uniform = batch.noise("ar1"), batch.uniform("t_real")
+        for i, position in enumerate(batch.positions.tolist()):
+            found[position] = (noise[batch.layout.visual.sample == i], float(uniform[i]))
+    return mesh.cp.rank, found
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(cp=2), ParallelConfig(tp=2)], ids=["dp2", "cp2", "tp2"])
+def test_each_rank_draws_its_slice_of_the_same_noise(ranks, mesh, parallel):
+    _, want = draws(mesh, "mixed")
+    assert derive_key(7, 3, "d", "ar1") != derive_key(7, 3, "g", "ar1")
+    seen: dict[int, list] = {}
+    for cp_rank, found in ranks(2).run(draws, parallel, "mixed"):
+        for position, (noise, uniform) in found.items():
+            assert uniform == want[position][1]
+            seen.setdefault(position, []).append((cp_rank, noise))
+    assert seen.keys() == want.keys()
+    for position, parts in seen.items():
+        joined = torch.cat([noise for _, noise in sorted(parts, key=lambda part: part[0])]) if parallel.cp > 1 else parts[0][1]
+        assert torch.equal(joined, want[position][0])

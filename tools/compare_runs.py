@@ -1,0 +1,98 @@
+"""Compares two runs: every logged value, and every tensor of their latest checkpoints (weights, average, optimiser states).
+
+    python tools/compare_runs.py RUN_A RUN_B [--rtol 0] [--json FILE]
+
+Exit code 0 if nothing differs by more than --rtol (0: bit for bit), 1 otherwise. A tensor may be off by rtol of its own largest entry.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
+from megatron_apt.checkpoint import store
+from megatron_apt.errors import EXPECTED
+from megatron_apt.log import read_rows
+
+TIMES = {"seconds"}  # differ between equal runs
+
+
+def compare_logs(a: Path, b: Path, rtol: float) -> dict:
+    """First difference between two log.jsonl, if any, and the largest relative one."""
+    rows_a, rows_b = read_rows(a / "log.jsonl"), read_rows(b / "log.jsonl")
+    first, largest = "", 0.0
+    if len(rows_a) != len(rows_b):
+        first = f"{len(rows_a)} rows and {len(rows_b)} rows"
+    for x, y in zip(rows_a, rows_b, strict=False):
+        for name in sorted((x.keys() | y.keys()) - TIMES):
+            u, v = x.get(name), y.get(name)
+            error = float("inf") if u is None or v is None else abs(u - v) / max(abs(u), abs(v), 1e-30)
+            largest = max(largest, error)
+            if error > rtol and not first:
+                first = f"iteration {x['iteration']}: {name} is {u} and {v}"
+    return {"rows": len(rows_a), "first_difference": first, "largest_relative_difference": largest}
+
+
+def compare_tensors(a: Path, b: Path, rtol: float) -> dict:
+    """First tensor that differs, if any, and the largest difference relative to a tensor's largest entry."""
+    first, largest, count = "", 0.0, 0
+    names_a, names_b = set(store.shapes(a)), set(store.shapes(b))
+    if names_a != names_b:
+        first = f"tensors of one only: {sorted(names_a ^ names_b)[:3]}"
+    for (key, x), (other, y) in zip(store.read_tensors(a), store.read_tensors(b), strict=False):
+        if key != other or x.shape != y.shape:
+            first = first or f"{key} {tuple(x.shape)} and {other} {tuple(y.shape)}"
+            break
+        count += 1
+        if torch.equal(x, y):
+            continue
+        error = float((x.double() - y.double()).abs().max() / x.double().abs().max().clamp(min=1e-30))
+        largest = max(largest, error)
+        if error > rtol and not first:
+            first = f"{key} is off by {error:.3e} of its largest entry"
+    return {"tensors": count, "first_difference": first, "largest_relative_difference": largest}
+
+
+def compare(a: str, b: str, rtol: float = 0.0) -> dict:
+    """Both comparisons, the checkpoints' names, and `equal`."""
+    folders = [store.resolve(path) for path in (a, b)]
+    states = [store.read_state(folder) for folder in folders]
+    result = {
+        "checkpoints": [str(folder) for folder in folders],
+        "iterations": [state["iteration"] for state in states],
+        "log": compare_logs(Path(a), Path(b), rtol),
+        "tensors": compare_tensors(*folders, rtol),
+    }
+    same_place = states[0]["iteration"] == states[1]["iteration"] and states[0]["updates"] == states[1]["updates"]
+    result["equal"] = same_place and not result["log"]["first_difference"] and not result["tensors"]["first_difference"]
+    return result
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("a")
+    arguments.add_argument("b")
+    arguments.add_argument("--rtol", type=float, default=0.0)
+    arguments.add_argument("--json", metavar="FILE")
+    options = arguments.parse_args()
+    try:
+        result = compare(options.a, options.b, options.rtol)
+    except EXPECTED as error:
+        sys.exit(f"compare_runs: {type(error).__name__}: {error}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(f"iterations  {result['iterations'][0]} and {result['iterations'][1]}")
+    for part, count in (("log", "rows"), ("tensors", "tensors")):
+        found = result[part]
+        print(f"{part:11} {found[count]} {count}; largest relative difference {found['largest_relative_difference']:.3e}")
+        if found["first_difference"]:
+            print(f"            first: {found['first_difference']}")
+    print("equal" if result["equal"] else "DIFFERENT", f"(rtol {options.rtol:g})")
+    sys.exit(not result["equal"])
+
+
+if __name__ == "__main__":
+    main()

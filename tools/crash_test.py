@@ -1,0 +1,225 @@
+"""Kills training at random moments and checks that nothing is lost.
+
+    python tools/crash_test.py [--kills 50] [--kills-per-run 5] [--json FILE]
+
+Trains G and D on two ranks without disturbance, then again and again with `kill -9` of a random rank: at a random moment, while a checkpoint is
+being written, or between the G and the D phase of an iteration. After each kill the other rank must end by itself, and training is started
+again. Each run that was killed must end with the log and every tensor (weights, average, both optimisers) of the undisturbed one, bit for bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+RANKS = 2
+ITERATIONS = 24
+STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
+
+
+# --- the run that is killed
+
+
+def run_config(root: Path, output: Path):
+    from megatron_apt.config import AptConfig, DataConfig, GuardConfig, OptimizerConfig, RunConfig
+    from megatron_apt.models.config import ModelConfig
+
+    return RunConfig(
+        method="apt",
+        output=str(output),
+        iterations=ITERATIONS,
+        global_batch=10,
+        micro_batch=2,
+        model=ModelConfig(depth=3, width=48, latent_channels=1, text_width=8),
+        data=DataConfig(shards=(str(root / "images"),), text_length=4),
+        optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9, bucket_size=50_000),
+        apt=AptConfig(ar1_sigma=0.1),
+        guards=GuardConfig(rank_timeout=10.0),
+        save_every=2,
+        tensorboard=False,
+    )
+
+
+def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
+    """One rank. With die_at >= 0 it kills itself between the G and the D phase of that iteration, if it is die_rank."""
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_apt.parallel import startup
+    from megatron_apt.pipeline.execute import Executor
+    from megatron_apt.train import train
+
+    config = run_config(root, output)
+    mesh = startup.start(config.parallel)
+    run = Executor.run
+
+    def run_or_die(self, phase, actions, batches, step, last=None):
+        if phase.name == "d" and batches[0].iteration == die_at and mesh.world.rank == die_rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(self, phase, actions, batches, step, last)
+
+    Executor.run = run_or_die
+    sys.exit(train(config, mesh))
+
+
+# --- the one that kills
+
+
+def prepare(root: Path) -> None:
+    """64 encoded digits."""
+    from megatron_apt.data import digits
+    from megatron_apt.data.encode import EncodeConfig, encode
+    from megatron_apt.models.text import train_sentencepiece
+
+    train_sentencepiece([f"a handwritten {word}" for word in digits.WORDS], str(root / "tokenizer.model"), vocab_size=512)
+    manifest = digits.write_digit_images(root / "files", count=64)
+    settings = {"pixel_channels": 1, "tokenizer": str(root / "tokenizer.model"), "text_width": 8}
+    encode(EncodeConfig(str(manifest), str(root / "images"), frames=1, height=8, width=8, **settings), progress=False)
+
+
+class Run:
+    """Both ranks of one start."""
+
+    def __init__(self, root: Path, output: Path, die_at: int = -1, die_rank: int = -1):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        shared = dict(os.environ, WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+        command = [sys.executable, "-W", "ignore", str(HERE), "--worker", str(root), str(output), str(die_at), str(die_rank)]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self.logs = [output.parent / f"{output.name}-rank{rank}.txt" for rank in range(RANKS)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            with log.open("w", encoding="utf-8") as stream:
+                environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+
+    def running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def ended(self) -> bool:
+        return all(process.poll() is not None for process in self.processes)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether both have ended within this time."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.ended():
+            time.sleep(0.05)
+        return self.ended()
+
+    def kill_all(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def succeeded(self) -> bool:
+        return all(process.returncode == 0 for process in self.processes)
+
+    def output(self) -> str:
+        return "\n".join(f"--- rank {rank}\n{log.read_text(encoding='utf-8')[-3000:]}" for rank, log in enumerate(self.logs))
+
+
+def iteration_of(output: Path) -> int:
+    log = output / "log.jsonl"
+    return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
+
+
+def disturb(root: Path, output: Path, kind: str, rng: random.Random) -> dict:
+    """Starts the run and kills one rank; returns what happened."""
+    victim = rng.randrange(RANKS)
+    begun = iteration_of(output)
+    ahead = max(1, ITERATIONS - begun - 1)
+    if kind == "between phases":
+        run = Run(root, output, die_at=begun + rng.randrange(min(4, ahead)), die_rank=victim)
+    else:
+        run = Run(root, output)
+        target = begun + rng.randrange(min(4, ahead))
+        checkpoints = output / "checkpoints"
+        while run.running():
+            if kind == "while saving" and iteration_of(output) > begun and any(checkpoints.glob(".iteration-*.tmp")):
+                time.sleep(rng.random() * 0.03)
+                break
+            if kind == "any moment" and iteration_of(output) >= target:
+                time.sleep(rng.random() * 0.2)
+                break
+            time.sleep(0.001)
+        if run.running():
+            run.processes[victim].send_signal(signal.SIGKILL)
+    until = time.monotonic() + 120
+    while run.running() and time.monotonic() < until:
+        time.sleep(0.02)
+    killed = [process.poll() == -signal.SIGKILL for process in run.processes]
+    stopped = run.wait(STOP_WITHIN)
+    said = run.output()
+    run.kill_all()
+    return {"kind": kind, "rank": victim, "iteration": iteration_of(output), "killed": any(killed), "others_stopped": stopped, "said": said}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        worker(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        return
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--kills", type=int, default=50)
+    arguments.add_argument("--kills-per-run", type=int, default=5)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--json", metavar="FILE")
+    options = arguments.parse_args()
+    sys.path.insert(0, str(HERE.parent))
+    from compare_runs import compare
+
+    rng = random.Random(options.seed)
+    kinds = ["between phases", "while saving", "any moment"]
+    root = Path(tempfile.mkdtemp(prefix="crash-test-"))
+    results, done, number = [], 0, 0
+    try:
+        prepare(root)
+        undisturbed = Run(root, root / "undisturbed")
+        if not undisturbed.wait(600) or not undisturbed.succeeded():
+            undisturbed.kill_all()
+            sys.exit(f"crash_test: the undisturbed run failed\n{undisturbed.output()}")
+        while done < options.kills:
+            output, kills = root / f"run{number}", []
+            for _ in range(min(options.kills_per_run, options.kills - done)):
+                kills.append(disturb(root, output, kinds[(done + len(kills)) % len(kinds)], rng))
+            final = Run(root, output)
+            finished = final.wait(600) and final.succeeded()
+            final.kill_all()
+            comparison = compare(str(root / "undisturbed"), str(output)) if finished else {"equal": False, "failed": final.output()}
+            equal = comparison["equal"]
+            results.append({"kills": kills, "equal": equal, "comparison": comparison})
+            done += len(kills)
+            number += 1
+            told = ", ".join(f"{kill['kind']} @{kill['iteration']} rank {kill['rank']}" for kill in kills)
+            print(f"{done:3}/{options.kills} kills  {'identical' if equal else 'DIFFERENT'}   {told}", flush=True)
+            if not equal:
+                print(json.dumps(comparison, indent=1))
+            shutil.rmtree(output, ignore_errors=True)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    kills = [kill for result in results for kill in result["kills"]]
+    identical = sum(len(result["kills"]) for result in results if result["equal"])
+    stopped, real = sum(kill["others_stopped"] for kill in kills), sum(kill["killed"] for kill in kills)
+    print(
+        f"{real} of {len(kills)} kills took effect; {identical} of {len(kills)} ended bit-identical; the other rank ended by itself after {stopped}"
+    )
+    if options.json:
+        for kill in kills:
+            del kill["said"]
+        Path(options.json).write_text(
+            json.dumps({"kills": len(kills), "effective": real, "identical": identical, "stopped": stopped, "runs": results})
+        )
+    sys.exit(not identical == stopped == real == len(kills))
+
+
+if __name__ == "__main__":
+    main()
