@@ -121,14 +121,14 @@ def test_retention(tmp_path, retention, kept):
 
 
 def test_the_best_checkpoint_stays_and_can_be_resumed_from(mesh, datasets, tmp_path):
-    run_config = config(datasets, tmp_path / "run", "flow", iterations=4, save_every=1, retention=RetentionConfig(last=1, best="flow/loss"))
+    run_config = config(datasets, tmp_path / "run", "flow", iterations=4, save_every=1, retention=RetentionConfig(last=1, best="loss"))
     train(run_config, mesh)
-    losses = [row["flow/loss"] for row in rows(run_config.output)]
+    losses = [row["loss"] for row in rows(run_config.output)]
     best = f"iteration-{losses.index(min(losses)) + 1:08d}"
     root = tmp_path / "run" / "checkpoints"
     assert (root / "best").read_text() == best
     assert {path.name for path in root.glob("iteration-*")} == {best, "iteration-00000004"}
-    assert store.read_state(root / best)["values"]["flow/loss"] == min(losses)
+    assert store.read_state(root / best)["values"]["loss"] == min(losses)
 
 
 def test_inspect_tells_what_is_inside(mesh, datasets, tmp_path):

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_apt.checkpoint.store import FORMAT, SUMS, CheckpointError, checksum, sync, write_atomically
 from megatron_apt.config import RetentionConfig
@@ -35,8 +36,10 @@ class _Pending:
     temporary: Path
     state: dict
     request: AsyncRequest
-    thread: threading.Thread
+    buckets: list  # what this rank writes, in host memory
     sums: dict[str, dict]  # of the files this rank has written; filled by the thread
+    error: Exception | None = None  # set by the thread
+    thread: threading.Thread | None = None
 
 
 class Checkpoints:
@@ -64,11 +67,10 @@ class Checkpoints:
         request = dist_checkpointing.save(
             dict(tensors), str(temporary), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), async_sharded_save=True
         )
-        sums: dict[str, dict] = {}
         buckets = request.preload_fn() if request.preload_fn else []
-        thread = threading.Thread(target=_write, args=(request, buckets, sums), name=f"save-{iteration}", daemon=True)
-        self._pending = _Pending(iteration, temporary, state, request, thread, sums)
-        thread.start()
+        self._pending = pending = _Pending(iteration, temporary, state, request, buckets, {})
+        pending.thread = threading.Thread(target=_write, args=(pending,), name=f"save-{iteration}", daemon=True)
+        pending.thread.start()
 
     @property
     def writing(self) -> bool:
@@ -88,9 +90,10 @@ class Checkpoints:
         try:
             for finalize in pending.request.finalize_fns:
                 finalize()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter derives from BaseException
             raise CheckpointError(
-                f"{pending.temporary}: could not be written ({error}); the checkpoints before it are whole. Free disk space, or check the folder"
+                f"{pending.temporary}: could not be written ({_reason(pending, error)}); the checkpoints before it are whole. "
+                "Free disk space, or check the folder"
             ) from error
         sums: list[dict] | None = [{} for _ in range(self.mesh.world.size)] if self.mesh.is_main else None
         dist.gather_object(pending.sums, sums, dst=0)
@@ -116,24 +119,30 @@ class Checkpoints:
             shutil.rmtree(old)
 
 
-def _write(request: AsyncRequest, buckets: list, sums: dict[str, dict]) -> None:
+def _write(pending: _Pending) -> None:
     """Runs in the background: this rank's files, flushed to disk, and their checksums. No collectives, and no exceptions out."""
+    request = pending.request
     if request.async_fn is None:
         return  # this rank owns nothing
     results: dict | Exception = {}
+    transforms = request.async_fn.args[0]
     try:
-        for i, bucket in enumerate(buckets):
-            answers, count = queue.Queue(), _Count()
-            transforms = request.async_fn.args[0]
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answers, count, use_fsync=True)
+        for i, bucket in enumerate(pending.buckets):
+            answers = queue.Queue()
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answers, _Count(), use_fsync=True)
             _, answer = answers.get()
             if isinstance(answer, Exception):
                 raise answer
             results[i] = answer
-            sums[bucket[1]] = checksum(Path(bucket[0]))
+            pending.sums[bucket[1]] = checksum(Path(bucket[0]))
     except Exception as error:  # goes to Megatron-Core's finalize, which raises it on every rank
-        results = error
+        results = pending.error = error
     request.async_fn_args[2].put(results)
+
+
+def _reason(pending: _Pending, error: BaseException) -> str:
+    """This rank's own error where it has one; Megatron-Core's tells of all ranks at length."""
+    return f"{type(pending.error).__name__}: {pending.error}" if pending.error else str(error).strip().splitlines()[-1]
 
 
 class _Count:
