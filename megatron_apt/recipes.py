@@ -97,11 +97,13 @@ def video_flow(place: Place = Place()) -> RunConfig:
     return replace(
         image_flow(place),
         output=place.run("videos/flow"),
-        iterations=place.updates(1100),
+        iterations=place.updates(1000),
         global_batch=96,
         micro_batch=48,
-        model=ModelConfig(latent_channels=4),
+        # A token carries 16 numbers here, 4 for images. The stream must hold all of the noise to take it off again, so it is wider.
+        model=ModelConfig(latent_channels=4, width=96, depth=4),
         data=DataConfig(shards=(place.data("videos"),), text_length=5),
+        optimizer=replace(image_flow(place).optimizer, lr=6e-3),
     )
 
 
@@ -113,7 +115,7 @@ def video_consistency(place: Place = Place()) -> RunConfig:
         output=place.run("videos/consistency"),
         iterations=place.updates(200),
         optimizer=images.optimizer,
-        consistency=images.consistency,
+        consistency=replace(images.consistency, guidance_scale=1.5),
         init=InitConfig(diffusion=base.output),
     )
 

@@ -13,12 +13,14 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from compare_runs import compare
+from small_run import digits_run, free_port, rank_environment, write_digits
 
 HERE = Path(__file__).resolve()
 RANKS = 2
@@ -27,26 +29,6 @@ STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
 
 
 # --- the run that is killed
-
-
-def run_config(root: Path, output: Path):
-    from megatron_apt.config import AptConfig, DataConfig, GuardConfig, OptimizerConfig, RunConfig
-    from megatron_apt.models.config import ModelConfig
-
-    return RunConfig(
-        method="apt",
-        output=str(output),
-        iterations=ITERATIONS,
-        global_batch=10,
-        micro_batch=2,
-        model=ModelConfig(depth=3, width=48, latent_channels=1, text_width=8),
-        data=DataConfig(shards=(str(root / "images"),), text_length=4),
-        optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9, bucket_size=50_000),
-        apt=AptConfig(ar1_sigma=0.1),
-        guards=GuardConfig(rank_timeout=10.0),
-        save_every=2,
-        tensorboard=False,
-    )
 
 
 def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
@@ -58,7 +40,7 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
     from megatron_apt.pipeline.execute import Executor
     from megatron_apt.train import train
 
-    config = run_config(root, output)
+    config = digits_run(root, output, iterations=ITERATIONS)
     mesh = startup.start(config.parallel)
     run = Executor.run
 
@@ -74,33 +56,18 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
 # --- the one that kills
 
 
-def prepare(root: Path) -> None:
-    """64 encoded digits."""
-    from megatron_apt.data import digits
-    from megatron_apt.data.encode import EncodeConfig, encode
-    from megatron_apt.models.text import train_sentencepiece
-
-    train_sentencepiece([f"a handwritten {word}" for word in digits.WORDS], str(root / "tokenizer.model"), vocab_size=512)
-    manifest = digits.write_digit_images(root / "files", count=64)
-    settings = {"pixel_channels": 1, "tokenizer": str(root / "tokenizer.model"), "text_width": 8}
-    encode(EncodeConfig(str(manifest), str(root / "images"), frames=1, height=8, width=8, **settings), progress=False)
-
-
 class Run:
     """Both ranks of one start."""
 
     def __init__(self, root: Path, output: Path, die_at: int = -1, die_rank: int = -1):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        shared = dict(os.environ, WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+        port = free_port()
         command = [sys.executable, "-W", "ignore", str(HERE), "--worker", str(root), str(output), str(die_at), str(die_rank)]
         output.parent.mkdir(parents=True, exist_ok=True)
         self.logs = [output.parent / f"{output.name}-rank{rank}.txt" for rank in range(RANKS)]
         self.processes = []
         for rank, log in enumerate(self.logs):
             with log.open("w", encoding="utf-8") as stream:
-                environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment = os.environ | rank_environment(rank, RANKS, port)
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
 
     def running(self) -> bool:
@@ -174,15 +141,12 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--json", metavar="FILE")
     options = arguments.parse_args()
-    sys.path.insert(0, str(HERE.parent))
-    from compare_runs import compare
-
     rng = random.Random(options.seed)
     kinds = ["between phases", "while saving", "any moment"]
     root = Path(tempfile.mkdtemp(prefix="crash-test-"))
     results, done, number = [], 0, 0
     try:
-        prepare(root)
+        write_digits(root)
         undisturbed = Run(root, root / "undisturbed")
         if not undisturbed.wait(600) or not undisturbed.succeeded():
             undisturbed.kill_all()

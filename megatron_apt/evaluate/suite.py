@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_apt import recipes
 from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.cli import SampleConfig
 from megatron_apt.data.shards import LatentShards
@@ -48,9 +49,12 @@ class Measured:
     nfe: int
 
 
+GUIDANCE = {"images": recipes.image_consistency().consistency.guidance_scale, "videos": recipes.video_consistency().consistency.guidance_scale}
+
+
 def _suite(section: str) -> tuple[Measured, ...]:
     return (
-        Measured("diffusion_25", "diffusion 25 steps", f"{section}/flow", 25, 2.0, 50),
+        Measured("diffusion_25", "diffusion 25 steps", f"{section}/flow", 25, GUIDANCE[section], 50),
         Measured("diffusion_1", "diffusion 1 step", f"{section}/flow", 1, 1.0, 1),
         Measured("consistency_1", "consistency 1 step", f"{section}/consistency", 1, 1.0, 1),
         Measured("apt_1", "APT 1 step", f"{section}/apt", 1, 1.0, 1),
@@ -204,7 +208,8 @@ def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...]
     sections = tuple(_section(here, name) for name in SUITES if (Path(here.data(name)) / "dataset.json").exists())
     notes = (
         "Fréchet distances are taken in pixels for images and in 2 x 2 pooled latents for clips; the two cannot be compared with each other.",
-        "Diffusion with 25 steps uses guidance 2.0; everything else has none. All rows use EMA weights, the same captions and the same noise.",
+        f"Diffusion with 25 steps uses the guidance that distillation folds in ({GUIDANCE['images']} for images, {GUIDANCE['videos']} for clips); "
+        "everything else has none. All rows use EMA weights, the same captions and the same noise.",
     )
     return Report("From diffusion model to one-step generator", sections, seconds, config_text, notes, pending)
 

@@ -1,0 +1,165 @@
+"""The command-line tools and the figures they print, against what really happens."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from problems import build, microbatch, model_config, run_config
+from test_train import config
+
+from megatron_apt.checkpoint import store
+from megatron_apt.config import OptimizerConfig, ParallelConfig
+from megatron_apt.models.discriminator import QueryHead
+from megatron_apt.models.layout import build_layout
+from megatron_apt.models.spec import choose_backend
+from megatron_apt.parallel.traffic import Traffic
+from megatron_apt.plan import PlanConfig, memory, plan
+from megatron_apt.train import train
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def tool(*arguments, timeout=900) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+# --- memory
+
+
+def held(mesh, run) -> dict[str, dict[str, int]]:
+    """Bytes that the networks of a run really hold on this rank, padding included."""
+    _, networks, _ = build(run, mesh)
+    found = {}
+    for name, network in networks.items():
+        buffers = network.shards.ddp.buffers
+        found[name] = {
+            "weights": sum(b.param_data.nbytes for b in buffers),
+            "gradients": sum(b.grad_data.nbytes for b in buffers),
+            "masters": network.shards.master.nbytes,
+            **{f"state {key}": value.nbytes for key, value in network.optimizer.state.items()},
+        }
+        if network.ema:
+            found[name]["average"] = network.ema.average.nbytes
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+def test_the_plan_counts_what_is_held(ranks, parallel, kind):
+    run = run_config(model=model_config(dtype="bfloat16"), parallel=parallel)
+    run = replace(run, optimizer=OptimizerConfig(kind=kind, ema=0.9))
+    planned = {role.role: role for role in memory(run, ranks=2)}
+    for real in ranks(2).run(held, parallel, run):
+        for name, parts in real.items():
+            assert parts.keys() == planned[name].parts.keys()
+            for part, size in parts.items():
+                # Megatron-Core starts every parameter at a multiple of 64 numbers, a bucket at one of 128.
+                assert 1.0 <= size / planned[name].parts[part] < 1.25, (name, part)
+
+
+def test_one_state_saves_a_third_of_what_adam_shards(mesh, tmp_path, capsys):
+    run = run_config(model=model_config(dtype="bfloat16"))
+    ours, adam = memory(run, 8), memory(run, 8, optimizer="adamw")
+    for a, b in zip(ours, adam, strict=True):
+        assert b.total - a.total == 4 * a.shard
+    plan(run, PlanConfig(ranks=8, json=str(tmp_path / "plan.json")))
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["bytes_with_adam"] - figures["bytes"] == 4 * sum(role.shard for role in ours)
+    assert "1 state" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="ranks=3 is not a multiple of tp x cp x pp = 2"):
+        memory(replace(run, parallel=ParallelConfig(tp=2)), 3)
+
+
+# --- communicated bytes
+
+
+def head_traffic(mesh, samples: int):
+    model = model_config()
+    head = QueryHead(model, mesh, choose_backend("cpu"))
+    layout = build_layout(((2, 4, 4),) * samples, (3,) * samples, mesh)
+    x = torch.randn(samples, 32 // mesh.cp.size, model.width, requires_grad=True)
+    with Traffic(mesh) as traffic:
+        y = head(x, layout)
+    forward = dict(traffic.payload), dict(traffic.calls)
+    with Traffic(mesh) as traffic:
+        y.sum().backward()
+    return forward, dict(traffic.payload)
+
+
+@pytest.mark.dist
+def test_a_query_head_communicates_three_small_tensors(ranks):
+    """max (n, H), sum (n, H) and accumulator (n, H, K): nothing that grows with the tokens."""
+    model, samples = model_config(), 5
+    for (payload, calls), backward in ranks(2).run(head_traffic, ParallelConfig(cp=2), samples):
+        assert payload == {("cp", "all_reduce"): 4 * samples * model.heads * (1 + 1 + model.head_size)}
+        assert calls == {("cp", "all_reduce"): 2}  # sum and accumulator travel together
+        assert backward == {("cp", "all_reduce"): 4 * samples * model.heads * (1 + model.head_size)}
+
+
+def gradient_traffic(mesh, run):
+    _, networks, _ = build(run, mesh)
+    network = networks["discriminator"]
+    batch = microbatch(mesh, ((4, 1, 8, 8),) * 2, run.model, (3, 3))
+    with Traffic(mesh) as traffic:
+        network.module(batch.x, batch.times(0.5), batch.condition, batch.layout).sum().backward()
+        network.update(10)
+    sizes = {
+        "grad": sum(b.grad_data.nbytes for b in network.shards.ddp.buffers),
+        "param": sum(b.param_data.nbytes for b in network.shards.ddp.buffers),
+    }
+    return dict(traffic.payload), sizes
+
+
+@pytest.mark.dist
+def test_data_parallel_ranks_send_each_gradient_and_each_weight_once(ranks):
+    run = run_config()
+    for payload, sizes in ranks(2).run(gradient_traffic, ParallelConfig(), run):
+        assert payload["dp_cp", "reduce_scatter"] == sizes["grad"]
+        assert payload["dp_cp", "all_gather"] == sizes["param"]
+
+
+# --- scripts
+
+
+def test_compare_runs_finds_the_first_difference(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path / "a", "flow", iterations=2)
+    train(run, mesh)
+    train(replace(run, output=str(tmp_path / "same")), mesh)
+    train(replace(run, output=str(tmp_path / "other"), optimizer=replace(run.optimizer, lr=1.001e-3)), mesh)
+    same = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "same", "--json", tmp_path / "out.json")
+    assert same.returncode == 0 and "equal" in same.stdout, same.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["equal"] is True
+    other = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "other")
+    assert other.returncode == 1 and "first: iteration 1: generator/lr is 0.001 and" in other.stdout
+    missing = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "nowhere")
+    assert missing.returncode == 1 and "no checkpoint there" in missing.stderr
+
+
+def test_the_checkpoint_commands(mesh, datasets, tmp_path):
+    run = config(datasets, tmp_path / "run", iterations=1)
+    train(run, mesh)
+    command = ("-m", "megatron_apt", "checkpoint")
+    seen = tool(*command, "inspect", run.output)
+    assert seen.returncode == 0 and "discriminator optimizer.square" in seen.stdout, seen.stderr
+    assert tool(*command, "reshard", run.output, tmp_path / "copy").returncode == 0
+    a, b = (dict(store.read_tensors(store.latest(path))) for path in (run.output, tmp_path / "copy"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert tool(*command, "verify", tmp_path / "copy").returncode == 0
+    file = next(store.latest(tmp_path / "copy").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    broken = tool(*command, "verify", tmp_path / "copy")
+    assert broken.returncode == 1 and file.name in broken.stdout
+
+
+@pytest.mark.dist
+def test_three_kills_lose_nothing(tmp_path):
+    done = tool(TOOLS / "crash_test.py", "--kills", 3, "--kills-per-run", 3, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["identical"] == found["effective"] == found["stopped"] == 3

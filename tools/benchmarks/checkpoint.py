@@ -1,0 +1,104 @@
+"""What saving costs: a background save against a blocking torch.save of the same bytes, in one run; and the time to resume.
+
+    python tools/benchmarks/checkpoint.py [--width 512] [--saves 5] [--json FILE]
+
+G and D with their masters, RMSProp states and the average, on one rank. The stall is the time the training loop is held up: planning, snapshot
+and start of the thread, and later the commit. `slowed` is what the writing thread costs the iterations it runs beside.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from small_run import digits_run, write_digits
+
+from megatron_apt.config import ParallelConfig
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.parallel import startup
+from megatron_apt.train import Trainer
+
+
+def blocking_save(tensors: dict, file: Path) -> float:
+    """Seconds of torch.save to disk, flushed."""
+    began = time.perf_counter()
+    with open(file, "wb") as stream:
+        torch.save(tensors, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return time.perf_counter() - began
+
+
+def measure(trainer: Trainer, root: Path, saves: int) -> dict:
+    rows: dict[str, list[float]] = {name: [] for name in ("torch_save", "stall", "commit", "write", "step_alone", "step_beside")}
+    trainer.step()
+    for _ in range(saves):
+        began = time.perf_counter()
+        trainer.step()
+        rows["step_alone"].append(time.perf_counter() - began)
+
+        state = {key: t.data for network in trainer.networks.values() for key, t in network.sharded_state().items()}
+        size = sum(t.numel() * t.itemsize for t in state.values())
+        rows["torch_save"].append(blocking_save(state, root / "blocking.pt"))
+        del state
+
+        began = time.perf_counter()
+        trainer.save()
+        rows["stall"].append(time.perf_counter() - began)
+        steps = 0
+        while trainer.checkpoints.writing:
+            trainer.step()
+            steps += 1
+        rows["write"].append(time.perf_counter() - began)
+        if steps:
+            rows["step_beside"].append((rows["write"][-1] - rows["stall"][-1]) / steps)
+        began = time.perf_counter()
+        trainer.checkpoints.commit()
+        rows["commit"].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in rows.items() if values}
+    return medians | {"bytes": size}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--width", type=int, default=512)
+    arguments.add_argument("--saves", type=int, default=5)
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--json", metavar="FILE")
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_digits(root)
+        mesh = startup.start(ParallelConfig())
+        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=1, text_width=8)
+        config = digits_run(root, root / "run", model, global_batch=4, micro_batch=4)
+        trainer = Trainer(config, mesh)
+        found = measure(trainer, root, options.saves)
+        del trainer
+        began = time.perf_counter()
+        Trainer(config, mesh)
+        found["resume"] = time.perf_counter() - began
+    found["stall_ratio"] = (found["stall"] + found["commit"]) / found["torch_save"]
+    found["machine"] = f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}"
+    print(f"{found['bytes'] / 2**20:,.0f} MiB, medians of {options.saves} saves, {found['machine']}")
+    print(f"blocking torch.save       {found['torch_save']:8.3f} s")
+    print(f"background: stall         {found['stall']:8.3f} s  + commit {found['commit']:.3f} s  = {found['stall_ratio']:.2f} of the blocking one")
+    print(f"            written after {found['write']:8.3f} s")
+    if "step_beside" in found:
+        print(f"iteration alone           {found['step_alone']:8.3f} s  beside the writing thread {found['step_beside']:.3f} s")
+    print(f"build and resume          {found['resume']:8.3f} s")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Two ranks: step time with and without overlapped reduction, and bytes sent over each axis against the least possible.
+
+    python tools/benchmarks/data_parallel.py [--width 256] [--steps 8] [--json FILE]
+
+Bytes are counted in one APT iteration (megatron_apt/parallel/traffic.py). The least possible follows from what must cross:
+    dp   every gradient summed once (reduce-scatter) and every updated weight spread once (all-gather), for each network
+    tp   per block and stream two gathers and two scatters forward and two of each backward (sequence parallelism), of tokens x width; networks
+         that train gather their inputs again for the weight gradient
+    cp   Ulysses: q, k, v and the output to and fro, forward and backward
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from small_run import digits_run, on_ranks, write_digits
+
+from megatron_apt.config import ParallelConfig
+from megatron_apt.models.config import ModelConfig
+
+
+def time_steps(mesh, config, steps: int) -> list[float]:
+    from megatron_apt.train import Trainer
+
+    overlapped, plain = (
+        Trainer(replace(config, output=f"{config.output}-{name}", optimizer=replace(config.optimizer, overlap=name == "on")), mesh)
+        for name in ("on", "off")
+    )
+    seconds: dict[str, list[float]] = {"on": [], "off": []}
+    for _ in range(steps + 2):  # alternating, so that a busy machine slows both; the first two of each warm up
+        for name, trainer in (("on", overlapped), ("off", plain)):
+            torch.distributed.barrier()
+            began = time.perf_counter()
+            trainer.step()
+            seconds[name].append(time.perf_counter() - began)
+    return [statistics.median(values[2:]) for values in seconds.values()]
+
+
+def count_bytes(mesh, config) -> tuple[dict[str, int], dict[str, int]]:
+    """({axis kind: bytes sent}, {axis: least possible})."""
+    from megatron_apt.parallel.traffic import Traffic
+    from megatron_apt.train import Trainer
+
+    trainer = Trainer(config, mesh)
+    trainer.step()  # from the second on, reductions overlap
+    with Traffic(mesh) as traffic:
+        trainer.step()
+    return {f"{axis} {kind}": count for (axis, kind), count in sorted(traffic.sent.items()) if count}, least(trainer, config, mesh)
+
+
+def least(trainer, config, mesh) -> dict[str, int]:
+    share = {name: (axis.size - 1) / axis.size for name, axis in (("tp", mesh.tp), ("cp", mesh.cp), ("dp_cp", mesh.dp_cp))}
+    found = {"dp_cp": round(2 * share["dp_cp"] * sum(p.numel() * p.itemsize for n in trainer.networks.values() for p in n.shards.parameters))}
+    batch = trainer.batches.iteration(0)
+    model, width = config.model, torch.tensor([]).element_size() * config.model.width
+    visual = sum(len(b.shapes) * (b.shapes[0][2] // 2) * (b.shapes[0][3] // 2) for b in batch)
+    text = sum(len(b.shapes) * config.data.text_length for b in batch)
+    # (passes through a network, forward | input gradient | weight gradient), in units of the microbatch: see methods/apt.py
+    passes = {"forward": 1 + 1 + 2 + 1 + 1, "input": 1 + 1 + 2 + 1, "weight": 1 + 2 + 1}
+    tokens = (visual + text) * width
+    block = passes["forward"] + passes["input"]
+    # The last block has no text output: one pair of text collectives less, not counted here.
+    found["tp"] = round(share["tp"] * model.depth * tokens * (4 * block + 2 * passes["weight"])) if mesh.sequence_parallel else 0
+    found["cp"] = round(share["cp"] * model.depth * tokens / mesh.cp.size * 4 * block) if mesh.context_parallel == "ulysses" else 0
+    return found
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--width", type=int, default=256)
+    arguments.add_argument("--steps", type=int, default=8)
+    arguments.add_argument("--json", metavar="FILE")
+    options = arguments.parse_args()
+    found: dict = {"machine": f"{platform.machine()}, 2 processes of 1 thread, torch {torch.__version__}, gloo"}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_digits(root)
+        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=1, text_width=8)
+        config = digits_run(root, root / "run", model, global_batch=8, micro_batch=4)
+        config = replace(config, optimizer=replace(config.optimizer, bucket_size=1_000_000))
+        on, off = (max(pair) for pair in zip(*on_ranks(time_steps, 2, ParallelConfig(), config, options.steps), strict=True))
+        found["step"] = {"overlapped": on, "not_overlapped": off}
+        print(f"{found['machine']}\nstep of dp 2: overlapped {on:.3f} s, not overlapped {off:.3f} s = {on / off:.2f}")
+        found["bytes"] = {}
+        small = replace(config, model=replace(model, width=48, heads=4, depth=3))
+        for name, parallel in (("dp 2", ParallelConfig()), ("tp 2", ParallelConfig(tp=2)), ("cp 2", ParallelConfig(cp=2))):
+            sent, lowest = on_ranks(count_bytes, 2, parallel, replace(small, output=f"{small.output}-{name[:2]}", parallel=parallel))[0]
+            found["bytes"][name] = {"sent": sent, "least": lowest}
+            print(f"{name}: bytes sent by a rank in one iteration")
+            for axis, count in sent.items():
+                print(f"    {axis:24} {count:12,}")
+            for axis, count in lowest.items():
+                total = sum(value for key, value in sent.items() if key.split()[0] == axis)
+                if count:
+                    print(f"    {axis:24} {total:12,} in all, least possible {count:,}: {total / count:.2f}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
