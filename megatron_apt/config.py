@@ -21,13 +21,20 @@ class ParallelConfig:
     pp: int = 1
     sequence_parallel: bool = True
     """With tp > 1: split activations between blocks over the tensor-parallel ranks."""
-    context_parallel: Literal["ulysses", "all_gather"] = "ulysses"
+    context_parallel: Literal["ulysses", "all_gather", "p2p", "a2a+p2p"] = "ulysses"
+    """How joint attention spans the cp ranks. ulysses (all-to-all over heads) and all_gather (of keys and values) run everywhere and take packed
+    samples; p2p (a ring) and a2a+p2p are Transformer Engine's on CUDA, for microbatches of equal samples."""
+    context_parallel_inner: int = 0
+    """With a2a+p2p: how many neighbouring ranks trade heads; groups of that many form the ring."""
     timeout_minutes: float = 10.0
     """How long a collective may take before it fails. Ranks that die are found sooner (guards.rank_timeout)."""
 
     def __post_init__(self):
         for name in ("tp", "cp", "pp"):
             _check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+        inner, nested = self.context_parallel_inner, self.context_parallel == "a2a+p2p"
+        fits = 1 < inner < self.cp and self.cp % inner == 0 if nested else inner == 0
+        _check(fits, "parallel.context_parallel_inner", inner, f"a2a+p2p needs a divisor of cp={self.cp} between; leave it 0 otherwise")
 
 
 @dataclass(frozen=True)
@@ -249,10 +256,11 @@ def check_fits(config: RunConfig) -> None:
     if model.heads % parallel.tp:
         raise ValueError(f"model.heads={model.heads} do not split over parallel.tp={parallel.tp}; use a tp that divides the heads")
     local_heads = model.heads // parallel.tp
-    if parallel.context_parallel == "ulysses" and local_heads % parallel.cp:
+    exchanged = {"ulysses": parallel.cp, "a2a+p2p": parallel.context_parallel_inner}.get(parallel.context_parallel, 1)
+    if local_heads % exchanged:
         raise ValueError(
-            f"model.heads={model.heads} over parallel.tp={parallel.tp} leaves {local_heads} heads, which do not split over "
-            f"parallel.cp={parallel.cp}; use --parallel.context-parallel all_gather or another cp"
+            f"model.heads={model.heads} over parallel.tp={parallel.tp} leaves {local_heads} heads, which do not split over the {exchanged} ranks "
+            f"that trade them (parallel.context_parallel={parallel.context_parallel}); use --parallel.context-parallel all_gather or another cp"
         )
 
     if config.method == "apt":

@@ -77,7 +77,7 @@ def test_recipe_mistakes_get_one_message(recipe):
         ({"iterations": -1}, "iterations=-1"),
         ({"global_batch": 10, "micro_batch": 4}, "global_batch=10"),
         ({"parallel": ParallelConfig(tp=3)}, r"model\.heads=4 do not split over parallel\.tp=3"),
-        ({"parallel": ParallelConfig(tp=2, cp=4)}, r"leaves 2 heads, which do not split over parallel\.cp=4"),
+        ({"parallel": ParallelConfig(tp=2, cp=4)}, r"leaves 2 heads, which do not split over the 4 ranks that trade them"),
     ],
 )
 def test_configurations_that_cannot_work_name_field_and_remedy(change, message):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_apt.config import ParallelConfig, RunConfig, check_fits
 from megatron_apt.models.spec import LocalBackend, TransformerEngineBackend, choose_backend
 from megatron_apt.parallel import megatron_cpu
+from megatron_apt.parallel.startup import start
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptation steps aside where there is CUDA")
 USED = (
@@ -74,3 +76,18 @@ def test_backends_are_chosen_by_machine(monkeypatch):
     monkeypatch.setattr(spec.te, "HAVE_TE", True)
     assert isinstance(choose_backend("cuda"), TransformerEngineBackend)
     choose_backend.cache_clear()
+
+
+@cpu_only
+def test_the_rings_of_transformer_engine_are_refused_without_it(mesh):
+    with pytest.raises(ValueError, match=r"context_parallel='p2p' is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather"):
+        start(ParallelConfig(context_parallel="p2p"))
+    with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=3: a2a\+p2p needs a divisor of cp=4"):
+        ParallelConfig(cp=4, context_parallel="a2a+p2p", context_parallel_inner=3)
+    with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=2"):
+        ParallelConfig(cp=4, context_parallel_inner=2)
+    with pytest.raises(
+        ValueError, match=r"leaves 4 heads, which do not split over the 3 ranks that trade them \(parallel\.context_parallel=ulysses\)"
+    ):
+        check_fits(RunConfig(parallel=ParallelConfig(cp=3)))
+    check_fits(RunConfig(parallel=ParallelConfig(cp=8, context_parallel="a2a+p2p", context_parallel_inner=2)))

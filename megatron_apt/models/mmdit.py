@@ -148,7 +148,7 @@ class Block(nn.Module):
         self.mesh = mesh
         self.visual = BlockStream(model, mesh, parts.visual, update=True)
         self.text = BlockStream(model, mesh, parts.text, update=update_text)
-        self.attention = parts.core_attention(transformer_config(model, mesh), layer_number)
+        self.attention = parts.core_attention(transformer_config(model, mesh), layer_number, mesh)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
         visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)

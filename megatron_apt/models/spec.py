@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -45,17 +46,25 @@ class LocalRowParallelLinear(_FusedBias, RowParallelLinear):
 class LocalAttention(torch.nn.Module):
     """Full attention on (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K)."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int):
+    def __init__(self, config: TransformerConfig, layer_number: int, mesh: Mesh):
         super().__init__()
+        if mesh.context_parallel in RINGS:
+            raise ValueError(
+                f"parallel.context_parallel={mesh.context_parallel!r} needs Transformer Engine, which is not installed; use ulysses or all_gather"
+            )
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 class TransformerEngineAttention(torch.nn.Module):
-    """The same contract on Transformer Engine's fused attention. Context parallelism stays outside (parallel/context.py)."""
+    """The same contract on Transformer Engine's fused attention.
 
-    def __init__(self, config: TransformerConfig, layer_number: int):
+    Ulysses and all_gather stay outside (parallel/context.py), because they take packed samples of any length; p2p and a2a+p2p happen inside, and
+    then q, k and v are this rank's tokens of samples that are equally long on every rank. Without a mask their order does not matter.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, mesh: Mesh):
         super().__init__()
         import transformer_engine.pytorch
 
@@ -63,9 +72,22 @@ class TransformerEngineAttention(torch.nn.Module):
         self.attention = transformer_engine.pytorch.DotProductAttention(
             heads, config.kv_channels, qkv_format="bshd", attn_mask_type="no_mask", attention_dropout=0.0, layer_number=layer_number
         )
+        if mesh.cp.size > 1 and mesh.context_parallel in RINGS:
+            self.attention.set_context_parallel_group(
+                list(mesh.cp_levels) or mesh.cp.group,
+                torch.distributed.get_process_group_ranks(mesh.cp.group),
+                _ring_stream(),
+                cp_comm_type=mesh.context_parallel,
+            )
 
     def forward(self, q, k, v):
         return self.attention(q.contiguous(), k.contiguous(), v.contiguous()).unflatten(-1, q.shape[-2:])
+
+
+@functools.lru_cache
+def _ring_stream() -> torch.cuda.Stream:
+    """The stream on which every layer's ring sends while it computes."""
+    return torch.cuda.Stream()
 
 
 class Backend(Protocol):

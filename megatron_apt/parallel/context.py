@@ -1,7 +1,8 @@
 """Joint attention of a packed microbatch, on one rank or split over context-parallel ranks.
 
 Ulysses trades tokens for heads by an all-to-all on either side of a local attention; all_gather keeps queries local and collects every
-rank's keys and values. Both give every query its sample's whole text and picture; chunks may be uneven.
+rank's keys and values. Both give every query its sample's whole text and picture; chunks may be uneven. The rings of Transformer Engine exchange
+keys and values inside its attention (models/spec.py) and need even chunks.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from torch import Tensor
 from megatron_apt.models.layout import Layout
 from megatron_apt.parallel.collectives import gather_rows
 from megatron_apt.parallel.mesh import Mesh
+
+RINGS = ("p2p", "a2a+p2p")
 
 
 def joint_attention(
@@ -27,7 +30,13 @@ def joint_attention(
     Returns:
         Text and visual outputs, (a, b, H * K), in the same folded form.
     """
-    if layout.batched:
+    ring = mesh.cp.size > 1 and mesh.context_parallel in RINGS
+    if ring and not (layout.text.uniform and layout.visual.uniform):
+        raise ValueError(
+            f"parallel.context_parallel={mesh.context_parallel!r} needs samples and captions of one length that splits over cp={mesh.cp.size}; "
+            "pad captions with data.text_length and keep kinds apart with data.block, or use ulysses or all_gather"
+        )
+    if layout.batched or ring:
         qk, v = (torch.cat(pair, dim=1) for pair in zip(text, visual, strict=True))
         out = attention(*qk.unbind(3), v.squeeze(3)).flatten(2)
         return out.split((text[0].shape[1], visual[0].shape[1]), dim=1)

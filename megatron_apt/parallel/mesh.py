@@ -30,7 +30,8 @@ class Mesh:
     world: Axis
     device: torch.device
     sequence_parallel: bool  # activations between blocks are split over tp along their first dimension
-    context_parallel: str  # "ulysses" or "all_gather"
+    context_parallel: str  # "ulysses", "all_gather", or Transformer Engine's "p2p" and "a2a+p2p"
+    cp_levels: tuple[Any, ...] = ()  # with a2a+p2p: the groups of the exchange and of the ring
 
     @property
     def is_main(self) -> bool:

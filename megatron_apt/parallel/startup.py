@@ -30,6 +30,10 @@ def start(config: ParallelConfig) -> Mesh:
         )
     if config.pp > 1:
         raise ValueError(f"parallel.pp={config.pp}: only the one-stage case of the executor exists in this version; use --parallel.pp 1")
+    if config.context_parallel in ("p2p", "a2a+p2p") and not cuda:
+        raise ValueError(
+            f"parallel.context_parallel={config.context_parallel!r} is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather"
+        )
     if not dist.is_initialized():
         _join("nccl" if cuda else "gloo", rank, world, config.timeout_minutes)
     from megatron.core import parallel_state
@@ -39,6 +43,7 @@ def start(config: ParallelConfig) -> Mesh:
             tensor_model_parallel_size=config.tp,
             pipeline_model_parallel_size=config.pp,
             context_parallel_size=config.cp,
+            hierarchical_context_parallel_sizes=_levels(config),
             distributed_timeout_minutes=math.ceil(config.timeout_minutes),
             create_gloo_process_groups=cuda,  # without CUDA every group is gloo already
         )
@@ -47,6 +52,11 @@ def start(config: ParallelConfig) -> Mesh:
     if sizes != (config.tp, config.cp, config.pp):
         raise ValueError(f"this process already runs a mesh tp, cp, pp = {sizes}, which cannot become {(config.tp, config.cp, config.pp)}")
     return mesh
+
+
+def _levels(config: ParallelConfig) -> list[int] | None:
+    inner = config.context_parallel_inner
+    return [inner, config.cp // inner] if inner else None
 
 
 def stop() -> None:
@@ -106,4 +116,5 @@ def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
         device=device,
         sequence_parallel=config.sequence_parallel and config.tp > 1,
         context_parallel=config.context_parallel,
+        cp_levels=tuple(parallel_state.get_hierarchical_context_parallel_groups()) if config.context_parallel_inner else (),
     )
