@@ -1,5 +1,6 @@
 # make demo [QUICK=1] [STAGE=images]   the main job on real data, with a report
 # make test                            the tests (CPU, several processes over gloo)
+# make test-dist                       all parallel ones: every mesh x method x precision x kind of data
 # make lint
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 comma := ,
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-dist lint install clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -40,6 +41,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-dist: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "dist and not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
