@@ -68,11 +68,9 @@ def _train(argv: list[str]) -> None:
     mesh = startup.start(config.parallel)
     try:
         with training_progress(config, enabled=mesh.is_main) as report:
-            code = train(config, mesh, report)
+            train(config, mesh, report)
     finally:
         startup.stop()
-    if code:
-        sys.exit(code)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,13 @@ class Collapse(RuntimeError):
     """Training shows a lasting sign of collapse."""
 
 
+class Stopped(SystemExit):
+    """Training ended early, with a checkpoint, because of a signal. Its code is the process's exit code: requeue_code after SIGUSR1, else 0."""
+
+    def __init__(self, number: int, guards: GuardConfig):
+        super().__init__(guards.requeue_code if number == signal.SIGUSR1 else 0)
+
+
 class CollapseAlarm:
     """Raises Collapse when a sign of collapse has lasted for guards.collapse_window iterations."""
 
@@ -53,11 +60,6 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-
-    @staticmethod
-    def exit_code(number: int, guards: GuardConfig) -> int:
-        """Exit code of a run that ended because of this signal (0: none)."""
-        return guards.requeue_code if number == signal.SIGUSR1 else 0
 
 
 def locate_bad_gradient(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> str:

@@ -17,7 +17,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
-from megatron_apt.guards import CollapseAlarm, Signals, locate_bad_gradient
+from megatron_apt.guards import CollapseAlarm, Signals, Stopped, locate_bad_gradient
 from megatron_apt.log import RunLog, correlations, read_rows
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import BadGradient, Network
@@ -103,16 +103,14 @@ class Trainer:
         return values
 
 
-def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> int:
+def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
     """Trains to config.iterations, resuming if the output folder holds a checkpoint.
 
     Args:
         report: called on the main rank after every iteration with (iteration, values).
 
-    Returns:
-        Exit code: 0, or guards.requeue_code after SIGUSR1. SIGTERM and SIGUSR1 end training between two iterations, with a checkpoint.
-
     Raises:
+        Stopped: SIGTERM or SIGUSR1 ended training between two iterations, with a checkpoint.
         Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
             if config.save_every is 0.
     """
@@ -152,7 +150,8 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> int:
         print(f"{config.output}: saved at iteration {trainer.iteration} of {config.iterations} and stopped by {signal.Signals(signalled).name}")
     elif log:
         _write_summary(config, trainer)
-    return Signals.exit_code(signalled, config.guards)
+    if signalled:
+        raise Stopped(signalled, config.guards)
 
 
 def _agreed(mesh: Mesh, *flags: int) -> list[int]:

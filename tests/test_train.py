@@ -10,6 +10,7 @@ from problems import model_config
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import AptConfig, DataConfig, GuardConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.data.batches import Batches, deal
 from megatron_apt.guards import Collapse
 from megatron_apt.log import read_rows
 from megatron_apt.networks import BadGradient
@@ -224,6 +225,42 @@ def test_a_bad_gradient_names_the_parameter(mesh, datasets, tmp_path):
     network.module.x_embed.weight.register_hook(lambda g: g * float("inf"))
     with pytest.raises(BadGradient, match=r"generator\.x_embed\.weight is not finite in phase g, microbatch 0 on rank 0; its samples: \d+"):
         trainer.step()
+
+
+def test_the_average_can_be_swapped_in_and_an_error_inside_swaps_it_out(mesh, datasets, tmp_path):
+    trainer = Trainer(config(datasets, tmp_path), mesh)
+    for _ in range(3):
+        trainer.step()
+    network = trainer.networks["generator"]
+    before = {name: p.clone() for name, p in network.module.named_parameters()}
+    average = dict(network.shards.whole(network.ema.average))
+    with pytest.raises(KeyError), network.averaged() as module:
+        assert all(torch.equal(p, average[name]) for name, p in module.named_parameters())
+        assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+        raise KeyError
+    assert all(torch.equal(p, before[name]) for name, p in network.module.named_parameters())
+    with pytest.raises(ValueError, match="discriminator keeps no average"), trainer.networks["discriminator"].averaged():
+        pass
+
+
+@pytest.mark.parametrize(("batch", "micro", "ranks"), [(9062, 4, 8), (9062, 1, 128), (2048, 3, 6), (7, 2, 4), (10, 64, 3)])
+def test_a_global_batch_is_dealt_out_to_the_last_sample(batch, micro, ranks):
+    parts = [deal(batch, micro, ranks, rank) for rank in range(ranks)]
+    dealt = sorted(i for part in parts for first, count in part for i in range(first, first + count))
+    assert dealt == list(range(batch))
+    counts = [sum(count for _, count in part) for part in parts]
+    assert max(counts) - min(counts) <= 1
+    assert all(1 <= count <= micro for part in parts for _, count in part)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_global_batch_that_cannot_be_dealt_is_refused(mesh, datasets, tmp_path):
+    eight = replace(mesh, dp=replace(mesh.dp, size=8))
+    run = config(datasets, tmp_path)
+    with pytest.raises(ValueError, match="global_batch=7 leaves some of 8 data-parallel ranks without samples"):
+        Batches(run.data, run.model, eight, 0, 7, 2)
+    with pytest.raises(ValueError, match=r"global_batch=9 in microbatches of micro_batch=4 .* leaves one of 1; this method needs 2 in each"):
+        Trainer(replace(run, global_batch=9, apt=AptConfig(unmatched_conditions=True)), mesh)
 
 
 def test_lasting_collapse_stops_training_with_what_it_saw(mesh, datasets, tmp_path):

@@ -50,7 +50,7 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
         return run(self, phase, actions, batches, step, last)
 
     Executor.run = run_or_die
-    sys.exit(train(config, mesh))
+    train(config, mesh)
 
 
 # --- the one that kills
