@@ -159,6 +159,8 @@ def _quiet_libraries() -> None:
         ".*torch.jit.script",
         ".*dynamic_context.py",
         ".*load_state_dict. is deprecated",
+        ".*all_gather_into_tensor. is deprecated",  # newer torch; Megatron-Core calls it by this name
+        ".*reduce_scatter_tensor. is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -93,6 +93,12 @@ def test_low_precision_on_two_ranks(ranks, mesh, name, dtype):
     check(ranks, mesh, 2, meshes(2)[name], problem(dtype=dtype), "mixed")
 
 
+@pytest.mark.parametrize("data", ["images", "videos"])
+@pytest.mark.parametrize("name", FEW)
+def test_uniform_data_on_two_ranks(ranks, mesh, name, data):
+    check(ranks, mesh, 2, meshes(2)[name], problem(), data)
+
+
 @pytest.mark.parametrize("method", ["flow", "consistency"])
 @pytest.mark.parametrize("name", FEW)
 def test_the_other_methods_on_two_ranks(ranks, mesh, name, method):
