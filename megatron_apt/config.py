@@ -34,7 +34,9 @@ class ParallelConfig:
             _check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         inner, nested = self.context_parallel_inner, self.context_parallel == "a2a+p2p"
         fits = 1 < inner < self.cp and self.cp % inner == 0 if nested else inner == 0
-        _check(fits, "parallel.context_parallel_inner", inner, f"a2a+p2p needs a divisor of cp={self.cp} between; leave it 0 otherwise")
+        _check(
+            fits, "parallel.context_parallel_inner", inner, f"with a2a+p2p give a divisor of cp={self.cp} above 1 and below it; otherwise leave it 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -263,8 +265,23 @@ def check_fits(config: RunConfig) -> None:
             f"that trade them (parallel.context_parallel={parallel.context_parallel}); use --parallel.context-parallel all_gather or another cp"
         )
 
+    if parallel.context_parallel in ("p2p", "a2a+p2p") and parallel.cp > 1:
+        _check_ring(config)
     if config.method == "apt":
         _check_apt(config)
+
+
+def _check_ring(config: RunConfig) -> None:
+    """Transformer Engine's rings know no packed samples: every microbatch must be of the uniform form."""
+    parallel, ring = config.parallel, f"parallel.context_parallel={config.parallel.context_parallel!r}"
+    length = config.data.text_length
+    if length == 0 or length % parallel.cp:
+        raise ValueError(f"{ring} needs captions of one length: set data.text_length={length} to a multiple of cp={parallel.cp}, or use ulysses")
+    if parallel.sequence_parallel and config.micro_batch % parallel.tp:
+        raise ValueError(
+            f"{ring} with sequence parallelism splits whole samples over tp={parallel.tp}: micro_batch={config.micro_batch} must be a multiple; "
+            "use one, set parallel.sequence_parallel False, or use ulysses"
+        )
 
 
 def _check_apt(config: RunConfig) -> None:

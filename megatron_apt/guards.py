@@ -74,13 +74,13 @@ def locate_bad_gradient(network: Network, executor: Executor, phase: Phase, batc
         with network.accumulating(last=False):
             actions = [action for action in alternate(phase, 1) if action.kind != "STEP"]
             executor.run(phase, actions, [batch.for_phase(phase.name)], lambda role: None, last=-1)
-        if names := network.shards.bad_gradients():
+        # Every microbatch runs on every rank, because others may wait in its collectives; the first find counts.
+        if not found and (names := network.shards.bad_gradients()):
             more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""
             found.append(
                 f"the gradient of {network.name}.{names[0]}{more} is not finite in phase {phase.name}, microbatch {m} on rank {mesh.world.rank}; "
                 f"its samples: {batch.named_samples()}"
             )
-            break
     everyone: list[list[str]] = [[] for _ in range(mesh.world.size)]
     dist.all_gather_object(everyone, found)
     named = [message for messages in everyone for message in messages]

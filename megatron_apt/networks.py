@@ -99,9 +99,10 @@ class Network:
             for name, value in self.shards.gather_owned(buffer).items():
                 key = f"{self.name}.{prefix}{name}"
                 state[key] = store.sharded(key, value.cpu(), parameters[name], self.mesh, replica=0)
-        for name, p in self._frozen().items():
-            key = f"{self.name}.{name}"
-            state[key] = store.sharded(key, p.detach().cpu().clone(), p, self.mesh, self.mesh.dp_cp.rank)
+        if self.mesh.dp_cp.rank == 0:  # what does not train does not change, but a checkpoint is whole
+            for name, p in self._frozen().items():
+                key = f"{self.name}.{name}"
+                state[key] = store.sharded(key, p.detach().cpu(), p, self.mesh, replica=0)
         return state
 
     @torch.no_grad()

@@ -5,6 +5,8 @@ optimiser states and average under data x context parallelism. Activations are n
 """
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ GIB = 2**30
 @dataclass(frozen=True)
 class PlanConfig:
     memory: bool = True
-    """Bytes of weights, gradients, masters, optimiser states and average."""
+    """Print bytes of weights, gradients, masters, optimiser states and average (all that there is to plan yet)."""
     ranks: int = 8
     json: str = ""
     """Also writes the figures to this file."""
@@ -35,7 +37,7 @@ class RoleMemory:
     """Bytes of one network on one rank.
 
     Attributes:
-        weights: numbers on this tensor-parallel rank.
+        weights: trained numbers on this tensor-parallel rank.
         shard: numbers of them whose master, states and average this rank keeps.
         parts: bytes by what they are.
     """
@@ -50,14 +52,14 @@ class RoleMemory:
         return sum(self.parts.values())
 
 
-def role_memory(name: str, numbers: dict[torch.dtype, int], shards: int, optimizer: str | None, average: bool) -> RoleMemory:
-    """Memory of a network with so many weights of each dtype on a rank, sharded over `shards` ranks.
+def role_memory(name: str, numbers: Mapping[torch.dtype, int], frozen: int, shards: int, optimizer: str, average: bool) -> RoleMemory:
+    """Memory of a network that trains so many weights of each dtype on a rank, sharded over `shards` ranks, beside `frozen` bytes that do not.
 
     Weights are kept in their own dtype; gradients are accumulated, and masters, states and averages kept, in fp32 (fp64 for fp64 weights).
     """
     weights = sum(numbers.values())
-    parts = {"weights": sum(dtype.itemsize * n for dtype, n in numbers.items())}
-    if optimizer is None:
+    parts = {"weights": sum(dtype.itemsize * n for dtype, n in numbers.items()) + frozen}
+    if not numbers:
         return RoleMemory(name, weights, 0, parts)
     wide = {dtype: torch.promote_types(dtype, torch.float32).itemsize for dtype in numbers}
     shard = {dtype: -(-n // shards) for dtype, n in numbers.items()}
@@ -86,17 +88,24 @@ def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[
     for name, role in METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh).roles.items():
         with torch.device("meta"):
             module = role.build()
-        numbers: dict[torch.dtype, int] = {}
-        for p in module.parameters():
+        trained: Counter[torch.dtype] = Counter()
+        frozen = 0
+        for parameter_name, p in module.named_parameters():
             whole = torch.Size(full_shape(p, mesh)).numel()
-            numbers[p.dtype] = numbers.get(p.dtype, 0) + (whole // parallel.tp if p.sharded_dim is not None else whole)
-        kind = (optimizer or role.optimizer.kind) if role.optimizer is not None else None
-        roles.append(role_memory(name, numbers, ranks // (parallel.tp * parallel.pp), kind, role.ema))
+            held = whole // parallel.tp if p.sharded_dim is not None else whole
+            if role.optimizer is not None and role.trains(parameter_name):
+                trained[p.dtype] += held
+            else:
+                frozen += held * p.dtype.itemsize
+        kind = (optimizer or role.optimizer.kind) if trained else ""
+        roles.append(role_memory(name, trained, frozen, ranks // (parallel.tp * parallel.pp), kind, role.ema))
     return roles
 
 
 def plan(config: RunConfig, options: PlanConfig) -> None:
-    """Prints the tables; the second one compares with Adam's two states."""
+    """Prints the table, and the sum beside that of Adam's two states."""
+    if not options.memory:
+        raise ValueError("memory=False leaves nothing to plan; leave --memory on")
     kind = config.optimizer.kind
     ours, adam = memory(config, options.ranks), memory(config, options.ranks, optimizer="adamw")
     parallel = config.parallel
@@ -104,11 +113,11 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
     table = Table(title=f"Memory of one rank, GiB: tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {data}, optimiser {kind}")
     table.add_column("")
     for role in ours:
-        table.add_column(f"{role.role}\n{role.weights / 1e6:,.1f} M weights", justify="right")
+        table.add_column(f"{role.role}\ntrains {role.weights / 1e6:,.1f} M", justify="right")
     for part in dict.fromkeys(part for role in ours for part in role.parts):
         table.add_row(part, *(f"{role.parts.get(part, 0) / GIB:.3f}" for role in ours))
     table.add_row("total", *(f"{role.total / GIB:.3f}" for role in ours))
-    table.add_row("bytes per weight", *(f"{role.total / role.weights:.2f}" for role in ours))
+    table.add_row("bytes per trained weight", *(f"{role.total / role.weights:.2f}" if role.weights else "-" for role in ours))
     table.add_row("bytes per sharded weight", *(f"{_sharded(role):.0f}" if role.shard else "-" for role in ours))
     console = Console()
     console.print(table)

@@ -1,6 +1,5 @@
 """The training loop. It knows phases, not what happens in them."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
-from megatron_apt.guards import CollapseAlarm, Signals, Stopped, locate_bad_gradient
+from megatron_apt.guards import Collapse, CollapseAlarm, Signals, Stopped, locate_bad_gradient
 from megatron_apt.log import RunLog, correlations, read_rows
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import BadGradient, Network
@@ -51,15 +50,19 @@ class Trainer:
             self._resume(folder)
 
     def _resume(self, folder) -> None:
+        store.verify(folder, self.mesh)
         state = store.read_state(folder)
         _same_run(state["config"], to_dict(self.config), folder)
-        store.verify(folder, self.mesh)
         for name, network in self.networks.items():
             network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
         self.iteration = state["iteration"]
 
-    def save(self) -> None:
-        """Starts a commit of weights, averages, optimisers and counters of this iteration; with save_async=False, finishes it."""
+    def save(self, prune: bool = True) -> None:
+        """Starts a commit of weights, averages, optimisers and counters of this iteration; with save_async=False, finishes it.
+
+        Args:
+            prune: False keeps every older checkpoint.
+        """
         tensors = {}
         for network in self.networks.values():
             tensors |= network.sharded_state()
@@ -72,7 +75,7 @@ class Trainer:
             "values": {name: total / count for name, (total, count) in self._totals.items()},
         }
         self._totals = {}
-        self.checkpoints.save(self.iteration, tensors, state)
+        self.checkpoints.save(self.iteration, tensors, state, prune)
         if not self.config.save_async:
             self.checkpoints.commit()
 
@@ -112,20 +115,32 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
     Raises:
         Stopped: SIGTERM or SIGUSR1 ended training between two iterations, with a checkpoint.
         Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
-            if config.save_every is 0.
+            if config.save_every is 0. (A loss that is bad on one rank of several ends that rank alone: a save still being written is then lost,
+            the one before it is kept.)
     """
-    trainer = Trainer(config, mesh)
+    with Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout) as watch:
+        trainer = Trainer(config, mesh)
+        try:
+            with Signals() as signals:
+                signalled = _loop(trainer, signals, report)
+        except BaseException as error:
+            if mesh.world.size == 1 or isinstance(error, BadGradient | Collapse):  # every rank is here
+                trainer.checkpoints.commit()
+            raise
+        watch.leave()
+    if signalled:
+        raise Stopped(signalled, config.guards)
+
+
+def _loop(trainer: Trainer, signals: Signals, report: Report | None) -> int:
+    """Iterations until the last one or a signal, whose number it returns, and what they leave behind."""
+    config, mesh = trainer.config, trainer.mesh
     alarm = CollapseAlarm(trainer.method, config.guards)
     log = RunLog(config, trainer.iteration) if mesh.is_main else None
-    saved = trainer.iteration
+    saved, signalled = trainer.iteration, 0
     if log and trainer.iteration >= config.iterations:
         print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
-    signalled = 0
-    with contextlib.ExitStack() as stack:
-        if log:
-            stack.callback(log.close)
-        watch = stack.enter_context(Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout))
-        signals = stack.enter_context(Signals())
+    try:
         while trainer.iteration < config.iterations and not signalled:
             began = time.perf_counter()
             values = trainer.step()
@@ -143,15 +158,16 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
                 trainer.save()
                 saved = trainer.iteration
         if saved != trainer.iteration:
-            trainer.save()
+            trainer.save(prune=not alarm.since)
         trainer.checkpoints.commit()
-        watch.leave()
+    finally:
+        if log:
+            log.close()
     if log and signalled:
         print(f"{config.output}: saved at iteration {trainer.iteration} of {config.iterations} and stopped by {signal.Signals(signalled).name}")
     elif log:
         _write_summary(config, trainer)
-    if signalled:
-        raise Stopped(signalled, config.guards)
+    return signalled
 
 
 def _agreed(mesh: Mesh, *flags: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What stops a run: signals, lost ranks, errors on one rank. Real processes, real signals."""
 
+import itertools
 import os
 import signal
 import socket
@@ -58,7 +59,8 @@ def bad_gradient(mesh, run):
     trainer = Trainer(run, mesh)
     weight = trainer.networks["generator"].module.x_embed.weight
     if mesh.world.rank == 1:
-        weight.register_hook(lambda g: g * float("nan"))
+        calls = itertools.count()
+        weight.register_hook(lambda g: g * float("nan") if next(calls) % 2 else g)  # of two microbatches the second
     before = trainer.networks["generator"].shards.master.clone()
     try:
         trainer.step()
@@ -68,11 +70,12 @@ def bad_gradient(mesh, run):
 
 
 @pytest.mark.dist
-def test_a_bad_gradient_of_another_rank_is_located(ranks, datasets, tmp_path):
-    run = config(datasets, tmp_path / "run", micro_batch=2)
-    messages = ranks(2).run(bad_gradient, ParallelConfig(), run)
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+def test_a_bad_gradient_of_another_rank_is_located(ranks, datasets, tmp_path, parallel):
+    run = config(datasets, tmp_path / "run", micro_batch=4 // (3 - parallel.tp * parallel.cp), parallel=parallel)
+    messages = ranks(2).run(bad_gradient, parallel, run)
     assert messages[0] == messages[1]
-    assert "generator.x_embed.weight" in messages[0] and "phase g, microbatch 0 on rank 1; its samples:" in messages[0]
+    assert "generator.x_embed.weight" in messages[0] and "phase g, microbatch 1 on rank 1; its samples:" in messages[0]
 
 
 # --- ranks that die: processes of their own, because they do

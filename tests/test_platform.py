@@ -4,12 +4,13 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_apt.config import ParallelConfig, RunConfig, check_fits
+from megatron_apt.config import DataConfig, ParallelConfig, RunConfig, check_fits
 from megatron_apt.models.spec import LocalBackend, TransformerEngineBackend, choose_backend
 from megatron_apt.parallel import megatron_cpu
 from megatron_apt.parallel.startup import start
@@ -82,7 +83,7 @@ def test_backends_are_chosen_by_machine(monkeypatch):
 def test_the_rings_of_transformer_engine_are_refused_without_it(mesh):
     with pytest.raises(ValueError, match=r"context_parallel='p2p' is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather"):
         start(ParallelConfig(context_parallel="p2p"))
-    with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=3: a2a\+p2p needs a divisor of cp=4"):
+    with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=3: with a2a\+p2p give a divisor of cp=4"):
         ParallelConfig(cp=4, context_parallel="a2a+p2p", context_parallel_inner=3)
     with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=2"):
         ParallelConfig(cp=4, context_parallel_inner=2)
@@ -90,4 +91,9 @@ def test_the_rings_of_transformer_engine_are_refused_without_it(mesh):
         ValueError, match=r"leaves 4 heads, which do not split over the 3 ranks that trade them \(parallel\.context_parallel=ulysses\)"
     ):
         check_fits(RunConfig(parallel=ParallelConfig(cp=3)))
-    check_fits(RunConfig(parallel=ParallelConfig(cp=8, context_parallel="a2a+p2p", context_parallel_inner=2)))
+    ring = RunConfig(parallel=ParallelConfig(tp=2, cp=4, context_parallel="a2a+p2p", context_parallel_inner=2), data=DataConfig(text_length=8))
+    check_fits(ring)
+    with pytest.raises(ValueError, match=r"needs captions of one length: set data\.text_length=6 to a multiple of cp=4"):
+        check_fits(replace(ring, data=DataConfig(text_length=6)))
+    with pytest.raises(ValueError, match=r"micro_batch=3 must be a multiple"):
+        check_fits(replace(ring, micro_batch=3))

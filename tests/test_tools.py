@@ -63,6 +63,13 @@ def test_the_plan_counts_what_is_held(ranks, parallel, kind):
                 assert 1.0 <= size / planned[name].parts[part] < 1.25, (name, part)
 
 
+def test_a_frozen_backbone_is_planned_as_frozen(mesh):
+    run = run_config(model=model_config(dtype="bfloat16"))
+    whole, heads = (memory(replace(run, apt=replace(run.apt, train_backbone=trains)), 2)[1] for trains in (True, False))
+    assert heads.parts["weights"] == whole.parts["weights"]
+    assert 0 < heads.weights < whole.weights / 2 and heads.parts["gradients"] < whole.parts["gradients"] / 2
+
+
 def test_one_state_saves_a_third_of_what_adam_shards(mesh, tmp_path, capsys):
     run = run_config(model=model_config(dtype="bfloat16"))
     ours, adam = memory(run, 8), memory(run, 8, optimizer="adamw")
@@ -139,6 +146,20 @@ def test_compare_runs_finds_the_first_difference(mesh, datasets, tmp_path):
     assert other.returncode == 1 and "first: iteration 1: generator/lr is 0.001 and" in other.stdout
     missing = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "nowhere")
     assert missing.returncode == 1 and "no checkpoint there" in missing.stderr
+
+
+def test_compare_runs_knows_what_is_not_a_number(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from compare_runs import difference, tensor_difference
+
+    nan, inf = float("nan"), float("inf")
+    assert difference(nan, nan) == difference(inf, inf) == difference(1.0, 1.0) == 0.0
+    assert difference(nan, 1.0) == difference(inf, -inf) == difference(None, 1.0) == inf
+    a = torch.tensor([1.0, nan, inf])
+    assert tensor_difference(a, a.clone()) == 0.0
+    assert tensor_difference(a, torch.tensor([1.0, 2.0, inf])) == inf
+    assert tensor_difference(a, torch.tensor([1.0, nan, -inf])) == inf
+    assert tensor_difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 5.0])) == 0.25
 
 
 def test_the_checkpoint_commands(mesh, datasets, tmp_path):

@@ -129,6 +129,26 @@ def test_every_ablation_is_a_config_change(mesh, datasets, tmp_path, name):
     assert len(blocks) == {"two thirds of the depth": 2, "a third of the depth": 1}.get(name, 3)
 
 
+def ablated(mesh, run):
+    trainer = Trainer(run, mesh)
+    values = [trainer.step() for _ in range(3)]
+    return values, dict(trainer.networks["discriminator"].shards.whole(trainer.networks["discriminator"].shards.master))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["last-layer head", "two thirds of the depth", "frozen backbone", "relativistic", "early heads", "text to the end"])
+def test_ablations_on_two_ranks_equal_one(ranks, mesh, datasets, tmp_path, name):
+    """Some leave parameters without any gradient, which must not upset the reduction of the others."""
+    extra = {"early heads": AptConfig(head_layers=(0.34, 0.67)), "text to the end": AptConfig()}
+    model = model_config(dtype="float64", latent_channels=4, last_block_text=name == "text to the end")
+    run = config(datasets, tmp_path / "run", apt=(ABLATIONS | extra)[name], model=model, optimizer=SMOOTH, micro_batch=2)
+    values, weights = ablated(mesh, run)
+    for got, found in ranks(2).run(ablated, ParallelConfig(), replace(run, optimizer=replace(SMOOTH, bucket_size=10_000))):
+        for ours, want in zip(got, values, strict=True):
+            assert all(ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10) for k, v in want.items() if k != "sample/diversity")
+        assert all(torch.allclose(found[key], weights[key], rtol=1e-8, atol=1e-10) for key in weights)
+
+
 def test_microbatches_add_up_to_the_global_batch(mesh, datasets, tmp_path):
     smooth = {"model": model_config(dtype="float64", latent_channels=4), "optimizer": SMOOTH}
     whole = Trainer(config(datasets, tmp_path / "a", micro_batch=8, **smooth), mesh)

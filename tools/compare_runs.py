@@ -7,6 +7,7 @@ Exit code 0 if nothing differs by more than --rtol (0: bit for bit), 1 otherwise
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +21,26 @@ from megatron_apt.log import read_rows
 TIMES = {"seconds"}  # differ between equal runs
 
 
+def difference(a: float | None, b: float | None) -> float:
+    """Relative difference; two NaN, or two equal infinities, are the same."""
+    if a is None or b is None:
+        return math.inf
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    error = abs(a - b) / max(abs(a), abs(b), 1e-30)
+    return math.inf if math.isnan(error) else error
+
+
+def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry of a; infinite where only one is finite or they are different infinities."""
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0
+    error = (a - b)[~same].abs()
+    return math.inf if not bool(error.isfinite().all()) else float(error.max() / a[a.isfinite()].abs().max().clamp(min=1e-30))
+
+
 def compare_logs(a: Path, b: Path, rtol: float) -> dict:
     """First difference between two log.jsonl, if any, and the largest relative one."""
     rows_a, rows_b = read_rows(a / "log.jsonl"), read_rows(b / "log.jsonl")
@@ -28,11 +49,10 @@ def compare_logs(a: Path, b: Path, rtol: float) -> dict:
         first = f"{len(rows_a)} rows and {len(rows_b)} rows"
     for x, y in zip(rows_a, rows_b, strict=False):
         for name in sorted((x.keys() | y.keys()) - TIMES):
-            u, v = x.get(name), y.get(name)
-            error = float("inf") if u is None or v is None else abs(u - v) / max(abs(u), abs(v), 1e-30)
+            error = difference(x.get(name), y.get(name))
             largest = max(largest, error)
             if error > rtol and not first:
-                first = f"iteration {x['iteration']}: {name} is {u} and {v}"
+                first = f"iteration {x['iteration']}: {name} is {x.get(name)} and {y.get(name)}"
     return {"rows": len(rows_a), "first_difference": first, "largest_relative_difference": largest}
 
 
@@ -47,9 +67,7 @@ def compare_tensors(a: Path, b: Path, rtol: float) -> dict:
             first = first or f"{key} {tuple(x.shape)} and {other} {tuple(y.shape)}"
             break
         count += 1
-        if torch.equal(x, y):
-            continue
-        error = float((x.double() - y.double()).abs().max() / x.double().abs().max().clamp(min=1e-30))
+        error = tensor_difference(x, y)
         largest = max(largest, error)
         if error > rtol and not first:
             first = f"{key} is off by {error:.3e} of its largest entry"

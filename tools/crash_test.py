@@ -24,7 +24,7 @@ from small_run import digits_run, free_port, rank_environment, write_digits
 
 HERE = Path(__file__).resolve()
 RANKS = 2
-ITERATIONS = 24
+ITERATIONS = 40
 STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
 
 
@@ -104,18 +104,17 @@ def disturb(root: Path, output: Path, kind: str, rng: random.Random) -> dict:
     """Starts the run and kills one rank; returns what happened."""
     victim = rng.randrange(RANKS)
     begun = iteration_of(output)
-    ahead = max(1, ITERATIONS - begun - 1)
+    ahead = begun + rng.randrange(3)  # beyond what an earlier start has logged, so that training is really under way
     if kind == "between phases":
-        run = Run(root, output, die_at=begun + rng.randrange(min(4, ahead)), die_rank=victim)
+        run = Run(root, output, die_at=min(ahead, ITERATIONS - 1), die_rank=victim)
     else:
         run = Run(root, output)
-        target = begun + rng.randrange(min(4, ahead))
         checkpoints = output / "checkpoints"
         while run.running():
             if kind == "while saving" and iteration_of(output) > begun and any(checkpoints.glob(".iteration-*.tmp")):
                 time.sleep(rng.random() * 0.03)
                 break
-            if kind == "any moment" and iteration_of(output) >= target:
+            if kind == "any moment" and iteration_of(output) > ahead:
                 time.sleep(rng.random() * 0.2)
                 break
             time.sleep(0.001)

@@ -70,7 +70,7 @@ def on_ranks(function: Callable, world: int, parallel: ParallelConfig, *args) ->
     processes = [context.Process(target=_rank, args=(r, world, port, results, function, parallel, args)) for r in range(world)]
     for process in processes:
         process.start()
-    answers = [results.get() for _ in processes]
+    answers = [results.get(timeout=900) for _ in processes]
     for process in processes:
         process.join(timeout=10)
         process.kill()

@@ -11,7 +11,7 @@ import queue
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_apt.checkpoint.store import FORMAT, SUMS, CheckpointError, checksum, sync, write_atomically
+from megatron_apt.checkpoint.store import FORMAT, SUMS, CheckpointError, checksum, read_state, sync, write_atomically
 from megatron_apt.config import RetentionConfig
 from megatron_apt.parallel.mesh import Mesh
+
+_FAILED = "{folder}: could not be written ({reason}); the checkpoints before it are whole. Free disk space, or check the folder"
 
 
 @dataclass
@@ -35,6 +37,7 @@ class _Pending:
     iteration: int
     temporary: Path
     state: dict
+    prune: bool
     request: AsyncRequest
     buckets: list  # what this rank writes, in host memory
     sums: dict[str, dict]  # of the files this rank has written; filled by the thread
@@ -49,26 +52,32 @@ class Checkpoints:
         self.root, self.mesh, self.retention = Path(output) / "checkpoints", mesh, retention
         self._pending: _Pending | None = None
 
-    def save(self, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict) -> None:
+    def save(self, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict, prune: bool = True) -> None:
         """Starts a commit of these tensors, which must not change any more, and returns while they are being written.
 
         Args:
             state: JSON-ready; goes into state.json.
+            prune: False leaves every older checkpoint where it is.
+
+        Raises:
+            CheckpointError: on every rank, if the folder cannot be made.
         """
         self.commit()
         temporary = self.root / f".iteration-{iteration:08d}.tmp"
-        if self.mesh.is_main:
+
+        def clear() -> None:
             for left_over in self.root.glob(".iteration-*.tmp"):  # of a run that was killed
                 shutil.rmtree(left_over)
             temporary.mkdir(parents=True)
-        dist.barrier()
+
+        self._on_main(clear, temporary)
         # Results come back within this process: without this, Megatron-Core starts a manager process that outlives a killed run.
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(
             dict(tensors), str(temporary), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), async_sharded_save=True
         )
         buckets = request.preload_fn() if request.preload_fn else []
-        self._pending = pending = _Pending(iteration, temporary, state, request, buckets, {})
+        self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets, {})
         pending.thread = threading.Thread(target=_write, args=(pending,), name=f"save-{iteration}", daemon=True)
         pending.thread.start()
 
@@ -91,17 +100,24 @@ class Checkpoints:
             for finalize in pending.request.finalize_fns:
                 finalize()
         except (Exception, CheckpointException) as error:  # the latter derives from BaseException
-            raise CheckpointError(
-                f"{pending.temporary}: could not be written ({_reason(pending, error)}); the checkpoints before it are whole. "
-                "Free disk space, or check the folder"
-            ) from error
+            raise CheckpointError(_FAILED.format(folder=pending.temporary, reason=_reason(pending, error))) from error
         sums: list[dict] | None = [{} for _ in range(self.mesh.world.size)] if self.mesh.is_main else None
         dist.gather_object(pending.sums, sums, dst=0)
         final = self.root / f"iteration-{pending.iteration:08d}"
-        if self.mesh.is_main:
-            self._publish(pending, final, {name: value for part in sums for name, value in part.items()})
-        dist.barrier()
+        self._on_main(lambda: self._publish(pending, final, {name: value for part in sums for name, value in part.items()}), pending.temporary)
         return final
+
+    def _on_main(self, action: Callable[[], None], folder: Path) -> None:
+        """Runs `action` on the main rank while the others wait; its failure is raised on all of them."""
+        failure = [None]
+        if self.mesh.is_main:
+            try:
+                action()
+            except OSError as error:
+                failure = [f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise CheckpointError(_FAILED.format(folder=folder, reason=failure[0]))
 
     def _publish(self, pending: _Pending, final: Path, sums: dict[str, dict]) -> None:
         temporary = pending.temporary
@@ -115,8 +131,9 @@ class Checkpoints:
         temporary.rename(final)
         sync(self.root)
         write_atomically(self.root / "latest", final.name)
-        for old in superseded(self.root, final.name, self.retention):
-            shutil.rmtree(old)
+        for old in superseded(self.root, final.name, self.retention) if pending.prune else ():
+            # First out of sight: a kill halfway must not leave half a checkpoint under a whole one's name.
+            shutil.rmtree(old.rename(self.root / f".{old.name}.tmp"))
 
 
 def _write(pending: _Pending) -> None:
@@ -170,7 +187,7 @@ def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[st
     """The folder whose saved value of `retention.best` is best, which `best` then names."""
     values = {}
     for folder in folders:
-        value = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("values", {}).get(retention.best)
+        value = read_state(folder).get("values", {}).get(retention.best)
         if value is None:
             warnings.warn(f"{folder}: has no value {retention.best!r} (retention.best), so it cannot be the best", stacklevel=2)
         else:

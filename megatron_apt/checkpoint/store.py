@@ -97,10 +97,10 @@ def read_state(folder: Path) -> dict:
     file = folder / "state.json"
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}; the checkpoint is damaged, use an older one") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: format={state.get('format')}, this version reads {FORMAT}")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: is not of format {FORMAT}, which this version reads")
     return state
 
 
@@ -147,17 +147,18 @@ def damages(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
         part, parts: look at one of so many shares of the files (their sizes are all compared by each).
     """
     try:
-        expected = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        return [f"{folder / SUMS}: {error}; the list of checksums itself is damaged"]
+        listed = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{folder / SUMS}: {type(error).__name__}: {error}; the list of checksums itself is damaged"]
     found = []
-    for i, (name, want) in enumerate(sorted(expected.items(), key=lambda item: (-item[1]["bytes"], item[0]))):
+    for i, (name, (size, digest)) in enumerate(sorted(expected.items(), key=lambda item: (-item[1][0], item[0]))):
         file = folder / name
         if not file.is_file():
             found.append(f"{file}: missing")
-        elif file.stat().st_size != want["bytes"]:
-            found.append(f"{file}: {file.stat().st_size} bytes, {want['bytes']} were committed; it was cut short or overwritten")
-        elif i % parts == part and checksum(file)["sha256"] != want["sha256"]:
+        elif file.stat().st_size != size:
+            found.append(f"{file}: {file.stat().st_size} bytes, {size} were committed; it was cut short or overwritten")
+        elif i % parts == part and checksum(file)["sha256"] != digest:
             found.append(f"{file}: its SHA-256 differs from the committed one; bits have changed")
     return found
 

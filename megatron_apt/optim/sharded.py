@@ -129,11 +129,6 @@ class ShardedParameters:
             for (scale, decays, part), start, stop in runs
         ]
 
-    @property
-    def numel(self) -> int:
-        """Weights on this model-parallel rank, over all its shards."""
-        return sum(p.numel() for p in self.parameters)
-
     # --- weights
 
     @torch.no_grad()
@@ -190,6 +185,11 @@ class ShardedParameters:
         return [name for name, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.main_grad).all()]
 
     def zero_grad(self) -> None:
+        # Megatron-Core asserts that every parameter of a bucket has had a gradient. One that never gets any (behind the last head of a short
+        # discriminator, say) leaves its bucket in the state of the first iteration: reduced when all is done, without overlap.
+        for group in self.ddp.bucket_groups:
+            if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
+                group.per_param_grad_ready_counts = {}
         self.ddp.zero_grad_buffer()
 
     # --- whole parameters, for checkpoints

@@ -31,10 +31,12 @@ def joint_attention(
         Text and visual outputs, (a, b, H * K), in the same folded form.
     """
     ring = mesh.cp.size > 1 and mesh.context_parallel in RINGS
-    if ring and not (layout.text.uniform and layout.visual.uniform):
+    tokens = text[0].shape[1] + visual[0].shape[1]
+    if ring and not (layout.text.uniform and layout.visual.uniform and tokens % 2 == 0):
         raise ValueError(
-            f"parallel.context_parallel={mesh.context_parallel!r} needs samples and captions of one length that splits over cp={mesh.cp.size}; "
-            "pad captions with data.text_length and keep kinds apart with data.block, or use ulysses or all_gather"
+            f"parallel.context_parallel={mesh.context_parallel!r} needs samples and captions of one length, whole ones for the {mesh.tp.size} "
+            f"tensor-parallel ranks, and an even number of tokens on each rank (here {tokens}): check data.text_length, data.block and micro_batch, "
+            "or use ulysses or all_gather"
         )
     if layout.batched or ring:
         qk, v = (torch.cat(pair, dim=1) for pair in zip(text, visual, strict=True))

@@ -43,7 +43,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, mesh: Mesh):
         super().__init__()
         axes = {"tp": mesh.tp, "cp": mesh.cp, "dp": mesh.dp, "dp_cp": mesh.dp_cp, "world": mesh.world}
-        # Later names win where groups coincide: with cp = 1, dp and dp_cp are the same ranks.
+        # Where axes are one group (dp and dp_cp may be), the first name counts.
         self._axes = {axis.group.group_name: (name, axis.size) for name, axis in reversed(axes.items())}
         self.sent, self.payload, self.calls = Counter(), Counter(), Counter()
 
@@ -56,7 +56,3 @@ class Traffic(TorchDispatchMode):
             self.sent[axis, name] += round(factor * size(args[index]) * (ranks - 1) / ranks)
             self.calls[axis, name] += 1
         return function(*args, **(kwargs or {}))
-
-    def of(self, axis: str) -> int:
-        """Bytes sent over one axis."""
-        return sum(count for (name, _), count in self.sent.items() if name == axis)

@@ -33,6 +33,7 @@ class Watch:
         self.rank, self.world, self.timeout, self.interval = rank, world, timeout, min(interval, timeout / 4) if timeout else interval
         self.active = timeout > 0 and world > 1
         self._ended = threading.Event()
+        self._well = False
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watch":
@@ -57,8 +58,8 @@ class Watch:
         self._thread.join(timeout=2 * self.interval)
 
     def leave(self) -> None:
-        """Says that this rank has finished well, before it stops giving signs of life."""
-        self._ended.set()
+        """Says that this rank has finished well: its silence from now on is no sign of death."""
+        self._well = True
 
     def _explain(self, error: BaseException) -> None:
         """Tells the others why this rank ends; if its error may come from a lost rank, says which."""
@@ -109,7 +110,8 @@ class Watch:
                 if self._store.check(["stop"]):
                     self._stop(self._store.get("stop").decode())
                     return
-            self._store.set(f"beat/{self.rank}", "done")
+            if self._well:
+                self._store.set(f"beat/{self.rank}", "done")
         except RuntimeError:  # the store is gone, and with it the rank that kept it
             self._stop(self._store_gone)
 

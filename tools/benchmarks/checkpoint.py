@@ -3,7 +3,7 @@
     python tools/benchmarks/checkpoint.py [--width 512] [--saves 5] [--json FILE]
 
 G and D with their masters, RMSProp states and the average, on one rank. The stall is the time the training loop is held up: planning, snapshot
-and start of the thread, and later the commit. `slowed` is what the writing thread costs the iterations it runs beside.
+and start of the thread, and later the commit. Iterations beside the writing thread are timed too.
 """
 
 import argparse
