@@ -105,7 +105,7 @@ def folders(root: Path, values: dict[int, float]) -> Path:
     for iteration, value in values.items():
         folder = root / f"iteration-{iteration:08d}"
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"values": {"g/loss": value}}))
+        (folder / "state.json").write_text(json.dumps({"format": store.FORMAT, "values": {"g/loss": value}}))
     return root
 
 

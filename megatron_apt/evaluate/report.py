@@ -34,7 +34,7 @@ _HOW = (
     (
         "Stage 0 · Diffusion",
         "The network learns to point from a noisy sample towards the clean one. "
-        "Following that arrow in 25 small steps, with guidance, gives good samples; one big step gives a blur.",
+        "Following that arrow in 25 small steps gives good samples; one big step gives a blur.",
     ),
     (
         "Stage 1 · Consistency distillation",
@@ -54,7 +54,7 @@ _HOW = (
 )
 _TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's, lower is better; “real against real” is the floor that
 random halves of the data reach. Class accuracy: share of samples in which a classifier trained on real data sees what the prompt says. Diversity:
-mean distance between pairs of samples, near zero after a collapse. NFE: network evaluations per sample, two per step with guidance."""
+mean distance between pairs of samples, near zero after a collapse. NFE: network evaluations per sample."""
 _SAMPLES_CAPTION = "Samples of one row and place share prompt and seed; “real” shows data with that caption."
 
 
