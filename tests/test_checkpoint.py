@@ -182,13 +182,23 @@ MESHES = {
 }
 
 
+@pytest.fixture(scope="module")
+def straight(mesh, datasets, tmp_path_factory):
+    """Ten iterations on one rank, with accumulation and a remainder."""
+    run_config = config(datasets, tmp_path_factory.mktemp("straight"), iterations=10, global_batch=7, micro_batch=4, **F64)
+    train(run_config, mesh)
+    return run_config
+
+
+PAIRS = [("tp2-dp2", "dp2"), ("tp2-dp2", "cp2"), ("cp2-dp2", "tp2")]
+MORE = [pytest.param(a, b, marks=pytest.mark.slow) for a in ("tp2-dp2", "cp2-dp2") for b in ("dp2", "tp2", "cp2") if (a, b) not in PAIRS]
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("after", ["dp2", "tp2", "cp2"])
-@pytest.mark.parametrize("before", ["tp2-dp2", "cp2-dp2"])
-def test_any_mesh_continues_what_another_began(ranks, mesh, datasets, tmp_path, before, after):
-    """Ten iterations, five on each mesh, with accumulation and a remainder, equal ten on one rank: log, weights, average, both optimisers."""
-    base = config(datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=2, **F64)
-    train(base, mesh)
+@pytest.mark.parametrize(("before", "after"), [*PAIRS, *MORE])
+def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before, after):
+    """Ten iterations, five on each mesh, equal ten on one rank: log, weights, average, both optimisers."""
+    base = straight
     broken = replace(base, output=str(tmp_path / "broken"))
     for (world, parallel), iterations in ((MESHES[before], 5), (MESHES[after], 10)):
         ranks(world).run(train_on, parallel, replace(broken, iterations=iterations, parallel=parallel))
@@ -204,10 +214,10 @@ def test_any_mesh_continues_what_another_began(ranks, mesh, datasets, tmp_path, 
 @pytest.mark.dist
 @pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
 def test_ten_steps_interrupted_equal_ten_steps_bit_for_bit_on_the_same_mesh(ranks, datasets, tmp_path, parallel):
-    straight = config(datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=2, parallel=parallel)
+    straight = config(datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=4, parallel=parallel)
     ranks(2).run(train_on, parallel, straight)
     broken = replace(straight, output=str(tmp_path / "broken"))
-    for iterations in (3, 7, 10):
+    for iterations in (4, 10):
         ranks(2).run(train_on, parallel, replace(broken, iterations=iterations))
     assert rows(broken.output) == rows(straight.output)
     a, b = (dict(store.read_tensors(store.latest(r.output))) for r in (broken, straight))
@@ -294,11 +304,10 @@ def test_half_a_removed_checkpoint_has_no_checkpoints_name(tmp_path, mesh, datas
     remove, seen = shutil.rmtree, []
 
     def removed(path, **options):
-        seen.append(Path(path).name)
+        if Path(path).exists():
+            seen.append(Path(path).name)
         remove(path, **options)
 
     monkeypatch.setattr(saving.shutil, "rmtree", removed)
     train(run_config, mesh)
-    assert any(name.startswith(".iteration-0000000") for name in seen)
-    root = tmp_path / "run" / "checkpoints"
-    assert all(name.startswith(".") or not (root / name).exists() for name in seen)
+    assert seen and all(name.startswith(".iteration-") for name in seen)

@@ -186,13 +186,17 @@ def shapes(folder: Path) -> dict[str, tuple[torch.Size, int]]:
     return {key: (meta.size, meta.properties.dtype.itemsize) for key, meta in sorted(index.items())}
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a commit, whole, one at a time, in one process and without a model."""
+def read_tensors(folder: Path, at_once: int = 2**28) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a commit, whole, in order of names, in one process and without a model; about `at_once` bytes in memory."""
     _check_index(folder)
-    for key, meta in sorted(FileSystemReader(str(folder)).read_metadata().state_dict_metadata.items()):
-        wanted = {key: torch.empty(meta.size, dtype=meta.properties.dtype)}
-        torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-        yield key, wanted[key]
+    index = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    wanted: dict[str, Tensor] = {}
+    for key, meta in sorted(index.items()):
+        wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
+        if sum(t.nbytes for t in wanted.values()) >= at_once or key == max(index):
+            torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+            yield from wanted.items()
+            wanted = {}
 
 
 def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> dict[str, Tensor]:
