@@ -13,8 +13,8 @@ from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import alternate
 
 ITERATIONS = 3
-# Six samples in microbatches of two: a remainder is dealt out on every data-parallel size, and on four ranks some microbatches are single samples.
-MICRO = 2
+# Six samples in microbatches of four: a remainder is dealt out on every data-parallel size, and on four ranks some microbatches are single samples.
+MICRO = 4
 DATA = {
     "images": (((4, 1, 8, 8),) * 6, (3,) * 6),
     "videos": (((4, 2, 4, 8),) * 6, (5,) * 6),

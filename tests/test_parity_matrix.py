@@ -86,32 +86,23 @@ def test_low_precision(ranks, mesh, case, dtype, data):
     check(ranks, mesh, world, parallel, problem(dtype=dtype), data)
 
 
-FEW = ("tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "tp1-cp2-all_gather-dp1", "tp1-cp1-dp2")
+# A part of the tables above, for `make test`.
+TP, CP, GATHER, DP = "tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "tp1-cp2-all_gather-dp1", "tp1-cp1-dp2"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "dtype"), [(TP, "float32"), (CP, "float32"), (DP, "float32"), (TP, "bfloat16"), (GATHER, "bfloat16")])
 def test_low_precision_on_two_ranks(ranks, mesh, name, dtype):
     check(ranks, mesh, 2, meshes(2)[name], problem(dtype=dtype), "mixed")
 
 
-@pytest.mark.parametrize("data", ["images", "videos"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "data"), [(TP, "images"), (CP, "videos"), (DP, "images")])
 def test_uniform_data_on_two_ranks(ranks, mesh, name, data):
     check(ranks, mesh, 2, meshes(2)[name], problem(), data)
 
 
-@pytest.mark.parametrize("method", ["flow", "consistency"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "method"), [(TP, "flow"), (CP, "consistency"), (DP, "flow")])
 def test_the_other_methods_on_two_ranks(ranks, mesh, name, method):
     check(ranks, mesh, 2, meshes(2)[name], problem(method, recompute="full"), "mixed")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", EIGHT, ids=ids)
-def test_eight_ranks(ranks, mesh, case):
-    world, _, parallel = case
-    check(ranks, mesh, world, parallel, problem(), "mixed")
 
 
 # --- deliberate bugs: the harness must notice each, and name a parameter
