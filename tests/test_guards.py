@@ -112,7 +112,7 @@ from megatron_apt.train import train
 from test_train import config
 
 mesh = startup.start(ParallelConfig())
-run = config(Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, guards=GuardConfig(rank_timeout=6.0))
+run = config(Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, save_async=False, guards=GuardConfig(rank_timeout=6.0))
 original = Executor.run
 def at_iteration_3(act):
     def wrapped(self, phase, actions, batches, step, last=None):

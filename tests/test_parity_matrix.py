@@ -23,7 +23,7 @@ pytestmark = pytest.mark.dist
 MESHES = [(world, name, parallel) for world in (2, 4) for name, parallel in meshes(world).items()]
 # Six samples do not go round eight data-parallel ranks, so that mesh is left out.
 EIGHT = [(8, name, parallel) for name, parallel in meshes(8).items() if parallel.tp * parallel.cp > 1]
-METHODS = ("apt", "flow", "consistency")
+FAST_EIGHT = ("tp2-sp-cp2-ulysses-dp2", "tp4-sp-cp1-dp2")
 
 _references: dict = {}
 
@@ -51,8 +51,9 @@ def ids(case):
 
 
 def test_the_matrix_is_complete():
-    """2 ranks: tp, cp, dp with their variants; 4 ranks: those alone and in pairs."""
-    assert (len(meshes(2)), len(meshes(4))) == (5, 15)
+    """2 ranks: tp (2), cp (2), dp; 4 ranks: tp4 (2), cp4 (2), dp4, tp2 cp2 (4), tp2 dp2 (2), cp2 dp2 (2); and two of 8 in `make test`."""
+    assert (len(meshes(2)), len(meshes(4)), len(meshes(8)), len(EIGHT)) == (5, 13, 13, 12)
+    assert len(MESHES) + len(FAST_EIGHT) >= 20
 
 
 @pytest.mark.parametrize("case", MESHES, ids=ids)
@@ -84,6 +85,12 @@ def test_the_other_methods(ranks, mesh, case, method):
 def test_low_precision(ranks, mesh, case, dtype, data):
     world, _, parallel = case
     check(ranks, mesh, world, parallel, problem(dtype=dtype), data)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c[1] in FAST_EIGHT else pytest.mark.slow, id=c[1]) for c in EIGHT])
+def test_eight_ranks(ranks, mesh, case):
+    world, _, parallel = case
+    check(ranks, mesh, world, parallel, problem(), "mixed")
 
 
 # A part of the tables above, for `make test`.

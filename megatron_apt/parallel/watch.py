@@ -45,8 +45,10 @@ class Watch:
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"watch/{restart}/{next(_watches)}", store)
             self._store.set(f"host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+            self._turn = time.monotonic()
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
+            threading.Thread(target=self._watch_the_watch, name="watch-store", daemon=True).start()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -75,8 +77,11 @@ class Watch:
 
     @property
     def _store_gone(self) -> str:
-        keeper = "the torchrun agent" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
-        return f"{keeper}, which keeps the rendezvous store, died"
+        return f"{self._keeper}, which keeps the rendezvous store, died"
+
+    @property
+    def _keeper(self) -> str:
+        return "the torchrun agent" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
     def _silent(self) -> list[int]:
         """Ranks whose number stands still over a few intervals."""
@@ -100,6 +105,7 @@ class Watch:
         seen, since = None, time.monotonic()
         try:
             while not self._ended.wait(self.interval):
+                self._turn = time.monotonic()
                 beat += 1
                 self._store.set(f"beat/{self.rank}", str(beat))
                 value = self._beat(neighbour)
@@ -114,6 +120,13 @@ class Watch:
                 self._store.set(f"beat/{self.rank}", "done")
         except RuntimeError:  # the store is gone, and with it the rank that kept it
             self._stop(self._store_gone)
+
+    def _watch_the_watch(self) -> None:
+        """A store whose keeper is frozen does not answer, and a question to it has no time limit."""
+        while not self._ended.wait(self.interval):
+            if time.monotonic() - self._turn > self.timeout:
+                self._stop(f"{self._keeper}, which keeps the rendezvous store, gave no sign of life for {self.timeout:.0f} s")
+                return
 
     def _stop(self, reason: str) -> None:
         if not self._ended.wait(GRACE):
