@@ -38,8 +38,8 @@ def meshes(world: int) -> dict[str, ParallelConfig]:
 
 def problem(method: str = "apt", dtype: str = "float64", recompute: str = "none", **changes) -> RunConfig:
     optimizer = OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9, bucket_size=20_000)
-    apt = AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, condition_dropout=0.3, head_lr_scale=2.0)
-    model = model_config(dtype=dtype, recompute=recompute)
+    apt = AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, condition_dropout=0.3, head_lr_scale=2.0, head_layers=(0.5, 1.0))
+    model = model_config(dtype=dtype, recompute=recompute, depth=2)
     return replace(run_config(method, model, apt), optimizer=optimizer, global_batch=6, micro_batch=MICRO, **changes)
 
 

@@ -142,8 +142,10 @@ DEATHS = {
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize(
+    ("death", "victim"),
+    [("killed", 1), ("frozen", 0), pytest.param("killed", 0, marks=pytest.mark.slow), pytest.param("frozen", 1, marks=pytest.mark.slow)],
+)
 def test_the_others_stop_and_name_the_rank_that_is_lost(datasets, tmp_path, death, victim):
     processes = start(tmp_path, datasets, f"if mesh.world.rank == {victim}:\n    at_iteration_3(lambda: {DEATHS[death]})\ntrain(run, mesh)\n")
     other = processes[1 - victim]
