@@ -33,7 +33,7 @@ def digits_run(root: Path, output: Path, model: ModelConfig | None = None, **cha
         iterations=24,
         global_batch=10,
         micro_batch=2,
-        model=model or ModelConfig(depth=3, width=48, latent_channels=1, text_width=8),
+        model=model or ModelConfig(depth=3, width=48, latent_channels=4, text_width=8),
         data=DataConfig(shards=(str(root / "images"),), text_length=4),
         optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9, bucket_size=50_000),
         apt=AptConfig(ar1_sigma=0.1),

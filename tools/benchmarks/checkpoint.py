@@ -79,7 +79,7 @@ def main() -> None:
         root = Path(folder)
         write_digits(root)
         mesh = startup.start(ParallelConfig())
-        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=1, text_width=8)
+        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
         config = digits_run(root, root / "run", model, global_batch=4, micro_batch=4)
         trainer = Trainer(config, mesh)
         found = measure(trainer, root, options.saves)

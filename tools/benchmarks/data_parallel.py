@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_digits(root)
-        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=1, text_width=8)
+        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
         config = digits_run(root, root / "run", model, global_batch=8, micro_batch=4)
         config = replace(config, optimizer=replace(config.optimizer, bucket_size=1_000_000))
         on, off = (max(pair) for pair in zip(*on_ranks(time_steps, 2, ParallelConfig(), config, options.steps), strict=True))
