@@ -22,16 +22,15 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     from megatron_apt.parallel import startup
 
     while (task := tasks.get()) is not None:
-        function, parallel, args = task
+        function, parallel, port, args = task
         try:
+            if port:  # another mesh: every group goes, because gloo groups that stay keep their threads
+                startup.stop()
+                os.environ["MASTER_PORT"] = str(port)
             mesh = startup.start(parallel)
             results.put((rank, function(mesh, *args), None))
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
-        finally:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
 
 
 class Ranks:
@@ -39,6 +38,7 @@ class Ranks:
 
     def __init__(self, world: int):
         self.world = world
+        self.parallel = None  # the mesh they are on
         context = mp.get_context("spawn")
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(world)]
@@ -48,8 +48,10 @@ class Ranks:
             process.start()
 
     def run(self, function, parallel, *args, timeout: float = 240.0) -> list:
+        port = _free_port() if parallel != self.parallel else 0
+        self.parallel = parallel
         for queue in self.tasks:
-            queue.put((function, parallel, args))
+            queue.put((function, parallel, port, args))
         answers, errors = {}, []
         for _ in range(self.world):
             rank, value, error = self.results.get(timeout=timeout)
