@@ -107,9 +107,9 @@ def run_demo(config: DemoConfig) -> None:
     console = Console(soft_wrap=True, quiet=not mesh.is_main)
     progress = _load_progress(root, config)
     dist.barrier()
-    todo = [stage for stage in stages(config) if stage.name not in progress["done"]]
-    for number, stage in enumerate(todo, 1):
-        console.rule(f"{stage.name}   ({number} of {len(todo)})")
+    remaining = [stage for stage in stages(config) if stage.name not in progress["done"]]
+    for number, stage in enumerate(remaining, 1):
+        console.rule(f"{stage.name}   ({number} of {len(remaining)})")
         began = time.perf_counter()
         try:
             stage.run(mesh)
@@ -120,7 +120,7 @@ def run_demo(config: DemoConfig) -> None:
             progress["seconds"][stage.name] = round(spent, 2)
             if mesh.is_main:
                 _save_progress(root, progress)
-        if mesh.is_main and (number == len(todo) or not todo[number].name.endswith("/evaluation")):
+        if mesh.is_main and (number == len(remaining) or not remaining[number].name.endswith("/evaluation")):
             rewrite_report(config)
         console.print(f"{stage.name} took {spent:.1f} s; report: {root / 'report.html'}", highlight=False)
     if mesh.is_main:

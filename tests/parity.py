@@ -1,5 +1,6 @@
 """The parity harness: whole iterations on one mesh, everything that could differ from one rank, and how to compare it."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -49,7 +50,7 @@ def iterations(mesh: Mesh, config: RunConfig, data: str, defect=None, count: int
     Returns:
         {"values": [metrics of each iteration], "gradients": [{role: {name: whole gradient}} of each], "weights", "average": {role.name: tensor}}
     """
-    with defect(mesh) if defect else _nothing():
+    with defect(mesh) if defect else contextlib.nullcontext():
         method, networks, executor = build(config, mesh)
         gradients: list[dict] = []
         for name, network in networks.items():
@@ -81,12 +82,6 @@ def iterations(mesh: Mesh, config: RunConfig, data: str, defect=None, count: int
             "weights": {name: _whole(network, network.shards.master) for name, network in trained.items()},
             "average": {name: _whole(network, network.ema.average) for name, network in trained.items() if network.ema},
         }
-
-
-class _nothing:
-    def __enter__(self): ...
-
-    def __exit__(self, *_): ...
 
 
 def _samples(mesh: Mesh, config: RunConfig, data: str, iteration: int, first: int, size: int):
@@ -131,26 +126,27 @@ def compare_exactly(ours: dict, reference: dict, rtol: float = 1e-9) -> None:
 
 
 def compare_rounded(ours: dict, reference: dict, exact: dict, rtol: float, factor: float) -> None:
-    """fp32 and bf16, first iteration: every gradient, to rtol of its norm or `factor` times one rank's own distance from the float64 gradient.
+    """fp32 and bf16, first iteration: losses and the whole gradient of a role to rtol, and every single gradient to rtol or, if that is more, to
+    `factor` times one rank's own distance from the float64 gradient.
 
-    Two meshes round partial sums at other places, so they differ by as much as each differs from the exact result; where aR1 subtracts nearly equal
-    logits that is more than rtol for a small bias of D (measured in fp32: 1.04e-5). A lost or doubled term is 50 to 100 % and stands out. The whole
-    gradient of a role, where roundings average out, may be off by half of that. Later iterations are not compared: RMSProp's first steps are
-    lr * sign(g), which turns the rounding of a gradient near zero into a whole step.
+    Two meshes round partial sums at other places, so each differs from the exact result, and they from each other. Where aR1 subtracts nearly equal
+    logits, that is more than rtol for a small bias of D (measured in fp32: 1.04e-5). A lost or doubled term is 50 to 100 % and stands out. Later
+    iterations are not compared: RMSProp's first steps are lr * sign(g), which turns the rounding of a gradient near zero into a whole step.
     """
-    for role, gradients in exact["gradients"][0].items():
-        errors, allowed_all, norms = [], [], []
+    for role, gradients in reference["gradients"][0].items():
+        errors = []
         for name, gradient in gradients.items():
-            alone = (reference["gradients"][0][role][name].double() - gradient).norm()
-            error = (ours["gradients"][0][role][name].double() - reference["gradients"][0][role][name].double()).norm()
-            allowed = max(rtol * gradient.norm(), factor * alone)
-            assert error <= allowed, f"gradient of {role}.{name} is off by {error:.2e}, allowed {allowed:.2e}, norm {gradient.norm():.2e}"
-            errors.append(error)
-            allowed_all.append(alone)
-            norms.append(gradient.norm())
-        whole_error, whole_alone, whole_norm = (torch.stack(values).norm() for values in (errors, allowed_all, norms))
-        assert whole_error <= max(rtol * whole_norm, factor / 2 * whole_alone), f"whole gradient of {role} is off by {whole_error:.2e}"
+            norm, alone = gradient.double().norm(), (gradient.double() - exact["gradients"][0][role][name]).norm()
+            errors.append((ours["gradients"][0][role][name].double() - gradient.double()).norm())
+            allowed = max(rtol * norm, factor * alone)
+            assert errors[-1] <= allowed, f"gradient of {role}.{name} is off by {errors[-1]:.2e}, allowed {allowed:.2e}, norm {norm:.2e}"
+        whole_norm = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm()
+        assert torch.stack(errors).norm() <= rtol * whole_norm, f"whole gradient of {role} is off by {torch.stack(errors).norm() / whole_norm:.2e}"
+    for name, value in reference["values"][0].items():
+        assert ours["values"][0][name] == pytest.approx(value, rel=rtol, abs=rtol), name
 
 
-# What bf16 (8 bits, 0.2 % a rounding) or fp32 leaves of a gradient.
-TOLERANCE = {"float32": {"rtol": 1e-5, "factor": 2.0}, "bfloat16": {"rtol": 1e-2, "factor": 4.0}}
+# bf16 (with fp32 masters) rounds by up to 2^-9 = 0.2 %, and a gradient is the sum of many roundings. Measured over meshes of 2 and 4 ranks: the whole
+# gradient of G differs by up to 1.5 %, that of D, where aR1 subtracts nearly equal logits, by up to 4.4 %, while one rank's own is 5.6 % from float64.
+# fp32: up to 8e-7 and 2.8e-6.
+TOLERANCE = {"float32": {"rtol": 1e-5, "factor": 2.0}, "bfloat16": {"rtol": 5e-2, "factor": 4.0}}

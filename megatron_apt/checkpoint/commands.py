@@ -103,15 +103,15 @@ def reshard(command: Reshard) -> None:
     from megatron_apt.parallel import startup
 
     folder = store.resolve(command.source)
-    state = store.read_state(folder)
-    config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
-    check_fits(config)
     target = Path(command.target) / "checkpoints" / folder.name
     if target.exists():
         raise store.CheckpointError(f"{target} exists already; give another target folder")
     mesh = startup.start(command.parallel)
     try:
         store.verify(folder, mesh)
+        state = store.read_state(folder)
+        config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
+        check_fits(config)
         tensors = {}
         for name, role in METHODS[config.method](config, mesh).roles.items():
             if role.optimizer is not None:  # what does not train is not in a checkpoint

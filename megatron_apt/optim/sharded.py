@@ -110,8 +110,11 @@ class ShardedParameters:
                 offset += size
         return slices, [sorted(part, key=lambda f: f.offset) for part in fragments]
 
+    def _slice_of(self, fragment: Fragment) -> _Slice:
+        return next(part for part in reversed(self._slices) if part.offset <= fragment.offset)
+
     def _grad(self, fragment: Fragment) -> Tensor:
-        part = next(s for s in reversed(self._slices) if s.offset <= fragment.offset)
+        part = self._slice_of(fragment)
         start = fragment.offset - part.offset
         return part.grad[start : start + fragment.size]
 
@@ -119,7 +122,7 @@ class ShardedParameters:
         """Neighbouring fragments of one kind become one stretch; the padding between them has no gradient, so updates leave it alone."""
         runs: list[list] = []
         for f in fragments:
-            kind = (scales[f.parameter], self.parameters[f.parameter].dim() >= 2, next(s for s in reversed(self._slices) if s.offset <= f.offset))
+            kind = (scales[f.parameter], self.parameters[f.parameter].dim() >= 2, self._slice_of(f))
             if runs and runs[-1][0] == kind:
                 runs[-1][2] = f.offset + f.size
             else:
@@ -206,7 +209,7 @@ class ShardedParameters:
     def gather_owned(self, buffer: Tensor) -> dict[str, Tensor]:
         """Exchanges shards of a buffer so that each rank holds, whole, the parameters it owns. No rank ever holds all of them."""
         sent, received = self._routes()
-        rows = self._exchange(buffer, sent, received)
+        rows = self._all_to_all([buffer[f.offset : f.offset + f.size] for route in sent for f in route], sent, received, buffer)
         whole: dict[int, Tensor] = {}
         for row, route in zip(rows.split([sum(f.size for f in route) for route in received]), received, strict=True):
             for f, values in zip(route, row.split([f.size for f in route]), strict=True):
@@ -220,8 +223,7 @@ class ShardedParameters:
         received, sent = self._routes()
         flat = {self.names.index(name): value.reshape(-1) for name, value in whole.items()}
         pieces = [flat[f.parameter][f.start : f.stop] for route in sent for f in route]
-        joined = torch.cat(pieces) if pieces else buffer.new_empty(0)
-        rows = self._all_to_all(joined, sent, received, buffer)
+        rows = self._all_to_all(pieces, sent, received, buffer)
         for row, route in zip(rows.split([sum(f.size for f in route) for route in received]), received, strict=True):
             for f, values in zip(route, row.split([f.size for f in route]), strict=True):
                 buffer[f.offset : f.offset + f.size] = values
@@ -233,16 +235,14 @@ class ShardedParameters:
         received = [[f for f in self.fragments[source] if owner[f.parameter] == rank] for source in ranks]
         return sent, received
 
-    def _exchange(self, buffer: Tensor, sent: list[list[Fragment]], received: list[list[Fragment]]) -> Tensor:
-        pieces = [buffer[f.offset : f.offset + f.size] for route in sent for f in route]
-        return self._all_to_all(torch.cat(pieces) if pieces else buffer.new_empty(0), sent, received, buffer)
-
-    def _all_to_all(self, joined: Tensor, sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor) -> Tensor:
+    def _all_to_all(self, pieces: list[Tensor], sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor) -> Tensor:
+        """Sends the pieces, which lie in the order of `sent`; returns what comes back in the order of `received`."""
+        joined = torch.cat(pieces) if pieces else like.new_empty(0)
         if self.mesh.dp_cp.size == 1:
             return joined
-        sizes = [[sum(f.size for f in route) for route in routes] for routes in (received, sent)]
-        rows = like.new_empty(sum(sizes[0]))
-        dist.all_to_all_single(rows, joined.to(like.dtype), *sizes, group=self.mesh.dp_cp.group)
+        incoming, outgoing = ([sum(f.size for f in route) for route in routes] for routes in (received, sent))
+        rows = like.new_empty(sum(incoming))
+        dist.all_to_all_single(rows, joined.to(like.dtype), incoming, outgoing, group=self.mesh.dp_cp.group)
         return rows
 
     @torch.no_grad()
