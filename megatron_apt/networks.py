@@ -28,6 +28,7 @@ class Network:
         self.optimizer: RMSProp | AdamW | None = None
         self.ema: Ema | None = None
         self.updates = 0
+        self._snapshot: dict[str, dict[str, Tensor]] = {}  # by prefix and parameter
         self.source = ""  # checkpoint its weights came from, pinned so that a resume takes the same ones
         for parameter_name, parameter in self.module.named_parameters():
             parameter.requires_grad_(role.optimizer is not None and role.trains(parameter_name))
@@ -89,16 +90,35 @@ class Network:
         trained = set(self.shards.names)
         return {name: p for name, p in self.module.named_parameters() if name not in trained}
 
+    def _host_memory(self, prefix: str, buffer: Tensor) -> dict[str, Tensor]:
+        """Room for the parameters this rank owns, as they are in one of the buffers; the same at every call.
+
+        Fresh pages cost several times the copy into them, pinned ones far more. Each has its own storage, because Megatron-Core copies views again.
+        """
+        if prefix not in self._snapshot:
+            owned = [(self.shards.names[i], self.shards.parameters[i].shape) for i in self.shards.owned()]
+            self._snapshot[prefix] = {name: torch.empty(shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda) for name, shape in owned}
+        return self._snapshot[prefix]
+
+    def _sharded(self, prefix: str, owned: dict[str, Tensor]) -> dict:
+        parameters = dict(zip(self.shards.names, self.shards.parameters, strict=True))
+        keys = {name: f"{self.name}.{prefix}{name}" for name in owned}
+        return {keys[name]: store.sharded(keys[name], value, parameters[name], self.mesh, replica=0) for name, value in owned.items()}
+
     def sharded_state(self) -> dict:
-        """Every tensor of this network's state, copied, for a checkpoint: each parameter on the one rank that writes it."""
+        """Every tensor of this network's state, for a checkpoint: a snapshot in host memory, each parameter on the one rank that writes it.
+
+        The next call writes into the same memory.
+        """
         if self.shards is None:
             return {}
-        parameters = dict(zip(self.shards.names, self.shards.parameters, strict=True))
         state = {}
         for prefix, buffer in self._buffers().items():
-            for name, value in self.shards.gather_owned(buffer).items():
-                key = f"{self.name}.{prefix}{name}"
-                state[key] = store.sharded(key, value.cpu(), parameters[name], self.mesh, replica=0)
+            memory = self._host_memory(prefix, buffer)
+            self.shards.gather_owned(buffer, memory)
+            state |= self._sharded(prefix, memory)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         if self.mesh.dp_cp.rank == 0:  # what does not train does not change, but a checkpoint is whole
             for name, p in self._frozen().items():
                 key = f"{self.name}.{name}"
@@ -113,13 +133,10 @@ class Network:
             return
         self.source = source
         self.begin_average()
-        owner = self.shards.owners()
-        owned = [(name, p) for name, p, rank in zip(self.shards.names, self.shards.parameters, owner, strict=True) if rank == self.mesh.dp_cp.rank]
         for prefix, buffer in self._buffers().items():
-            keys = {name: f"{self.name}.{prefix}{name}" for name, _ in owned}
-            wanted = {keys[name]: store.sharded(keys[name], torch.empty(p.shape, dtype=buffer.dtype), p, self.mesh, replica=0) for name, p in owned}
-            loaded = store.load(folder, wanted)
-            self.shards.scatter_owned({name: loaded[key].to(buffer.device) for name, key in keys.items()}, buffer)
+            memory = self._host_memory(prefix, buffer)
+            loaded = store.load(folder, self._sharded(prefix, memory))
+            self.shards.scatter_owned({name: loaded[f"{self.name}.{prefix}{name}"].to(buffer.device) for name in memory}, buffer)
         frozen = self._frozen()
         wanted = {
             name: store.sharded(f"{self.name}.{name}", torch.empty_like(p, device="cpu"), p, self.mesh, self.mesh.dp_cp.rank)

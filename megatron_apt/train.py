@@ -63,6 +63,7 @@ class Trainer:
         Args:
             prune: False keeps every older checkpoint.
         """
+        self.checkpoints.commit()  # the snapshot goes where the last one lies
         tensors = {}
         for network in self.networks.values():
             tensors |= network.sharded_state()

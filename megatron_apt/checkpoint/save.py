@@ -3,7 +3,7 @@
 Megatron-Core plans the save (collectives, now) and collects the results (collectives, at the commit); between the two lie only file writes.
 They run in a thread, not in Megatron-Core's forked process: the thread ends with its process, so no orphan of a killed run can write into the
 folder of the next one, and nothing is forked under the feet of CUDA, NCCL or gloo threads. The snapshot is the copy that every parameter's
-owner makes when shards become whole parameters (optim/sharded.py).
+owner makes when shards become whole parameters (networks.py).
 """
 
 import json
@@ -51,9 +51,11 @@ class Checkpoints:
     def __init__(self, output: str, mesh: Mesh, retention: RetentionConfig):
         self.root, self.mesh, self.retention = Path(output) / "checkpoints", mesh, retention
         self._pending: _Pending | None = None
+        self._validated = False  # that the ranks' parts make up each tensor; they stay the same in a run
+        self._removal: threading.Thread | None = None  # of superseded checkpoints, on the main rank
 
     def save(self, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict, prune: bool = True) -> None:
-        """Starts a commit of these tensors, which must not change any more, and returns while they are being written.
+        """Starts a commit of these tensors, which must not change before it is done, and returns while they are being written.
 
         Args:
             state: JSON-ready; goes into state.json.
@@ -66,6 +68,8 @@ class Checkpoints:
         temporary = self.root / f".iteration-{iteration:08d}.tmp"
 
         def clear() -> None:
+            if self._removal is not None:
+                self._removal.join()
             for left_over in self.root.glob(".iteration-*.tmp"):  # of a run that was killed
                 shutil.rmtree(left_over)
             temporary.mkdir(parents=True)
@@ -74,8 +78,13 @@ class Checkpoints:
         # Results come back within this process: without this, Megatron-Core starts a manager process that outlives a killed run.
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(
-            dict(tensors), str(temporary), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), async_sharded_save=True
+            dict(tensors),
+            str(temporary),
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            validate_access_integrity=not self._validated,
+            async_sharded_save=True,
         )
+        self._validated = True
         buckets = request.preload_fn() if request.preload_fn else []
         self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets, {})
         pending.thread = threading.Thread(target=_write, args=(pending,), name=f"save-{iteration}", daemon=True)
@@ -131,9 +140,11 @@ class Checkpoints:
         temporary.rename(final)
         sync(self.root)
         write_atomically(self.root / "latest", final.name)
-        for old in superseded(self.root, final.name, self.retention) if pending.prune else ():
-            # First out of sight: a kill halfway must not leave half a checkpoint under a whole one's name.
-            shutil.rmtree(old.rename(self.root / f".{old.name}.tmp"))
+        # First out of sight: a kill halfway must not leave half a checkpoint under a whole one's name.
+        old = superseded(self.root, final.name, self.retention) if pending.prune else []
+        doomed = [folder.rename(self.root / f".{folder.name}.tmp") for folder in old]
+        self._removal = threading.Thread(target=_remove, args=(doomed,), name="prune")
+        self._removal.start()
 
 
 def _write(pending: _Pending) -> None:
@@ -155,6 +166,11 @@ def _write(pending: _Pending) -> None:
     except Exception as error:  # goes to Megatron-Core's finalize, which raises it on every rank
         results = pending.error = error
     request.async_fn_args[2].put(results)
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # the next save tries again
 
 
 def _reason(pending: _Pending, error: BaseException) -> str:

@@ -12,7 +12,7 @@ Losses are contributions (parallel/collectives.py), so gradients are SUMMED over
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -205,28 +205,31 @@ class ShardedParameters:
             load[owner[i]] += self.parameters[i].numel()
         return owner
 
+    def owned(self) -> list[int]:
+        """Indices of the parameters this rank owns."""
+        return [i for i, rank in enumerate(self.owners()) if rank == self.mesh.dp_cp.rank]
+
     @torch.no_grad()
-    def gather_owned(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Exchanges shards of a buffer so that each rank holds, whole, the parameters it owns. No rank ever holds all of them."""
+    def gather_owned(self, buffer: Tensor, into: dict[str, Tensor]) -> None:
+        """Exchanges shards of a buffer so that each rank holds, whole, the parameters it owns. No rank ever holds all of them.
+
+        Args:
+            into: one tensor of the parameter's shape for each that this rank owns. Where they are pinned host memory of a GPU, they are filled once
+                the current stream has come this far.
+        """
         sent, received = self._routes()
-        rows = self._all_to_all([buffer[f.offset : f.offset + f.size] for route in sent for f in route], sent, received, buffer)
-        whole: dict[int, Tensor] = {}
-        for row, route in zip(rows.split([sum(f.size for f in route) for route in received]), received, strict=True):
-            for f, values in zip(route, row.split([f.size for f in route]), strict=True):
-                target = whole.setdefault(f.parameter, buffer.new_empty(self.parameters[f.parameter].numel()))
-                target[f.start : f.stop] = values
-        return {self.names[i]: value.view(self.parameters[i].shape) for i, value in sorted(whole.items())}
+        arrived = self._all_to_all([buffer[f.offset : f.offset + f.size] for route in sent for f in route], sent, received, buffer)
+        for f, values in zip((f for route in received for f in route), arrived, strict=True):
+            into[self.names[f.parameter]].view(-1)[f.start : f.stop].copy_(values, non_blocking=True)
 
     @torch.no_grad()
     def scatter_owned(self, whole: dict[str, Tensor], buffer: Tensor) -> None:
         """Inverse of `gather_owned`, into `buffer`."""
         received, sent = self._routes()
         flat = {self.names.index(name): value.reshape(-1) for name, value in whole.items()}
-        pieces = [flat[f.parameter][f.start : f.stop] for route in sent for f in route]
-        rows = self._all_to_all(pieces, sent, received, buffer)
-        for row, route in zip(rows.split([sum(f.size for f in route) for route in received]), received, strict=True):
-            for f, values in zip(route, row.split([f.size for f in route]), strict=True):
-                buffer[f.offset : f.offset + f.size] = values
+        arrived = self._all_to_all([flat[f.parameter][f.start : f.stop] for route in sent for f in route], sent, received, buffer)
+        for f, values in zip((f for route in received for f in route), arrived, strict=True):
+            buffer[f.offset : f.offset + f.size] = values
 
     def _routes(self) -> tuple[list[list[Fragment]], list[list[Fragment]]]:
         """Fragments this rank's shard has for each owner, and those each rank's shard has for this owner."""
@@ -235,15 +238,15 @@ class ShardedParameters:
         received = [[f for f in self.fragments[source] if owner[f.parameter] == rank] for source in ranks]
         return sent, received
 
-    def _all_to_all(self, pieces: list[Tensor], sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor) -> Tensor:
-        """Sends the pieces, which lie in the order of `sent`; returns what comes back in the order of `received`."""
-        joined = torch.cat(pieces) if pieces else like.new_empty(0)
+    def _all_to_all(self, pieces: list[Tensor], sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor) -> Sequence[Tensor]:
+        """Sends one piece for each fragment of `sent`; returns one for each fragment of `received`."""
         if self.mesh.dp_cp.size == 1:
-            return joined
+            return pieces
         incoming, outgoing = ([sum(f.size for f in route) for route in routes] for routes in (received, sent))
+        joined = torch.cat(pieces).to(like) if pieces else like.new_empty(0)
         rows = like.new_empty(sum(incoming))
-        dist.all_to_all_single(rows, joined.to(like.dtype), incoming, outgoing, group=self.mesh.dp_cp.group)
-        return rows
+        dist.all_to_all_single(rows, joined, incoming, outgoing, group=self.mesh.dp_cp.group)
+        return rows.split([f.size for route in received for f in route])
 
     @torch.no_grad()
     def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:

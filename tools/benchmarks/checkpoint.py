@@ -14,6 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,34 +39,32 @@ def blocking_save(tensors: dict, file: Path) -> float:
     return time.perf_counter() - began
 
 
+def timed(rows: list[float], action) -> None:
+    began = time.perf_counter()
+    action()
+    rows.append(time.perf_counter() - began)
+
+
 def measure(trainer: Trainer, root: Path, saves: int) -> dict:
     rows: dict[str, list[float]] = {name: [] for name in ("torch_save", "stall", "commit", "write", "step_alone", "step_beside")}
     trainer.step()
-    for _ in range(saves):
-        began = time.perf_counter()
-        trainer.step()
-        rows["step_alone"].append(time.perf_counter() - began)
-
-        state = {key: t.data for network in trainer.networks.values() for key, t in network.sharded_state().items()}
-        size = sum(t.numel() * t.itemsize for t in state.values())
-        rows["torch_save"].append(blocking_save(state, root / "blocking.pt"))
-        del state
-
-        began = time.perf_counter()
-        trainer.save()
-        rows["stall"].append(time.perf_counter() - began)
-        steps = 0
+    for number in range(saves + 1):  # the first save, which allocates the snapshot's memory, is reported by itself
+        timed(rows["step_alone"], trainer.step)
+        timed(rows["stall"], trainer.save)
+        steps, began = 0, time.perf_counter()
         while trainer.checkpoints.writing:
             trainer.step()
             steps += 1
         rows["write"].append(time.perf_counter() - began)
         if steps:
-            rows["step_beside"].append((rows["write"][-1] - rows["stall"][-1]) / steps)
-        began = time.perf_counter()
-        trainer.checkpoints.commit()
-        rows["commit"].append(time.perf_counter() - began)
+            rows["step_beside"].append(rows["write"][-1] / steps)
+        timed(rows["commit"], trainer.checkpoints.commit)
+        state = {key: t.data for network in trainer.networks.values() for key, t in network.sharded_state().items()}
+        rows["torch_save"].append(blocking_save(state, root / "blocking.pt"))
+        if number == 0:
+            first = rows["stall"].pop()
     medians = {name: statistics.median(values) for name, values in rows.items() if values}
-    return medians | {"bytes": size}
+    return medians | {"first_stall": first, "bytes": sum(t.nbytes for t in state.values())}
 
 
 def main() -> None:
@@ -81,21 +81,27 @@ def main() -> None:
         mesh = startup.start(ParallelConfig())
         model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
         config = digits_run(root, root / "run", model, global_batch=4, micro_batch=4)
-        trainer = Trainer(config, mesh)
-        found = measure(trainer, root, options.saves)
-        del trainer
-        began = time.perf_counter()
-        Trainer(config, mesh)
-        found["resume"] = time.perf_counter() - began
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = Trainer(config, mesh)
+            found = measure(trainer, root, options.saves)
+            del trainer
+            resume, build, read = [], [], []
+            timed(resume, lambda: Trainer(config, mesh))
+            timed(build, lambda: Trainer(replace(config, output=str(root / "other")), mesh))
+            timed(read, lambda: torch.load(root / "blocking.pt", weights_only=True))
+            found |= {"build": build[0], "resume": resume[0], "torch_load": read[0]}
     found["stall_ratio"] = (found["stall"] + found["commit"]) / found["torch_save"]
     found["machine"] = f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}"
     print(f"{found['bytes'] / 2**20:,.0f} MiB, medians of {options.saves} saves, {found['machine']}")
     print(f"blocking torch.save       {found['torch_save']:8.3f} s")
     print(f"background: stall         {found['stall']:8.3f} s  + commit {found['commit']:.3f} s  = {found['stall_ratio']:.2f} of the blocking one")
-    print(f"            written after {found['write']:8.3f} s")
+    print(f"            first stall   {found['first_stall']:8.3f} s  (allocates the snapshot's memory)")
+    print(f"            written after {found['write']:8.3f} s  (with checksums, beside training)")
     if "step_beside" in found:
         print(f"iteration alone           {found['step_alone']:8.3f} s  beside the writing thread {found['step_beside']:.3f} s")
     print(f"build and resume          {found['resume']:8.3f} s")
+    print(f"            building alone{found['build']:8.3f} s  torch.load of the same bytes {found['torch_load']:.3f} s")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -4,9 +4,10 @@
 
 Bytes are counted in one APT iteration (megatron_apt/parallel/traffic.py). The least possible follows from what must cross:
     dp   every gradient summed once (reduce-scatter) and every updated weight spread once (all-gather), for each network
-    tp   per block and stream two gathers and two scatters forward and two of each backward (sequence parallelism), of tokens x width; networks
-         that train gather their inputs again for the weight gradient
-    cp   Ulysses: q, k, v and the output to and fro, forward and backward
+    tp   tokens x width: each block gathers a stream's tokens before two linear layers and scatters them after two, forward and for the gradient
+         of its input; a query head gathers once; gradients are gathered at the entry. What comes on top is another gather of inputs for each
+         weight gradient (the price of not keeping them), and vectors of each sample, which count here because its 16 tokens are so few.
+    cp   Ulysses: q, k, v and the output to and fro, forward and backward; on top come the heads' three small sums
 """
 
 import argparse
@@ -60,17 +61,21 @@ def count_bytes(mesh, config) -> tuple[dict[str, int], dict[str, int]]:
 def least(trainer, config, mesh) -> dict[str, int]:
     share = {name: (axis.size - 1) / axis.size for name, axis in (("tp", mesh.tp), ("cp", mesh.cp), ("dp_cp", mesh.dp_cp))}
     found = {"dp_cp": round(2 * share["dp_cp"] * sum(p.numel() * p.itemsize for n in trainer.networks.values() for p in n.shards.parameters))}
-    batch = trainer.batches.iteration(0)
+    batches = trainer.batches.iteration(0)
     model, width = config.model, torch.tensor([]).element_size() * config.model.width
-    visual = sum(len(b.shapes) * (b.shapes[0][2] // 2) * (b.shapes[0][3] // 2) for b in batch)
-    text = sum(len(b.shapes) * config.data.text_length for b in batch)
-    # (passes through a network, forward | input gradient | weight gradient), in units of the microbatch: see methods/apt.py
-    passes = {"forward": 1 + 1 + 2 + 1 + 1, "input": 1 + 1 + 2 + 1, "weight": 1 + 2 + 1}
-    tokens = (visual + text) * width
-    block = passes["forward"] + passes["input"]
-    # The last block has no text output: one pair of text collectives less, not counted here.
-    found["tp"] = round(share["tp"] * model.depth * tokens * (4 * block + 2 * passes["weight"])) if mesh.sequence_parallel else 0
-    found["cp"] = round(share["cp"] * model.depth * tokens / mesh.cp.size * 4 * block) if mesh.context_parallel == "ulysses" else 0
+    visual = sum(len(b.shapes) * (b.shapes[0][2] // 2) * (b.shapes[0][3] // 2) for b in batches) * width
+    text = sum(len(b.shapes) * config.data.text_length for b in batches) * width
+    # Passes of the global batch through a network in one iteration (methods/apt.py): generator in both phases, one with gradients; discriminator
+    # on the fake ones in both, and on the real ones and their perturbation together, all with gradients of their inputs.
+    forward, inputs, of_discriminator = 2 + 4, 1 + 4, 4
+    passes, heads = forward + inputs, len(trainer.networks["discriminator"].module.heads)
+    if mesh.sequence_parallel:
+        gathered_visual = model.depth * 4 * passes + heads * 2 * of_discriminator + inputs
+        # The last block reads text for keys and values only. In the G phase nothing asks for D's gradient of text, at its entry or first block.
+        gathered_text = (model.depth - 1) * 4 * passes + passes + (inputs - 1) - 1
+        found["tp"] = round(share["tp"] * (visual * gathered_visual + text * gathered_text))
+    if mesh.cp.size > 1:
+        found["cp"] = round(share["cp"] * model.depth * (visual + text) / mesh.cp.size * 4 * passes)
     return found
 
 
@@ -100,7 +105,7 @@ def main() -> None:
                 print(f"    {axis:24} {count:12,}")
             for axis, count in lowest.items():
                 total = sum(value for key, value in sent.items() if key.split()[0] == axis)
-                if count:
+                if total:
                     print(f"    {axis:24} {total:12,} in all, least possible {count:,}: {total / count:.2f}")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
