@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_apt.config import GuardConfig
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Method, Phase, Values
-from megatron_apt.networks import Network
+from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import alternate
 from megatron_apt.pipeline.execute import Executor
@@ -17,6 +17,10 @@ from megatron_apt.pipeline.execute import Executor
 
 class Collapse(RuntimeError):
     """Training shows a lasting sign of collapse."""
+
+
+class BadLoss(RuntimeError):
+    """A loss is not finite; names phase, branch, microbatch, rank and samples."""
 
 
 class Stopped(SystemExit):
@@ -62,13 +66,28 @@ class Signals:
         self.received = number
 
 
-def locate_bad_gradient(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> str:
-    """Where a gradient that is not finite came from.
+def explain(error: BadGradient, network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> Exception:
+    """The error to raise for a gradient of this phase that is not finite: the same on every rank, all of which call it."""
+    bad = _first(executor.bad_loss, mesh)
+    if bad:
+        return BadLoss(bad)
+    return BadGradient(_locate(network, executor, phase, batches, mesh) or f"{error} only after the sum over ranks: it overflowed")
+
+
+def _first(message: str, mesh: Mesh) -> str:
+    """The message of the first rank that has one."""
+    everyone = [""] * mesh.world.size
+    dist.all_gather_object(everyone, message)
+    return next(filter(None, everyone), "")
+
+
+def _locate(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> str:
+    """Where the gradient came from.
 
     The reduced gradient no longer says, so the phase is run again one microbatch at a time, without reduction and from the same weights: every
-    draw is keyed, so it computes the same. Every rank calls it.
+    draw is keyed, so it computes the same.
     """
-    found = []
+    found = ""
     for m, batch in enumerate(batches):
         network.shards.zero_grad()
         with network.accumulating(last=False):
@@ -77,11 +96,8 @@ def locate_bad_gradient(network: Network, executor: Executor, phase: Phase, batc
         # Every microbatch runs on every rank, because others may wait in its collectives; the first find counts.
         if not found and (names := network.shards.bad_gradients()):
             more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""
-            found.append(
+            found = (
                 f"the gradient of {network.name}.{names[0]}{more} is not finite in phase {phase.name}, microbatch {m} on rank {mesh.world.rank}; "
                 f"its samples: {batch.named_samples()}"
             )
-    everyone: list[list[str]] = [[] for _ in range(mesh.world.size)]
-    dist.all_gather_object(everyone, found)
-    named = [message for messages in everyone for message in messages]
-    return named[0] if named else f"the gradient of {network.name} is not finite only after the sum over ranks: it overflowed"
+    return _first(found, mesh)

@@ -16,7 +16,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
-from megatron_apt.guards import Collapse, CollapseAlarm, Signals, Stopped, locate_bad_gradient
+from megatron_apt.guards import BadLoss, Collapse, CollapseAlarm, Signals, Stopped, explain
 from megatron_apt.log import RunLog, correlations, read_rows
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import BadGradient, Network
@@ -98,7 +98,7 @@ class Trainer:
             try:
                 contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
             except BadGradient as error:
-                raise BadGradient(locate_bad_gradient(self.networks[phase.updates], self.executor, phase, batches, self.mesh)) from error
+                raise explain(error, self.networks[phase.updates], self.executor, phase, batches, self.mesh) from error
         self.iteration += 1
         values = self.method.summarise(values | _summed(contributions, self.mesh))
         for name, value in values.items():
@@ -116,8 +116,7 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
     Raises:
         Stopped: SIGTERM or SIGUSR1 ended training between two iterations, with a checkpoint.
         Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
-            if config.save_every is 0. (A loss that is bad on one rank of several ends that rank alone: a save still being written is then lost,
-            the one before it is kept.)
+            if config.save_every is 0.
     """
     with Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout) as watch:
         trainer = Trainer(config, mesh)
@@ -125,7 +124,7 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
             with Signals() as signals:
                 signalled = _loop(trainer, signals, report)
         except BaseException as error:
-            if mesh.world.size == 1 or isinstance(error, BadGradient | Collapse):  # every rank is here
+            if mesh.world.size == 1 or isinstance(error, BadLoss | BadGradient | Collapse):  # every rank is here
                 trainer.checkpoints.commit()
             raise
         watch.leave()

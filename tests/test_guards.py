@@ -15,9 +15,10 @@ from test_train import config
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import GuardConfig, ParallelConfig
-from megatron_apt.guards import Stopped
+from megatron_apt.guards import BadLoss, Stopped
 from megatron_apt.networks import BadGradient
 from megatron_apt.parallel.watch import LOST
+from megatron_apt.pipeline.execute import Executor
 from megatron_apt.train import Trainer, train
 
 
@@ -76,6 +77,32 @@ def test_a_bad_gradient_of_another_rank_is_located(ranks, datasets, tmp_path, pa
     messages = ranks(2).run(bad_gradient, parallel, run)
     assert messages[0] == messages[1]
     assert "generator.x_embed.weight" in messages[0] and "phase g, microbatch 1 on rank 1; its samples:" in messages[0]
+
+
+def bad_loss(mesh, run):
+    forward = Executor._forward
+
+    def spoiled(self, branch, index, chain):
+        forward(self, branch, index, chain)
+        if mesh.world.rank == 1 and chain.batch.iteration == 3 and branch.segments[index].role == "discriminator":
+            chain.boundary[-1].data.fill_(-float("inf"))  # the loss is not finite, its own gradient is
+
+    Executor._forward = spoiled
+    try:
+        train(run, mesh)
+    except BadLoss as error:
+        return str(error), store.latest(run.output).name
+    finally:
+        Executor._forward = forward
+
+
+@pytest.mark.dist
+def test_a_bad_loss_of_one_rank_stops_all_and_no_save_is_lost(ranks, datasets, tmp_path):
+    run = config(datasets, tmp_path / "run", iterations=5, save_every=3, micro_batch=2)
+    (message, latest), other = ranks(2).run(bad_loss, ParallelConfig(), run)
+    assert (message, latest) == other
+    assert "loss of phase g, branch fake, microbatch 0 on rank 1 is" in message and "samples:" in message
+    assert latest == "iteration-00000003"
 
 
 # --- ranks that die: processes of their own, because they do

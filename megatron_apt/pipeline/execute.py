@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from megatron_apt.networks import Network
 
 
-class BadLoss(RuntimeError):
-    """A loss is not finite. Carries where it happened."""
-
-
 @dataclass
 class _Chain:
     """One branch on one microbatch between its first forward and its last backward."""
@@ -52,6 +48,7 @@ class Executor:
     def __init__(self, networks: "dict[str, Network]"):
         self._networks = networks
         self.networks: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
+        self.bad_loss = ""  # where the first loss of this rank that was not finite arose
 
     def run(
         self, phase: Phase, actions: Sequence[Action], batches: Sequence[Microbatch], step: Callable[[str], None], last: int | None = None
@@ -61,8 +58,7 @@ class Executor:
         Args:
             last: microbatch after whose backward passes gradients are complete; None: the last one, -1: none of them.
 
-        Raises:
-            BadLoss: naming phase, branch, microbatch and samples.
+        A loss that is not finite is noted in `bad_loss` and its gradient made so too: the update then stops every rank, not this one alone.
         """
         chains: dict[tuple[int, int], _Chain] = {}
         metrics: Metrics = {}
@@ -103,7 +99,8 @@ class Executor:
         loss, metrics = branch.loss(chain.batch, chain.boundary)
         if not torch.isfinite(loss):
             where = f"phase {phase.name}, branch {branch.name}, microbatch {microbatch} on rank {chain.batch.mesh.world.rank}"
-            raise BadLoss(f"loss of {where} is {loss.item()}; its samples: {chain.batch.named_samples()}")
+            self.bad_loss = self.bad_loss or f"loss of {where} is {loss.item()}; its samples: {chain.batch.named_samples()}"
+            loss = loss * float("nan")
         if loss.requires_grad:
             loss.backward()
         return metrics
