@@ -1,8 +1,6 @@
 """The training loop. It knows phases, not what happens in them."""
 
-import itertools
 import json
-import os
 import signal
 import time
 import warnings
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
@@ -52,7 +51,7 @@ class Trainer:
     def _resume(self, folder) -> None:
         store.verify(folder, self.mesh)
         state = store.read_state(folder)
-        _same_run(state["config"], to_dict(self.config), folder)
+        check_same_run(state["config"], to_dict(self.config), folder)
         for name, network in self.networks.items():
             network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
         self.iteration = state["iteration"]
@@ -197,34 +196,9 @@ def _summed(contributions: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, flo
     return dict(zip(names, values.tolist(), strict=True))
 
 
-# What may change between an interrupted run and its continuation: where and how it runs, not what it computes.
-_FREE = {
-    *("output", "iterations", "parallel", "micro_batch", "init", "guards"),
-    *("log_every", "save_every", "save_async", "retention", "tensorboard", "wandb"),
-}
-
-
-def _same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
-    for name in itertools.chain(stored, wanted):
-        if name not in _FREE and _plain(stored.get(name)) != _plain(wanted.get(name)):
-            raise store.CheckpointError(
-                f"{folder}: was trained with {name}={stored.get(name)}, this run asks for {wanted.get(name)}; "
-                "use another output folder, or the same configuration to continue"
-            )
-    if stored["iterations"] != wanted["iterations"] and wanted["optimizer"]["decay"] == "cosine":
-        warnings.warn(f"{folder}: {wanted['iterations']} iterations instead of {stored['iterations']} change the cosine decay", stacklevel=2)
-
-
 def _warn_of_random_weights(config: RunConfig) -> None:
     """APT and distillation of random weights run, which tests and benchmarks use; nobody else means to."""
     needed = {"consistency": ("diffusion",), "apt": ("generator", "diffusion")}.get(config.method, ())
     empty = [f"init.{name}" for name in needed if not getattr(config.init, name)]
     if empty:
         warnings.warn(f"{' and '.join(empty)} empty: those weights are random; give checkpoints unless this is a test", stacklevel=3)
-
-
-def _plain(value):
-    """Configuration as JSON has it: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -293,6 +293,9 @@ def test_another_configuration_does_not_continue_a_run(mesh, datasets, tmp_path)
     train(run, mesh)
     with pytest.raises(store.CheckpointError, match=r"was trained with seed=0, this run asks for 1"):
         Trainer(replace(run, seed=1), mesh)
+    with pytest.raises(store.CheckpointError, match=r"was trained with optimizer=.*, this run asks for .*'lr': 1.0"):
+        Trainer(replace(run, optimizer=replace(run.optimizer, lr=1.0)), mesh)
+    assert Trainer(replace(run, optimizer=replace(run.optimizer, overlap=False, bucket_size=1000)), mesh).iteration == 1  # how it runs may change
 
 
 def test_a_checkpoint_of_another_shape_is_refused(mesh, datasets, tmp_path):
