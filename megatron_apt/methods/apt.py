@@ -170,10 +170,11 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
         loss, metrics = _penalised(batch, outputs[1], d_fake(fake), apt.ar2_lambda, "d/ar2")
         return loss, metrics | _logit_metrics(batch, fake.detach(), real=False)
 
+    regularised = Segment("discriminator", "full", _feed_fake(apt, True), copies=1 + bool(apt.ar2_lambda))
     branches = [
         Branch("fake", (Segment("generator", "full", _feed_generator(apt)), Segment("discriminator", "input", _feed_fake(apt, False))), g_loss),
-        Branch("real", (Segment("discriminator", "full", _feed_real(apt)),), real_loss),
-        Branch("fake", (Segment("generator", "none", _feed_generator(apt)), Segment("discriminator", "full", _feed_fake(apt, True))), fake_loss),
+        Branch("real", (Segment("discriminator", "full", _feed_real(apt), copies=1 + bool(apt.ar1_lambda)),), real_loss),
+        Branch("fake", (Segment("generator", "none", _feed_generator(apt)), regularised), fake_loss),
     ]
     if apt.unmatched_conditions:
         branches.append(Branch("unmatched", (Segment("discriminator", "full", _feed_unmatched(apt)),), _unmatched_loss(d_fake)))
@@ -224,9 +225,11 @@ def _relativistic(apt: AptConfig) -> list[Branch]:
         return loss, metrics | {"d/accuracy": batch.sample_mean((reals[0] > generated[0]).to(reals[0].dtype))}
 
     generate = _feed_generator(apt)
+    frozen = Segment("discriminator", "input", feed_pair(False), copies=2)
+    trained = Segment("discriminator", "full", feed_pair(True), copies=2 + bool(apt.ar1_lambda) + bool(apt.ar2_lambda))
     return [
-        Branch("pair", (Segment("generator", "full", generate), Segment("discriminator", "input", feed_pair(False))), g_loss),
-        Branch("pair", (Segment("generator", "none", generate), Segment("discriminator", "full", feed_pair(True))), d_loss),
+        Branch("pair", (Segment("generator", "full", generate), frozen), g_loss),
+        Branch("pair", (Segment("generator", "none", generate), trained), d_loss),
     ]
 
 

@@ -41,6 +41,7 @@ class Segment:
     role: str
     grad: Grad
     feed: Callable[[Microbatch, Sequence[Tensor]], Inputs]
+    copies: int = 1  # versions of each sample that it sees at once, for the time and memory it takes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""Builds schedules: list scheduling of a window's tasks, with the wishes of each kind of task found by search.
+
+A policy gives every kind of task (F, I or W of one segment of one branch) the time at which it would like to run and how much memory it may take.
+Going through time, a free rank runs the task that is most overdue among those whose inputs are there and whose activations fit. A search changes
+policies a little at a time, as annealing does, and keeps the one with the shortest makespan; equal arguments give equal schedules.
+
+Phases apart (what Megatron-Core's forward_backward_func does when it is called for one branch after the other) need no search: backward before
+forward, and never more microbatches in flight at a stage than there are stages from it to the end of the chain, which is 1F1B. With weight gradients
+split off and run where nothing else can, it is the zero-bubble schedule.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_apt.pipeline.graph import Graph, Task
+from megatron_apt.pipeline.simulate import Timeline, lower_bound, simulate
+
+Kind = tuple[str, str, str, int]  # F | I | W, phase, branch, segment
+
+
+@dataclass(frozen=True)
+class Wish:
+    """When tasks of one kind want to run, and what they may hold.
+
+    Attributes:
+        offset: after the beginning of their iteration, as a share of an iteration's work.
+        pace: from one microbatch to the next, as a share of one microbatch's work in an iteration.
+        slope: from one rank's stage to the next, likewise.
+        window: most activations that the first stage of the kind may hold, as a share of the cap; forward only.
+        narrowing: by how much less the last stage may hold, as a share of that.
+        reserve: memory it leaves to others, in microbatches of one rank's part.
+    """
+
+    offset: float = 0.0
+    pace: float = 0.13
+    slope: float = 0.0
+    window: float = 1.0
+    narrowing: float = 0.0
+    reserve: float = 0.0
+
+
+Policy = dict[Kind, Wish]
+
+
+class NoRoom(ValueError):
+    """A policy lets some kinds of tasks fill the memory that others need to go on."""
+
+    def __init__(self, missing: int, message: str):
+        super().__init__(message)
+        self.missing = missing
+
+
+def kind_of(task: Task) -> Kind:
+    return task.kind, task.phase, task.branch, task.segment
+
+
+def list_schedule(graph: Graph, policy: Policy, cap: float) -> list[list[int]]:
+    """Lists of tasks for each rank.
+
+    Raises:
+        NoRoom: the policy does not fit into `cap`.
+    """
+    wishes, window = [policy.get(kind_of(task)) for task in graph.tasks], graph.window
+    length = max(graph.load) / window.iterations
+    slot = length / window.microbatches
+    due, room = [], []
+    for task, wish, size in zip(graph.tasks, wishes, graph.live, strict=True):
+        depth = task.stage / window.chunks(task.role)
+        due.append(-math.inf if wish is None else length * (task.iteration + wish.offset) + slot * (wish.pace * task.microbatch + wish.slope * depth))
+        narrowed = 0.0 if wish is None else wish.window * cap * (1 - wish.narrowing * depth / window.ranks)
+        room.append(max(size, narrowed))
+    waits, ready_at = [len(sources) for sources in graph.before], [0.0] * len(graph.tasks)
+    # What takes memory waits in a heap for each kind and stage, because its next one may not fit; all else in one heap.
+    free_heaps: list[list] = [[] for _ in range(window.ranks)]
+    memory_heaps: list[dict] = [{} for _ in range(window.ranks)]
+    used, held, busy_until = [0.0] * window.ranks, {}, [0.0] * window.ranks
+    order: list[list[int]] = [[] for _ in range(window.ranks)]
+    place = [(task.phase, task.branch, task.segment, task.role, task.stage) for task in graph.tasks]
+    events: list[tuple[float, int]] = [(0.0, t) for t, count in enumerate(waits) if not count]  # a task's inputs are there
+    heapq.heapify(events)
+    while events:
+        now = events[0][0]
+        touched = set()
+        while events and events[0][0] <= now + 1e-9:
+            _, event = heapq.heappop(events)
+            if event < 0:  # the end of a task
+                task = -event - 1
+                rank = graph.rank[task]
+                if graph.live[task] < 0:
+                    used[rank] += graph.live[task]
+                    held[place[task]] += graph.live[task]
+                touched.add(rank)
+                for other in graph.after[task]:
+                    waits[other] -= 1
+                    ready_at[other] = max(ready_at[other], now + graph.delay(task, other))
+                    if not waits[other]:
+                        heapq.heappush(events, (ready_at[other], other))
+            else:
+                rank = graph.rank[event]
+                heap = memory_heaps[rank].setdefault(place[event], []) if graph.live[event] > 0 else free_heaps[rank]
+                heapq.heappush(heap, (due[event], event))
+                touched.add(rank)
+        for rank in sorted(touched):
+            if busy_until[rank] > now + 1e-9:
+                continue
+            best = free_heaps[rank]
+            for where, heap in memory_heaps[rank].items():
+                if heap and (not best or heap[0] < best[0]):
+                    task = heap[0][1]
+                    size = graph.live[task]
+                    if used[rank] + size <= cap - wishes[task].reserve + 1e-9 and held.get(where, 0.0) + size <= room[task] + 1e-9:
+                        best = heap
+            if best:
+                task = heapq.heappop(best)[1]
+                order[rank].append(task)
+                if graph.live[task] > 0:
+                    used[rank] += graph.live[task]
+                    held[place[task]] = held.get(place[task], 0.0) + graph.live[task]
+                busy_until[rank] = now + graph.time[task]
+                heapq.heappush(events, (busy_until[rank], -task - 1))
+    missing = len(graph.tasks) - sum(map(len, order))
+    if missing:
+        raise NoRoom(missing, f"{missing} tasks of {len(graph.tasks)} never find room in {cap:g} activations")
+    return order
+
+
+@dataclass(frozen=True)
+class Built:
+    """A schedule with what it costs.
+
+    Attributes:
+        bound: no schedule of this window is shorter, whatever its memory.
+    """
+
+    graph: Graph
+    order: list[list[int]]
+    timeline: Timeline
+    bound: float
+    policy: Policy
+
+
+def build(graph: Graph, policy: Policy, cap: float) -> Built:
+    order = list_schedule(graph, policy, cap)
+    return Built(graph, order, simulate(graph, order), lower_bound(graph), policy)
+
+
+def phases_apart(graph: Graph, cap: float) -> Built:
+    """1F1B, or with split weight gradients zero-bubble, one branch after the other; the window's `apart` must be set."""
+    policy = {}
+    for phase in graph.window.phases:
+        for branch in phase.branches:
+            depth = sum(len(graph.window.placement[segment.role]) for segment in branch.segments)
+            before = 0
+            for s, segment in enumerate(branch.segments):
+                stages = len(graph.window.placement[segment.role])
+                in_flight = (depth - before) * segment.copies / graph.window.chunks(segment.role)
+                forward = Wish(offset=1.0, window=in_flight / cap, narrowing=stages / (depth - before))
+                policy[("F", phase.name, branch.name, s)] = forward
+                policy[("I", phase.name, branch.name, s)] = Wish()
+                policy[("W", phase.name, branch.name, s)] = Wish(offset=2.0 if graph.window.split else -1.0)
+                before += stages
+    return build(graph, policy, cap)
+
+
+def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: int, seed: int = 0) -> Built:
+    """Anneals each of these policies and takes the best; stops early at the lower bound.
+
+    Raises:
+        NoRoom: no policy was found that fits into `cap`.
+    """
+    bound = lower_bound(graph)
+    best, least = policies[0], math.inf
+    for policy in policies:
+        found, makespan = _anneal(graph, policy, cap, evaluations, random.Random(seed), bound)
+        if makespan < least:
+            best, least = found, makespan
+        if least <= bound + 1e-9:
+            break
+    return build(graph, best, cap)
+
+
+def _anneal(graph: Graph, policy: Policy, cap: float, evaluations: int, rng: random.Random, bound: float) -> tuple[Policy, float]:
+    now = best = policy
+    value = least = _makespan(graph, policy, cap)
+    for number in range(evaluations):
+        if least <= bound + 1e-9:
+            break
+        candidate = _changed(now, rng)
+        found = _makespan(graph, candidate, cap)
+        warmth = 0.002 * max(graph.load) * (1 - number / evaluations) + 1e-9
+        if found <= value or rng.random() < math.exp((value - found) / warmth):
+            now, value = candidate, found
+            if value < least:
+                best, least = now, value
+    return best, least
+
+
+def _makespan(graph: Graph, policy: Policy, cap: float) -> float:
+    """Of the policy's schedule; of one that does not fit far more than of any that does, and the more the less of it fits."""
+    try:
+        return simulate(graph, list_schedule(graph, policy, cap)).makespan
+    except NoRoom as error:
+        return sum(graph.load) * (1 + error.missing)
+
+
+# What a change may touch; offsets matter most.
+_TIMES = ("offset", "offset", "pace", "slope")
+_MEMORY = ("window", "narrowing", "reserve")
+
+
+def _changed(policy: Policy, rng: random.Random) -> Policy:
+    changed = dict(policy)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        kind = rng.choice(sorted(changed))
+        what = rng.choice(_TIMES + _MEMORY if kind[0] == "F" else _TIMES)
+        value = getattr(changed[kind], what)
+        if what == "reserve":
+            value = max(0.0, value + rng.choice((-1.0, -0.5, 0.5, 1.0)))
+        else:
+            value += 0.15 * rng.gauss(0, 1) * rng.choice((0.2, 1.0))
+        changed[kind] = replace(changed[kind], **{what: min(1.0, max(0.0, value)) if what in ("window", "narrowing") else value})
+    return changed

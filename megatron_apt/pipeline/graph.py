@@ -1,0 +1,207 @@
+"""What a window of iterations must compute, and in which order at the latest: the tasks of a method's phases over pipeline stages.
+
+A task is one action on one microbatch and one stage: F forward, I input gradient, W weight gradient, or the STEP of one stage of a role. Edges are
+of three kinds:
+    data      F after the F before it in the chain; I after the I behind it and after its own F; W after its own I
+    version   a task that reads a role's weights comes after the STEP that plain alternation of the phases would give it,
+    reuse     and before the next STEP of that stage, which overwrites them.
+Any order that keeps them computes what plain alternation computes, gradient for gradient. In particular D's real branch may run beside the G phase,
+and the next iteration's G beside the D phase.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from megatron_apt.methods.base import Branch, Phase
+
+
+class Task(NamedTuple):
+    """Printed and parsed as `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0`."""
+
+    kind: str  # F | I | W | STEP
+    role: str
+    stage: int
+    iteration: int
+    phase: str = ""
+    branch: str = ""
+    segment: int = -1
+    microbatch: int = -1
+
+    def __str__(self) -> str:
+        head = f"{self.kind} {self.role}.{self.stage} i{self.iteration}"
+        return head if self.kind == "STEP" else f"{head} {self.phase}/{self.branch}.{self.segment} m{self.microbatch}"
+
+    @staticmethod
+    def parse(text: str) -> "Task":
+        """Inverse of str.
+
+        Raises:
+            ValueError: naming the text.
+        """
+        try:
+            kind, place, iteration, *rest = text.split()
+            role, stage = place.rsplit(".", 1)
+            task = Task(kind, role, int(stage), int(iteration.removeprefix("i")))
+            if kind != "STEP":
+                path, microbatch = rest
+                phase, tail = path.split("/", 1)
+                branch, segment = tail.rsplit(".", 1)
+                task = task._replace(phase=phase, branch=branch, segment=int(segment), microbatch=int(microbatch.removeprefix("m")))
+            if str(task) != text.strip() or kind not in ("F", "I", "W", "STEP"):
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{text!r} is not an action; one reads `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0`") from None
+        return task
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time of the part of a network that one rank holds, for one microbatch."""
+
+    F: float = 1.0
+    I: float = 1.0  # noqa: E741
+    W: float = 1.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is to be scheduled.
+
+    Attributes:
+        phases: of the method.
+        placement: role -> rank of each of its stages, in order. Every rank holds as many stages as any other.
+        microbatches, iterations: how many.
+        costs: role -> time of one rank's part.
+        message: time from the end of a task to the start of one on another rank that needs its result.
+        split: False joins W to I, as an ordinary backward pass does.
+        apart: every branch waits until the one before it has left the pipeline, on every rank.
+    """
+
+    phases: tuple[Phase, ...]
+    placement: Mapping[str, tuple[int, ...]]
+    microbatches: int
+    iterations: int
+    costs: Mapping[str, Cost]
+    message: float = 0.0
+    split: bool = True
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        for role in {segment.role for phase in self.phases for branch in phase.branches for segment in branch.segments}:
+            if role not in self.placement or role not in self.costs:
+                raise ValueError(f"role {role!r} of the method has no placement or no cost")
+            held = [self.placement[role].count(rank) for rank in range(self.ranks)]
+            if len(set(held)) != 1:
+                raise ValueError(f"placement of {role!r} gives the ranks {held} stages; every rank must hold the same number")
+
+    @property
+    def ranks(self) -> int:
+        return 1 + max(rank for ranks in self.placement.values() for rank in ranks)
+
+    def chunks(self, role: str) -> int:
+        """Stages of a role on each rank."""
+        return len(self.placement[role]) // self.ranks
+
+
+class Graph:
+    """The tasks of a window as columns; a task is its index.
+
+    Attributes:
+        tasks: what each is.
+        rank, time: where and how long.
+        live: activation memory it takes (F) or frees (W, or I where the role is frozen), in microbatches of one rank's part of a network.
+        before, after: (task, delay) a task waits for, and that wait for it.
+    """
+
+    def __init__(self, window: Window):
+        self.window = window
+        self.tasks: list[Task] = []
+        self.rank: list[int] = []
+        self.time: list[float] = []
+        self.live: list[float] = []
+        self.before: list[list[int]] = []
+        self.number: dict[Task, int] = {}
+        self._readers: dict[tuple[str, int], list[int]] = {}  # of the present version of a stage
+        self._stepped: dict[tuple[str, int], int] = {}  # the STEP that made it
+        flushed = 0
+        for iteration in range(window.iterations):
+            for phase in window.phases:
+                for branch in phase.branches:
+                    # Apart: the first microbatch enters when all before it is done, each further one after the one before it.
+                    gate, flushed = (list(range(flushed, len(self.tasks))), len(self.tasks)) if window.apart else ([], 0)
+                    for microbatch in range(window.microbatches):
+                        entry = self._chain(iteration, phase, branch, microbatch, gate)
+                        gate = [entry] if window.apart else []
+                for stage, rank in enumerate(window.placement[phase.updates]):
+                    self._step(phase.updates, stage, rank, iteration)
+
+    # --- construction
+
+    def _add(self, task: Task, rank: int, time: float, live: float, before: Sequence[int]) -> int:
+        number = self.number[task] = len(self.tasks)
+        self.tasks.append(task)
+        self.rank.append(rank)
+        self.time.append(time)
+        self.live.append(live)
+        self.before.append(list(before))
+        return number
+
+    def _chain(self, iteration: int, phase: Phase, branch: Branch, microbatch: int, gate: list[int]) -> int:
+        """Adds one branch of one microbatch; returns its first task."""
+        window = self.window
+        forward: list[tuple[int, int, int]] = []  # (segment, stage, task)
+        for s, segment in enumerate(branch.segments):
+            for stage, rank in enumerate(window.placement[segment.role]):
+                size = segment.copies / window.chunks(segment.role)
+                task = Task("F", segment.role, stage, iteration, phase.name, branch.name, s, microbatch)
+                before = [forward[-1][2]] if forward else gate
+                live = size if segment.grad != "none" else 0.0
+                forward.append((s, stage, self._read(task, rank, size * window.costs[segment.role].F, live, before)))
+        last = forward[-1][2]
+        for s, _, own in reversed(forward):
+            segment = branch.segments[s]
+            if segment.grad == "none":
+                break
+            cost, size, rank = window.costs[segment.role], segment.copies / window.chunks(segment.role), self.rank[own]
+            task, full = self.tasks[own], segment.grad == "full"
+            joined = size * cost.W if full and not window.split else 0.0
+            last = self._read(task._replace(kind="I"), rank, size * cost.I + joined, 0.0 if full else -size, [last, own])
+            if full:
+                self._read(task._replace(kind="W"), rank, size * cost.W - joined, -size, [last])
+        return forward[0][2]
+
+    def _read(self, task: Task, rank: int, time: float, live: float, before: list[int]) -> int:
+        """Adds a task that reads the present version of its stage's weights."""
+        place = (task.role, task.stage)
+        if place in self._stepped:
+            before = [*before, self._stepped[place]]
+        number = self._add(task, rank, time, live, dict.fromkeys(before))
+        self._readers.setdefault(place, []).append(number)
+        return number
+
+    def _step(self, role: str, stage: int, rank: int, iteration: int) -> None:
+        place = (role, stage)
+        self._stepped[place] = self._add(Task("STEP", role, stage, iteration), rank, 0.0, 0.0, self._readers.pop(place, []))
+
+    # --- reading
+
+    @cached_property
+    def after(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in self.tasks]
+        for task, sources in enumerate(self.before):
+            for source in sources:
+                found[source].append(task)
+        return found
+
+    def delay(self, source: int, task: int) -> float:
+        return self.window.message if self.rank[source] != self.rank[task] else 0.0
+
+    @cached_property
+    def load(self) -> list[float]:
+        """Work of each rank."""
+        found = [0.0] * self.window.ranks
+        for rank, time in zip(self.rank, self.time, strict=True):
+            found[rank] += time
+        return found

@@ -1,0 +1,50 @@
+"""Where schedules begin: placements of stages, and policies from which the search starts."""
+
+from collections.abc import Sequence
+
+from megatron_apt.methods.base import Phase
+from megatron_apt.pipeline.build import Policy, Wish
+
+
+def placement(ranks: int, chunks: int) -> tuple[int, ...]:
+    """Rank of each stage when every rank holds `chunks` of them: there and back again (a V for 2), so that every rank is near both ends."""
+    there = tuple(range(ranks))
+    return sum((there if chunk % 2 == 0 else there[::-1] for chunk in range(chunks)), ())
+
+
+def start(phases: Sequence[Phase]) -> tuple[Policy, ...]:
+    """Policies to try first: what a long search found for APT on 8 ranks, which carries over to others, and a cautious one for any method."""
+    cautious = _cautious(phases)
+    found = cautious | {kind: wish for kind, wish in _APT.items() if kind in cautious}
+    return (found, cautious) if found != cautious else (cautious,)
+
+
+def _cautious(phases: Sequence[Phase]) -> Policy:
+    """Phase by phase, backward before forward, weight gradients last. Each kind of forward has memory of its own, so none blocks another."""
+    kinds = [(phase.name, branch.name, s, segment.grad) for phase in phases for branch in phase.branches for s, segment in enumerate(branch.segments)]
+    keeping = sum(grad != "none" for *_, grad in kinds)
+    policy: Policy = {}
+    for i, (phase, branch, s, grad) in enumerate(kinds):
+        policy["F", phase, branch, s] = Wish(offset=i / len(kinds), window=0.5 / max(1, keeping))
+        if grad != "none":
+            policy["I", phase, branch, s] = Wish(offset=i / len(kinds) - 1)
+        if grad == "full":
+            policy["W", phase, branch, s] = Wish(offset=i / len(kinds) + 0.5)
+    return policy
+
+
+# 1,905 evaluations of annealing at 8 ranks in a V, 16 microbatches, F = I = W: it reaches the lower bound there.
+_APT: Policy = {
+    ("F", "g", "fake", 0): Wish(0.137, 0.11, -0.199, window=0.694, narrowing=0.232, reserve=1.0),
+    ("F", "g", "fake", 1): Wish(-0.405, -0.151, -0.056, window=0.625, narrowing=0.575),
+    ("I", "g", "fake", 1): Wish(-0.117, 0.186, -0.067),
+    ("I", "g", "fake", 0): Wish(-0.181, -0.044, -0.006),
+    ("W", "g", "fake", 0): Wish(0.384, 0.342, -0.246),
+    ("F", "d", "real", 0): Wish(0.264, -0.013, -0.252, window=0.656, narrowing=0.288, reserve=2.0),
+    ("I", "d", "real", 0): Wish(-0.001, 0.449, -0.267),
+    ("W", "d", "real", 0): Wish(0.578, -0.122, -0.038),
+    ("F", "d", "fake", 0): Wish(-0.096, 0.09, -0.469),
+    ("F", "d", "fake", 1): Wish(0.124, 0.299, 0.101, window=0.306, reserve=5.0),
+    ("I", "d", "fake", 1): Wish(-0.632, 0.104, 0.301),
+    ("W", "d", "fake", 1): Wish(0.667, 0.338, -0.089),
+}

@@ -1,0 +1,244 @@
+"""Schedules: what they must keep, that the checker proves it, and that the builders keep it.
+
+The judge is a symbolic machine that knows nothing of edges or versions: every rank runs its list, a value is a hash of all that went into it, weights
+change at STEP by what W has summed up. Equal final weights mean equal gradients.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_apt.config import AptConfig, RunConfig
+from megatron_apt.methods import METHODS
+from megatron_apt.methods.base import Branch, Phase, Segment
+from megatron_apt.pipeline.build import phases_apart, search
+from megatron_apt.pipeline.check import BadSchedule, check
+from megatron_apt.pipeline.graph import Cost, Graph, Task, Window
+from megatron_apt.pipeline.policies import placement, start
+from megatron_apt.pipeline.simulate import Stuck, lower_bound, simulate
+
+APT = METHODS["apt"](RunConfig(method="apt"), None).phases
+
+
+def window(phases=APT, ranks=2, microbatches=3, iterations=2, chunks=1, cost=None, **options) -> Window:
+    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
+    return Window(phases, dict.fromkeys(roles, placement(ranks, chunks)), microbatches, iterations, dict.fromkeys(roles, cost or Cost()), **options)
+
+
+def weights_after(graph: Graph, order) -> dict | None:
+    """Final weights of every stage, or None where a rank lacks an input or all wait."""
+    weights = {(t.role, t.stage): hash((t.role, t.stage)) for t in graph.tasks}
+    branches = {(phase.name, branch.name): branch for phase in graph.window.phases for branch in phase.branches}
+    gradients, values, at = Counter(), {}, [0] * len(order)
+
+    def inputs(task: Task) -> list[Task]:
+        """Where its data comes from: the stage before or behind in the chain, and what it kept itself."""
+        segments = branches[task.phase, task.branch].segments
+        stages = [(s, stage) for s, segment in enumerate(segments) for stage in range(len(graph.window.placement[segment.role]))]
+        i = stages.index((task.segment, task.stage))
+        at = {place: task._replace(kind="F", role=segments[place[0]].role, segment=place[0], stage=place[1]) for place in stages}
+        if task.kind == "F":
+            return [at[stages[i - 1]]] if i else []
+        behind = at[stages[i + 1]]._replace(kind="I") if i + 1 < len(stages) else at[stages[i]]
+        return [behind, at[stages[i]]] if task.kind == "I" else [task._replace(kind="I")]
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, tasks in enumerate(order):
+            while at[rank] < len(tasks):
+                task = graph.tasks[tasks[at[rank]]]
+                place = (task.role, task.stage)
+                if task.kind == "STEP":
+                    weights[place] = hash((weights[place], gradients.pop(place, 0)))
+                else:
+                    sources = inputs(task)
+                    if any(source not in values and graph.rank[graph.number[source]] == rank for source in sources):
+                        return None
+                    if any(source not in values for source in sources):
+                        break
+                    values[task] = hash((task, weights[place], *(values[source] for source in sources)))
+                    if task.kind == "W":
+                        gradients[place] += values[task]
+                at[rank] += 1
+                moved = True
+    return weights if all(i == len(tasks) for i, tasks in zip(at, order, strict=True)) else None
+
+
+def alternation(graph: Graph):
+    """Everything in the order in which the method says it, on each rank."""
+    return [[t for t in range(len(graph.tasks)) if graph.rank[t] == rank] for rank in range(graph.window.ranks)]
+
+
+@pytest.mark.parametrize(
+    "task", [Task("F", "generator", 2, 0, "d", "fake", 0, 13), Task("W", "my.teacher", 0, 3, "a", "b.c", 1, 0), Task("STEP", "discriminator", 7, 2)]
+)
+def test_actions_are_read_as_they_are_written(task):
+    assert Task.parse(str(task)) == task
+
+
+@pytest.mark.parametrize(
+    "text", ["F generator.2 i0 d/fake.0", "B generator.2 i0 d/fake.0 m3", "STEP generator i0", "F generator.2 i0 d/fake.0 3", ""]
+)
+def test_other_text_is_refused(text):
+    with pytest.raises(ValueError, match="is not an action; one reads"):
+        Task.parse(text)
+
+
+def test_the_graph_of_apt_counts_what_the_method_says():
+    """G phase: G F I W, D F I. D phase: twice D F I W for the stacked pair, G F, D F I W: 15 units."""
+    graph = Graph(window(ranks=4, microbatches=5, iterations=2, chunks=2))
+    assert graph.load == [15.0 * 5 * 2] * 4
+    assert sum(graph.live) == pytest.approx(0)
+    kinds = Counter((t.kind, t.phase, t.branch) for t in graph.tasks)
+    assert kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2 and kinds["STEP", "", ""] == 16 * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.integers(1, 4),
+    microbatches=st.integers(1, 5),
+    iterations=st.integers(1, 3),
+    chunks=st.sampled_from([1, 2]),
+    message=st.sampled_from([0.0, 0.3]),
+    cost=st.builds(Cost, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.1, 2)),
+    seed=st.integers(0, 99),
+)
+def test_interleaved_schedules_compute_what_alternation_computes(ranks, microbatches, iterations, chunks, message, cost, seed):
+    graph = Graph(window(APT, ranks, microbatches, iterations, chunks, cost, message=message))
+    cap = 2 * ranks + 4
+    built = search(graph, start(APT), cap, evaluations=seed % 5)
+    check(graph, built.order, cap)
+    assert weights_after(graph, built.order) == weights_after(graph, alternation(graph)) is not None
+    assert lower_bound(graph) <= built.timeline.makespan + 1e-9
+    assert built.order == search(graph, start(APT), cap, evaluations=seed % 5).order
+
+
+def feed(*_):
+    raise NotImplementedError
+
+
+_CONSISTENCY = (Segment("teacher", "none", feed, copies=2), Segment("generator", "none", feed), Segment("generator", "full", feed))
+METHODS_UNDER_TEST = {
+    "flow": (Phase("flow", (Branch("flow", (Segment("generator", "full", feed),), feed),), "generator"),),
+    "consistency": (Phase("c", (Branch("c", _CONSISTENCY, feed),), "generator"),),
+    "relativistic": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None).phases,
+    "unmatched": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None).phases,
+}
+
+
+@pytest.mark.parametrize("method", METHODS_UNDER_TEST)
+def test_any_method_is_scheduled(method):
+    graph = Graph(window(METHODS_UNDER_TEST[method], ranks=3, microbatches=4))
+    built = search(graph, start(graph.window.phases), 20, evaluations=0)
+    check(graph, built.order, 20)
+    assert weights_after(graph, built.order) == weights_after(graph, alternation(graph)) is not None
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_phases_apart_is_1f1b_and_keeps_its_memory(split):
+    graph = Graph(window(ranks=4, microbatches=8, split=split, apart=True))
+    built = phases_apart(graph, 8)
+    check(graph, built.order, 8)
+    assert weights_after(graph, built.order) == weights_after(graph, alternation(graph)) is not None
+    flow = Graph(window(METHODS_UNDER_TEST["flow"], ranks=4, microbatches=8, iterations=1, split=False, apart=True))
+    apart = phases_apart(flow, 8)
+    assert apart.timeline.makespan == 3 * (8 + 4 - 1)  # 1F1B: (M + P - 1)(F + B)
+    assert apart.timeline.peak_live == [4, 3, 2, 1]
+
+
+def test_mutations_that_change_meaning_are_caught():
+    rng = random.Random(0)
+    graph = Graph(window(ranks=3, microbatches=3))
+    order = search(graph, start(APT), 10, evaluations=0).order
+    want = weights_after(graph, order)
+    changed = caught = harmless = 0
+    while changed < 1000:
+        mutated = [list(tasks) for tasks in order]
+        tasks = rng.choice(mutated)
+        i, j = rng.randrange(len(tasks)), rng.randrange(len(tasks))
+        kind = rng.choice(("swap", "swap", "move", "drop", "duplicate"))
+        if kind == "swap":
+            tasks[i], tasks[j] = tasks[j], tasks[i]
+        elif kind == "move":
+            tasks.insert(j, tasks.pop(i))
+        elif kind == "drop":
+            del tasks[i]
+        else:
+            tasks.insert(j, tasks[i])
+        means_the_same = weights_after(graph, mutated) == want
+        try:
+            check(graph, mutated)
+        except BadSchedule:
+            caught += not means_the_same
+        else:
+            assert means_the_same, f"{kind} of {graph.tasks[tasks[i - 1]]} went through"
+            harmless += 1
+        changed += not means_the_same
+    assert caught == changed and harmless > 50  # it is not that everything is refused
+
+
+def test_the_checker_names_what_is_wrong():
+    graph = Graph(window(ranks=2, microbatches=2, iterations=1))
+    order = search(graph, start(APT), 8, evaluations=0).order
+
+    def without(change):
+        mutated = [list(tasks) for tasks in order]
+        change(mutated)
+        return mutated
+
+    step = graph.number[Task("STEP", "generator", 0, 0)]
+    for change, message in [
+        (lambda o: o[0].remove(step), r"STEP generator\.0 i0 is missing"),
+        (lambda o: o[0].append(step), r"STEP generator\.0 i0 is there 2 times"),
+        (lambda o: (o[0].remove(step), o[1].append(step)), r"STEP generator\.0 i0 is on rank 1, its weights are on rank 0"),
+        (
+            lambda o: (o[0].remove(step), o[0].insert(0, step)),
+            r"rank 0 runs STEP generator\.0 i0 before .* g/fake\.0 m., which it needs",
+        ),
+        (lambda o: o.pop(), "1 lists for 2 ranks"),
+    ]:
+        with pytest.raises(BadSchedule, match=message):
+            check(graph, without(change))
+    with pytest.raises(BadSchedule, match="live activations at once, more than 2"):
+        check(graph, order, cap=2)
+
+
+def test_ranks_that_wait_for_each_other_are_named():
+    flow = METHODS_UNDER_TEST["flow"]
+    graph = Graph(window(flow, ranks=2, microbatches=2, iterations=1))
+    f = [[graph.number[Task("F", "generator", stage, 0, "flow", "flow", 0, m)] for m in range(2)] for stage in range(2)]
+    i = [[graph.number[Task("I", "generator", stage, 0, "flow", "flow", 0, m)] for m in range(2)] for stage in range(2)]
+    with pytest.raises(Stuck, match=r"rank 0 at I generator\.0 .* m0; rank 1 at F generator\.1 .* m1"):
+        simulate(graph, [[f[0][0], i[0][0], f[0][1]], [f[1][1], f[1][0]]])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "reach"),
+    [(8, 16, 0.03), (16, 32, 0.03), (4, 8, 0.03)],
+)
+def test_the_bubble_of_the_interleaved_schedule(ranks, microbatches, reach):
+    """Four iterations of APT, F = I = W, in no more activations than 1F1B phase by phase holds."""
+    cap = 2 * ranks
+    graph = Graph(window(APT, ranks, microbatches, 4, chunks=2))
+    built = search(graph, start(APT), cap, evaluations=300 if ranks == 4 else 0)
+    check(graph, built.order, cap)
+    assert built.timeline.bubble <= reach
+    apart = phases_apart(Graph(window(APT, ranks, microbatches, 4, split=False, apart=True)), cap)
+    assert max(built.timeline.peak_live) <= max(apart.timeline.peak_live)
+    assert apart.timeline.bubble > 0.29
+
+
+def test_a_large_schedule_is_built():
+    graph = Graph(window(APT, 16, 64, 1, chunks=2))
+    check(graph, search(graph, start(APT), 32, evaluations=0).order, 32)
+
+
+def test_a_placement_must_load_every_rank_alike():
+    with pytest.raises(ValueError, match=r"placement of 'generator' gives the ranks \[2, 1\] stages"):
+        Window(APT, {"generator": (0, 1, 0), "discriminator": (0, 1)}, 1, 1, {"generator": Cost(), "discriminator": Cost()})
+    with pytest.raises(ValueError, match="role 'discriminator' of the method has no placement"):
+        Window(APT, {"generator": (0, 1)}, 1, 1, {"generator": Cost()})
