@@ -126,6 +126,12 @@ def _plan(argv: list[str]) -> None:
     plan(load_recipe(argv[0]), tyro.cli(PlanConfig, args=argv[1:], prog=f"megatron-apt plan {argv[0]}"))
 
 
+def _schedule(argv: list[str]) -> None:
+    from megatron_apt.pipeline.command import ScheduleConfig, schedule
+
+    schedule(tyro.cli(ScheduleConfig, args=argv, prog="megatron-apt schedule"))
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "demo": (_demo, "diffusion model in, one-step generator out, on real digits and clips, on a CPU"),
     "encode": (_encode, "videos and images with captions -> shards of latents and text embeddings"),
@@ -133,6 +139,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "sample": (_sample, "pictures and clips from a checkpoint"),
     "checkpoint": (_checkpoint, "inspect | verify | reshard a checkpoint"),
     "plan": (_plan, "what a recipe needs on a cluster: memory of weights, gradients, optimiser and average"),
+    "schedule": (_schedule, "what a pipeline of two networks costs: bubbles and memory, interleaved and phase by phase"),
     "report": (_report, "write the demo's report again from its results"),
 }
 

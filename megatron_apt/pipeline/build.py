@@ -143,48 +143,59 @@ class Built:
 
 
 def build(graph: Graph, policy: Policy, cap: float) -> Built:
-    order = list_schedule(graph, policy, cap)
+    return priced(graph, list_schedule(graph, policy, cap), policy)
+
+
+def priced(graph: Graph, order: list[list[int]], policy: Policy) -> Built:
     return Built(graph, order, simulate(graph, order), lower_bound(graph), policy)
 
 
 def phases_apart(graph: Graph, cap: float) -> Built:
-    """1F1B, or with split weight gradients zero-bubble, one branch after the other; the window's `apart` must be set."""
-    policy = {}
-    for phase in graph.window.phases:
+    """The better of 1F1B and of forwards as early as `cap` allows, one branch after the other; the window's `apart` must be set.
+
+    With split weight gradients it is a zero-bubble schedule.
+    """
+    return search(graph, (_one_forward_one_backward(graph, cap, eager=False), _one_forward_one_backward(graph, cap, eager=True)), cap, evaluations=0)
+
+
+def _one_forward_one_backward(graph: Graph, cap: float, eager: bool) -> Policy:
+    policy, window = {}, graph.window
+    for phase in window.phases:
         for branch in phase.branches:
-            depth = sum(len(graph.window.placement[segment.role]) for segment in branch.segments)
-            before = 0
+            stages = [len(window.placement[segment.role]) for segment in branch.segments]
             for s, segment in enumerate(branch.segments):
-                stages = len(graph.window.placement[segment.role])
-                in_flight = (depth - before) * segment.copies / graph.window.chunks(segment.role)
-                forward = Wish(offset=1.0, window=in_flight / cap, narrowing=stages / (depth - before))
-                policy[("F", phase.name, branch.name, s)] = forward
-                policy[("I", phase.name, branch.name, s)] = Wish()
-                policy[("W", phase.name, branch.name, s)] = Wish(offset=2.0 if graph.window.split else -1.0)
-                before += stages
-    return build(graph, policy, cap)
+                left = sum(stages[s:])  # to the end of the chain
+                in_flight = left * segment.copies / window.chunks(segment.role)
+                # Eager forwards leave room for one microbatch of the segments behind them, which would block otherwise.
+                behind = sum(later.copies for later in branch.segments[s + 1 :])
+                memory = {"reserve": behind} if eager else {"window": in_flight / cap, "narrowing": stages[s] / left}
+                policy["F", phase.name, branch.name, s] = Wish(offset=2.0 - s / len(stages), **memory)
+                policy["I", phase.name, branch.name, s] = Wish()
+                policy["W", phase.name, branch.name, s] = Wish(offset=3.0 if window.split else -1.0)
+    return policy
 
 
 def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: int, seed: int = 0) -> Built:
-    """Anneals each of these policies and takes the best; stops early at the lower bound.
+    """Anneals the two best of these policies and takes the better result; stops early at the lower bound.
 
     Raises:
         NoRoom: no policy was found that fits into `cap`.
     """
     bound = lower_bound(graph)
-    best, least = policies[0], math.inf
-    for policy in policies:
-        found, makespan = _anneal(graph, policy, cap, evaluations, random.Random(seed), bound)
-        if makespan < least:
-            best, least = found, makespan
+    ranked = sorted((_makespan(graph, policy, cap), i) for i, policy in enumerate(policies))
+    least, best = ranked[0][0], policies[ranked[0][1]]
+    for value, i in ranked[:2] if evaluations else ():
         if least <= bound + 1e-9:
             break
+        makespan, found = _anneal(graph, policies[i], value, cap, evaluations, random.Random(seed), bound)
+        if makespan < least:
+            least, best = makespan, found
     return build(graph, best, cap)
 
 
-def _anneal(graph: Graph, policy: Policy, cap: float, evaluations: int, rng: random.Random, bound: float) -> tuple[Policy, float]:
-    now = best = policy
-    value = least = _makespan(graph, policy, cap)
+def _anneal(graph: Graph, policy: Policy, value: float, cap: float, evaluations: int, rng: random.Random, bound: float) -> tuple[float, Policy]:
+    """Shortest makespan found and its policy, from one policy whose makespan is `value`."""
+    now, best, least = policy, policy, value
     for number in range(evaluations):
         if least <= bound + 1e-9:
             break
@@ -195,7 +206,7 @@ def _anneal(graph: Graph, policy: Policy, cap: float, evaluations: int, rng: ran
             now, value = candidate, found
             if value < least:
                 best, least = now, value
-    return best, least
+    return least, best
 
 
 def _makespan(graph: Graph, policy: Policy, cap: float) -> float:

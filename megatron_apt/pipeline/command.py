@@ -1,0 +1,144 @@
+"""megatron-apt schedule: what a pipeline would cost, before a cluster is booked; the interleaved schedule beside phases apart."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_apt.config import AptConfig, RunConfig
+from megatron_apt.methods import METHODS
+from megatron_apt.pipeline.build import Built, phases_apart, priced, search
+from megatron_apt.pipeline.check import check
+from megatron_apt.pipeline.graph import Cost, Graph, Window
+from megatron_apt.pipeline.policies import placement, start
+
+NAMES = {"apart_1f1b": "phases apart, 1F1B", "apart_zb": "phases apart, zero-bubble", "interleaved": "interleaved"}
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    ranks: int = 8
+    """Pipeline ranks."""
+    microbatches: int = 16
+    iterations: int = 4
+    """In one window, whose start-up and drain are counted."""
+    cost: str = "F=1,I=1,W=1"
+    """Time of the part of a network that one rank holds: forward, input gradient, weight gradient."""
+    discriminator: float = 1.0
+    """Cost of the discriminator as a multiple of the generator's."""
+    message: float = 0.0
+    """Time of a message between ranks."""
+    cap: float = 0.0
+    """Most live activations on a rank, in microbatches of its part of one network; 0: twice the ranks, which 1F1B phase by phase needs."""
+    chunks: Literal[0, 1, 2] = 0
+    """Stages of each network on a rank in the interleaved schedule; 2: there and back, a V; 0: the better of both."""
+    method: Literal["apt", "flow", "consistency"] = "apt"
+    evaluations: int = 200
+    """Schedules tried in the search."""
+    seed: int = 0
+    compare: bool = True
+    """Show 1F1B and zero-bubble, phase by phase, too."""
+    picture: str = ""
+    """Draws the timelines to this PNG or SVG file."""
+    dump: str = ""
+    """Writes the interleaved action lists to this file."""
+    json: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("ranks", "microbatches", "iterations"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+
+
+def parse_cost(text: str) -> Cost:
+    """Cost of `F=1,I=1.8,W=0.3`; what is left out is 1.
+
+    Raises:
+        ValueError: naming the text.
+    """
+    try:
+        values = {key.strip(): float(value) for key, value in (part.split("=") for part in text.split(","))}
+        cost = Cost(**values)
+        if min(cost.F, cost.I, cost.W) <= 0:
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ValueError(f"cost {text!r}: give times above 0 as F=1,I=1.8,W=0.3") from None
+    return cost
+
+
+def schedules(options: ScheduleConfig) -> dict[str, Built]:
+    """The schedules to show, each checked."""
+    phases = METHODS[options.method](RunConfig(method=options.method, apt=AptConfig()), None).phases
+    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
+    cost = parse_cost(options.cost)
+    other = Cost(*(options.discriminator * value for value in (cost.F, cost.I, cost.W)))
+    costs = {role: other if role == "discriminator" else cost for role in roles}
+    cap = options.cap or 2.0 * options.ranks
+
+    def graph(chunks: int, **kind) -> Graph:
+        places = dict.fromkeys(roles, placement(options.ranks, chunks))
+        return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
+
+    def found_by_search(graph: Graph, policies) -> Built:
+        return search(graph, policies, cap, options.evaluations, options.seed)
+
+    found = {"apart_1f1b": phases_apart(graph(1, split=False, apart=True), cap)}
+    apart = graph(1, apart=True)
+    found["apart_zb"] = found_by_search(apart, (phases_apart(apart, cap).policy,))
+    interleaved = [found_by_search(graph(chunks), start(phases)) for chunks in ((options.chunks,) if options.chunks else (2, 1))]
+    interleaved.append(priced(graph(1), found["apart_zb"].order, found["apart_zb"].policy))  # phases apart are one way to interleave them
+    found["interleaved"] = min(interleaved, key=lambda built: built.timeline.makespan)
+    for built in found.values():
+        check(built.graph, built.order, cap)
+    return found if options.compare else {"interleaved": found["interleaved"]}
+
+
+def bubble_bound(built: Built) -> float:
+    return 1 - sum(built.graph.load) / (built.graph.window.ranks * built.bound)
+
+
+def schedule(options: ScheduleConfig) -> None:
+    found = schedules(options)
+    table = Table(
+        title=f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost}"
+    )
+    for heading in ("", "makespan", "bubble", "least bubble", "peak live"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, built in found.items():
+        line = built.timeline
+        table.add_row(NAMES[name], f"{line.makespan:.1f}", f"{line.bubble:.4f}", f"{bubble_bound(built):.4f}", f"{max(line.peak_live):g}")
+    console = Console()
+    console.print(table)
+    console.print(
+        "Least bubble: of any schedule with this placement, from the critical path and each rank's work, whatever its memory. Peak live: activations "
+        "held at once, in microbatches of one rank's part of one network."
+    )
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures(found), indent=1), encoding="utf-8")
+    if options.dump:
+        Path(options.dump).write_text(dump(found["interleaved"]), encoding="utf-8")
+    if options.picture:
+        from megatron_apt.pipeline.draw import draw
+
+        draw({NAMES[name]: built for name, built in found.items()}, options.picture)
+
+
+def figures(found: Mapping[str, Built]) -> dict:
+    return {
+        "bubble": {name: built.timeline.bubble for name, built in found.items()},
+        "peak_live": {name: max(built.timeline.peak_live) for name, built in found.items()},
+        "bound": {name: bubble_bound(built) for name, built in found.items()},
+        "makespan": {name: built.timeline.makespan for name, built in found.items()},
+    }
+
+
+def dump(built: Built) -> str:
+    """One action a line under the heading of each rank."""
+    lines = []
+    for rank, tasks in enumerate(built.order):
+        lines += [f"rank {rank}", *(f"  {built.graph.tasks[task]}" for task in tasks)]
+    return "\n".join(lines) + "\n"
