@@ -219,15 +219,12 @@ def test_ranks_that_wait_for_each_other_are_named():
         simulate(graph, [[f[0][0], i[0][0], f[0][1]], [f[1][1], f[1][0]]])
 
 
-@pytest.mark.parametrize(
-    ("ranks", "microbatches", "reach"),
-    [(8, 16, 0.03), (16, 32, 0.03), (4, 8, 0.03)],
-)
+@pytest.mark.parametrize(("ranks", "microbatches", "reach"), [(4, 8, 0.01), (8, 16, 0.005), (16, 32, 0.01)])
 def test_the_bubble_of_the_interleaved_schedule(ranks, microbatches, reach):
     """Four iterations of APT, F = I = W, in no more activations than 1F1B phase by phase holds."""
     cap = 2 * ranks
     graph = Graph(window(APT, ranks, microbatches, 4, chunks=2))
-    built = search(graph, start(APT), cap, evaluations=300 if ranks == 4 else 0)
+    built = search(graph, start(APT), cap, evaluations=0)
     check(graph, built.order, cap)
     assert built.timeline.bubble <= reach
     apart = phases_apart(Graph(window(APT, ranks, microbatches, 4, split=False, apart=True)), cap)

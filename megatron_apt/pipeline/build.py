@@ -31,7 +31,7 @@ class Wish:
         slope: from one rank's stage to the next, likewise.
         window: most activations that the first stage of the kind may hold, as a share of the cap; forward only.
         narrowing: by how much less the last stage may hold, as a share of that.
-        reserve: memory it leaves to others, in microbatches of one rank's part.
+        reserve: memory it leaves to others, as a share of the cap.
     """
 
     offset: float = 0.0
@@ -111,7 +111,7 @@ def list_schedule(graph: Graph, policy: Policy, cap: float) -> list[list[int]]:
                 if heap and (not best or heap[0] < best[0]):
                     task = heap[0][1]
                     size = graph.live[task]
-                    if used[rank] + size <= cap - wishes[task].reserve + 1e-9 and held.get(where, 0.0) + size <= room[task] + 1e-9:
+                    if used[rank] + size <= cap * (1 - wishes[task].reserve) + 1e-9 and held.get(where, 0.0) + size <= room[task] + 1e-9:
                         best = heap
             if best:
                 task = heapq.heappop(best)[1]
@@ -168,7 +168,7 @@ def _one_forward_one_backward(graph: Graph, cap: float, eager: bool) -> Policy:
                 in_flight = left * segment.copies / window.chunks(segment.role)
                 # Eager forwards leave room for one microbatch of the segments behind them, which would block otherwise.
                 behind = sum(later.copies for later in branch.segments[s + 1 :])
-                memory = {"reserve": behind} if eager else {"window": in_flight / cap, "narrowing": stages[s] / left}
+                memory = {"reserve": behind / cap} if eager else {"window": in_flight / cap, "narrowing": stages[s] / left}
                 policy["F", phase.name, branch.name, s] = Wish(offset=2.0 - s / len(stages), **memory)
                 policy["I", phase.name, branch.name, s] = Wish()
                 policy["W", phase.name, branch.name, s] = Wish(offset=3.0 if window.split else -1.0)
@@ -228,9 +228,6 @@ def _changed(policy: Policy, rng: random.Random) -> Policy:
         kind = rng.choice(sorted(changed))
         what = rng.choice(_TIMES + _MEMORY if kind[0] == "F" else _TIMES)
         value = getattr(changed[kind], what)
-        if what == "reserve":
-            value = max(0.0, value + rng.choice((-1.0, -0.5, 0.5, 1.0)))
-        else:
-            value += 0.15 * rng.gauss(0, 1) * rng.choice((0.2, 1.0))
-        changed[kind] = replace(changed[kind], **{what: min(1.0, max(0.0, value)) if what in ("window", "narrowing") else value})
+        value += 0.15 * rng.gauss(0, 1) * rng.choice((0.2, 1.0))
+        changed[kind] = replace(changed[kind], **{what: min(1.0, max(0.0, value)) if what in _MEMORY else value})
     return changed

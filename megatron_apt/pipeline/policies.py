@@ -41,32 +41,32 @@ def _cautious(phases: Sequence[Phase]) -> Policy:
 
 # 8 ranks in a V, 16 microbatches, F = I = W, at most 16 live activations, 1,905 evaluations: it reaches the lower bound there.
 _EVEN: Policy = {
-    ("F", "g", "fake", 0): Wish(0.137, 0.11, -0.199, window=0.694, narrowing=0.232, reserve=1.0),
+    ("F", "g", "fake", 0): Wish(0.137, 0.11, -0.199, window=0.694, narrowing=0.232, reserve=0.0625),
     ("F", "g", "fake", 1): Wish(-0.405, -0.151, -0.056, window=0.625, narrowing=0.575),
     ("I", "g", "fake", 1): Wish(-0.117, 0.186, -0.067),
     ("I", "g", "fake", 0): Wish(-0.181, -0.044, -0.006),
     ("W", "g", "fake", 0): Wish(0.384, 0.342, -0.246),
-    ("F", "d", "real", 0): Wish(0.264, -0.013, -0.252, window=0.656, narrowing=0.288, reserve=2.0),
+    ("F", "d", "real", 0): Wish(0.264, -0.013, -0.252, window=0.656, narrowing=0.288, reserve=0.125),
     ("I", "d", "real", 0): Wish(-0.001, 0.449, -0.267),
     ("W", "d", "real", 0): Wish(0.578, -0.122, -0.038),
     ("F", "d", "fake", 0): Wish(-0.096, 0.09, -0.469),
-    ("F", "d", "fake", 1): Wish(0.124, 0.299, 0.101, window=0.306, reserve=5.0),
+    ("F", "d", "fake", 1): Wish(0.124, 0.299, 0.101, window=0.306, reserve=0.3125),
     ("I", "d", "fake", 1): Wish(-0.632, 0.104, 0.301),
     ("W", "d", "fake", 1): Wish(0.667, 0.338, -0.089),
 }
 
 # 8 ranks in a line, 16 microbatches, F 1, I 1.8, W 0.3 (a video's attention), at most 16 live activations, 4,174 evaluations: bubble 0.098.
 _ATTENTION: Policy = {
-    ("F", "g", "fake", 0): Wish(-0.323, 0.025, 0.004, window=0.68, narrowing=0.122, reserve=1.5),
-    ("F", "g", "fake", 1): Wish(-0.291, 0.108, 0.097, window=0.774, narrowing=0.068, reserve=1.5),
+    ("F", "g", "fake", 0): Wish(-0.323, 0.025, 0.004, window=0.68, narrowing=0.122, reserve=0.0938),
+    ("F", "g", "fake", 1): Wish(-0.291, 0.108, 0.097, window=0.774, narrowing=0.068, reserve=0.0938),
     ("I", "g", "fake", 1): Wish(-0.317, -0.11, -0.07),
     ("I", "g", "fake", 0): Wish(0.168, 0.108, -0.067),
     ("W", "g", "fake", 0): Wish(-0.167, 0.1, -0.085),
-    ("F", "d", "real", 0): Wish(0.519, 0.013, -0.113, window=0.966, narrowing=0.294, reserve=0.5),
+    ("F", "d", "real", 0): Wish(0.519, 0.013, -0.113, window=0.966, narrowing=0.294, reserve=0.0312),
     ("I", "d", "real", 0): Wish(0.244, -0.373, 0.005),
     ("W", "d", "real", 0): Wish(0.4, 0.11, -0.27),
     ("F", "d", "fake", 0): Wish(0.508, 0.095, 0.037),
-    ("F", "d", "fake", 1): Wish(0.527, 0.08, 0.048, reserve=0.5),
+    ("F", "d", "fake", 1): Wish(0.527, 0.08, 0.048, reserve=0.0312),
     ("I", "d", "fake", 1): Wish(0.586, 0.088, -0.06),
     ("W", "d", "fake", 1): Wish(1.03, 0.704, -0.025),
 }
