@@ -77,14 +77,16 @@ def alternation(graph: Graph):
 
 
 @pytest.mark.parametrize(
-    "task", [Task("F", "generator", 2, 0, "d", "fake", 0, 13), Task("W", "my.teacher", 0, 3, "a", "b.c", 1, 0), Task("STEP", "discriminator", 7, 2)]
+    "task",
+    [Task("F", "generator", 2, 0, "d", "fake", 0, 13), Task("W", "my.teacher", 0, 3, "a", "b.c", 1, 0), Task("STEP", "discriminator", 7, 2, "d")],
 )
 def test_actions_are_read_as_they_are_written(task):
     assert Task.parse(str(task)) == task
 
 
 @pytest.mark.parametrize(
-    "text", ["F generator.2 i0 d/fake.0", "B generator.2 i0 d/fake.0 m3", "STEP generator i0", "F generator.2 i0 d/fake.0 3", ""]
+    "text",
+    ["F generator.2 i0 d/fake.0", "B generator.2 i0 d/fake.0 m3", "STEP generator i0 g", "STEP generator.0 i0", "F generator.2 i0 d/fake.0 3", ""],
 )
 def test_other_text_is_refused(text):
     with pytest.raises(ValueError, match="is not an action; one reads"):
@@ -97,7 +99,7 @@ def test_the_graph_of_apt_counts_what_the_method_says():
     assert graph.load == [15.0 * 5 * 2] * 4
     assert sum(graph.live) == pytest.approx(0)
     kinds = Counter((t.kind, t.phase, t.branch) for t in graph.tasks)
-    assert kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2 and kinds["STEP", "", ""] == 16 * 2
+    assert kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2 and kinds["STEP", "g", ""] == kinds["STEP", "d", ""] == 8 * 2
 
 
 @settings(max_examples=40, deadline=None)
@@ -193,14 +195,14 @@ def test_the_checker_names_what_is_wrong():
         change(mutated)
         return mutated
 
-    step = graph.number[Task("STEP", "generator", 0, 0)]
+    step = graph.number[Task("STEP", "generator", 0, 0, "g")]
     for change, message in [
-        (lambda o: o[0].remove(step), r"STEP generator\.0 i0 is missing"),
-        (lambda o: o[0].append(step), r"STEP generator\.0 i0 is there 2 times"),
-        (lambda o: (o[0].remove(step), o[1].append(step)), r"STEP generator\.0 i0 is on rank 1, its weights are on rank 0"),
+        (lambda o: o[0].remove(step), r"STEP generator\.0 i0 g is missing"),
+        (lambda o: o[0].append(step), r"STEP generator\.0 i0 g is there 2 times"),
+        (lambda o: (o[0].remove(step), o[1].append(step)), r"STEP generator\.0 i0 g is on rank 1, its weights are on rank 0"),
         (
             lambda o: (o[0].remove(step), o[0].insert(0, step)),
-            r"rank 0 runs STEP generator\.0 i0 before .* g/fake\.0 m., which it needs",
+            r"rank 0 runs STEP generator\.0 i0 g before .* g/fake\.0 m., which it needs",
         ),
         (lambda o: o.pop(), "1 lists for 2 ranks"),
     ]:

@@ -17,7 +17,7 @@ class BadSchedule(ValueError):
 def check(graph: Graph, order: Order, cap: float = float("inf")) -> None:
     """Each task once and on its rank; everything it waits for done before, on its own rank in the list; no deadlock; live activations within `cap`.
 
-    Messages have no order of their own to get wrong here: one is sent when its task ends and received where a task needs it.
+    Sends and receives are not in the lists yet: each message counts as sent when its task ends and as received where a task needs it.
 
     Raises:
         BadSchedule: naming the first action that is wrong.

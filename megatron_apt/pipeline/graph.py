@@ -18,20 +18,20 @@ from megatron_apt.methods.base import Branch, Phase
 
 
 class Task(NamedTuple):
-    """Printed and parsed as `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0`."""
+    """Printed and parsed as `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`."""
 
     kind: str  # F | I | W | STEP
     role: str
     stage: int
     iteration: int
-    phase: str = ""
+    phase: str
     branch: str = ""
     segment: int = -1
     microbatch: int = -1
 
     def __str__(self) -> str:
-        head = f"{self.kind} {self.role}.{self.stage} i{self.iteration}"
-        return head if self.kind == "STEP" else f"{head} {self.phase}/{self.branch}.{self.segment} m{self.microbatch}"
+        head = f"{self.kind} {self.role}.{self.stage} i{self.iteration} {self.phase}"
+        return head if self.kind == "STEP" else f"{head}/{self.branch}.{self.segment} m{self.microbatch}"
 
     @staticmethod
     def parse(text: str) -> "Task":
@@ -41,18 +41,18 @@ class Task(NamedTuple):
             ValueError: naming the text.
         """
         try:
-            kind, place, iteration, *rest = text.split()
+            kind, place, iteration, path, *rest = text.split()
             role, stage = place.rsplit(".", 1)
-            task = Task(kind, role, int(stage), int(iteration.removeprefix("i")))
+            task = Task(kind, role, int(stage), int(iteration.removeprefix("i")), path)
             if kind != "STEP":
-                path, microbatch = rest
                 phase, tail = path.split("/", 1)
                 branch, segment = tail.rsplit(".", 1)
+                (microbatch,) = rest
                 task = task._replace(phase=phase, branch=branch, segment=int(segment), microbatch=int(microbatch.removeprefix("m")))
             if str(task) != text.strip() or kind not in ("F", "I", "W", "STEP"):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{text!r} is not an action; one reads `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0`") from None
+            raise ValueError(f"{text!r} is not an action; one reads `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`") from None
         return task
 
 
@@ -112,7 +112,7 @@ class Graph:
         tasks: what each is.
         rank, time: where and how long.
         live: activation memory it takes (F) or frees (W, or I where the role is frozen), in microbatches of one rank's part of a network.
-        before, after: (task, delay) a task waits for, and that wait for it.
+        before, after: tasks that a task waits for, and that wait for it; to and from another rank there is a `delay`.
     """
 
     def __init__(self, window: Window):
@@ -135,7 +135,7 @@ class Graph:
                         entry = self._chain(iteration, phase, branch, microbatch, gate)
                         gate = [entry] if window.apart else []
                 for stage, rank in enumerate(window.placement[phase.updates]):
-                    self._step(phase.updates, stage, rank, iteration)
+                    self._step(Task("STEP", phase.updates, stage, iteration, phase.name), rank)
 
     # --- construction
 
@@ -181,9 +181,9 @@ class Graph:
         self._readers.setdefault(place, []).append(number)
         return number
 
-    def _step(self, role: str, stage: int, rank: int, iteration: int) -> None:
-        place = (role, stage)
-        self._stepped[place] = self._add(Task("STEP", role, stage, iteration), rank, 0.0, 0.0, self._readers.pop(place, []))
+    def _step(self, task: Task, rank: int) -> None:
+        place = (task.role, task.stage)
+        self._stepped[place] = self._add(task, rank, 0.0, 0.0, self._readers.pop(place, []))
 
     # --- reading
 
