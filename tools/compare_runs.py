@@ -2,7 +2,8 @@
 
     python tools/compare_runs.py RUN_A RUN_B [--rtol 0] [--json FILE]
 
-Exit code 0 if nothing differs by more than --rtol (0: bit for bit), 1 otherwise. A tensor may be off by rtol of its own largest entry.
+Exit code 0 if nothing differs by more than --rtol (0: bit for bit), 1 otherwise. A tensor may be off by rtol of its own largest entry. Where one of
+them has no log (a resharded checkpoint, an iteration-* folder), only tensors are compared, and that is said.
 """
 
 import argparse
@@ -43,6 +44,8 @@ def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def compare_logs(a: Path, b: Path, rtol: float) -> dict:
     """First difference between two log.jsonl, if any, and the largest relative one."""
+    if missing := [str(run) for run in (a, b) if not (run / "log.jsonl").is_file()]:
+        return {"rows": 0, "first_difference": "", "largest_relative_difference": 0.0, "missing": missing}
     rows_a, rows_b = read_rows(a / "log.jsonl"), read_rows(b / "log.jsonl")
     first, largest = "", 0.0
     if len(rows_a) != len(rows_b):
@@ -105,6 +108,9 @@ def main() -> None:
     print(f"iterations  {result['iterations'][0]} and {result['iterations'][1]}")
     for part, count in (("log", "rows"), ("tensors", "tensors")):
         found = result[part]
+        if found.get("missing"):
+            print(f"{part:11} not compared: none in {' and '.join(found['missing'])}")
+            continue
         print(f"{part:11} {found[count]} {count}; largest relative difference {found['largest_relative_difference']:.3e}")
         if found["first_difference"]:
             print(f"            first: {found['first_difference']}")
