@@ -12,6 +12,7 @@ split off and run where nothing else can, it is the zero-bubble schedule.
 import heapq
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -63,68 +64,108 @@ def list_schedule(graph: Graph, policy: Policy, cap: float) -> list[list[int]]:
     Raises:
         NoRoom: the policy does not fit into `cap`.
     """
-    wishes, window = [policy.get(kind_of(task)) for task in graph.tasks], graph.window
-    length = max(graph.load) / window.iterations
-    slot = length / window.microbatches
-    due, room = [], []
-    for task, wish, size in zip(graph.tasks, wishes, graph.live, strict=True):
-        depth = task.stage / window.chunks(task.role)
-        due.append(-math.inf if wish is None else length * (task.iteration + wish.offset) + slot * (wish.pace * task.microbatch + wish.slope * depth))
-        narrowed = 0.0 if wish is None else wish.window * cap * (1 - wish.narrowing * depth / window.ranks)
-        room.append(max(size, narrowed))
+    due, room, limit = _wishes_of_tasks(graph, policy, cap)
+    ranks = [_Rank(graph, due, room, limit) for _ in range(graph.window.ranks)]
     waits, ready_at = [len(sources) for sources in graph.before], [0.0] * len(graph.tasks)
-    # What takes memory waits in a heap for each kind and stage, because its next one may not fit; all else in one heap.
-    free_heaps: list[list] = [[] for _ in range(window.ranks)]
-    memory_heaps: list[dict] = [{} for _ in range(window.ranks)]
-    used, held, busy_until = [0.0] * window.ranks, {}, [0.0] * window.ranks
-    order: list[list[int]] = [[] for _ in range(window.ranks)]
-    place = [(task.phase, task.branch, task.segment, task.role, task.stage) for task in graph.tasks]
-    events: list[tuple[float, int]] = [(0.0, t) for t, count in enumerate(waits) if not count]  # a task's inputs are there
+    # A task t is an event when its inputs are there, and -t - 1 when it ends.
+    events = [(0.0, task) for task, count in enumerate(waits) if not count]
     heapq.heapify(events)
     while events:
-        now = events[0][0]
-        touched = set()
-        while events and events[0][0] <= now + 1e-9:
+        now, touched = events[0][0], set()
+        while events and events[0][0] <= now + _SAME_TIME:
             _, event = heapq.heappop(events)
-            if event < 0:  # the end of a task
-                task = -event - 1
-                rank = graph.rank[task]
-                if graph.live[task] < 0:
-                    used[rank] += graph.live[task]
-                    held[place[task]] += graph.live[task]
-                touched.add(rank)
-                for other in graph.after[task]:
-                    waits[other] -= 1
-                    ready_at[other] = max(ready_at[other], now + graph.delay(task, other))
-                    if not waits[other]:
-                        heapq.heappush(events, (ready_at[other], other))
-            else:
-                rank = graph.rank[event]
-                heap = memory_heaps[rank].setdefault(place[event], []) if graph.live[event] > 0 else free_heaps[rank]
-                heapq.heappush(heap, (due[event], event))
-                touched.add(rank)
-        for rank in sorted(touched):
-            if busy_until[rank] > now + 1e-9:
+            task = event if event >= 0 else -event - 1
+            touched.add(graph.rank[task])
+            if event >= 0:
+                ranks[graph.rank[task]].offer(task)
                 continue
-            best = free_heaps[rank]
-            for where, heap in memory_heaps[rank].items():
-                if heap and (not best or heap[0] < best[0]):
-                    task = heap[0][1]
-                    size = graph.live[task]
-                    if used[rank] + size <= cap * (1 - wishes[task].reserve) + 1e-9 and held.get(where, 0.0) + size <= room[task] + 1e-9:
-                        best = heap
-            if best:
-                task = heapq.heappop(best)[1]
-                order[rank].append(task)
-                if graph.live[task] > 0:
-                    used[rank] += graph.live[task]
-                    held[place[task]] = held.get(place[task], 0.0) + graph.live[task]
-                busy_until[rank] = now + graph.time[task]
-                heapq.heappush(events, (busy_until[rank], -task - 1))
-    missing = len(graph.tasks) - sum(map(len, order))
+            ranks[graph.rank[task]].end(task)
+            for other in graph.after[task]:
+                waits[other] -= 1
+                ready_at[other] = max(ready_at[other], now + graph.delay(task, other))
+                if not waits[other]:
+                    heapq.heappush(events, (ready_at[other], other))
+        for number in sorted(touched):
+            task = ranks[number].begin()
+            if task is not None:
+                heapq.heappush(events, (now + graph.time[task], -task - 1))
+    missing = len(graph.tasks) - sum(len(rank.order) for rank in ranks)
     if missing:
         raise NoRoom(missing, f"{missing} tasks of {len(graph.tasks)} never find room in {cap:g} activations")
-    return order
+    return [rank.order for rank in ranks]
+
+
+_SAME_TIME = 1e-9
+
+
+def _wishes_of_tasks(graph: Graph, policy: Policy, cap: float) -> tuple[list[float], list[float], list[float]]:
+    """For each task: the time it is due, the most its kind may hold at its stage, and the most its rank may hold with it."""
+    window = graph.window
+    length = max(graph.load) / window.iterations
+    slot = length / window.microbatches
+    due, room, limit = [], [], []
+    for task, size in zip(graph.tasks, graph.live, strict=True):
+        wish, depth = policy.get(kind_of(task)), task.stage / window.chunks(task.role)
+        if wish is None:  # a STEP: at once
+            wish, at = Wish(), -math.inf
+        else:
+            at = length * (task.iteration + wish.offset) + slot * (wish.pace * task.microbatch + wish.slope * depth)
+        due.append(at)
+        room.append(max(size, wish.window * cap * (1 - wish.narrowing * depth / window.ranks)))
+        limit.append(cap * (1 - wish.reserve))
+    return due, room, limit
+
+
+class _Rank:
+    """One rank while its list is made: what could run, what is held, what runs now."""
+
+    def __init__(self, graph: Graph, due: list[float], room: list[float], limit: list[float]):
+        self.order: list[int] = []
+        self._graph, self._due, self._room, self._limit = graph, due, room, limit
+        # What takes memory waits in a heap for each kind and stage, because its next one may not fit; all else in one heap.
+        self._free: list[tuple[float, int]] = []
+        self._by_place: dict[tuple, list[tuple[float, int]]] = {}
+        self._held: Counter = Counter()
+        self._used, self._busy = 0.0, False
+
+    @staticmethod
+    def _place(task: Task) -> tuple:
+        return task.phase, task.branch, task.segment, task.stage
+
+    def offer(self, task: int) -> None:
+        """The task's inputs are there."""
+        heap = self._by_place.setdefault(self._place(self._graph.tasks[task]), []) if self._graph.live[task] > 0 else self._free
+        heapq.heappush(heap, (self._due[task], task))
+
+    def begin(self) -> int | None:
+        """Starts the most overdue task that fits, unless one runs."""
+        if self._busy:
+            return None
+        best, where = self._free, None
+        for place, heap in self._by_place.items():
+            if heap and (not best or heap[0] < best[0]) and self._fits(place, heap[0][1]):
+                best, where = heap, place
+        if not best:
+            return None
+        task = heapq.heappop(best)[1]
+        if where is not None:
+            self._take(where, self._graph.live[task])
+        self.order.append(task)
+        self._busy = True
+        return task
+
+    def end(self, task: int) -> None:
+        self._busy = False
+        if self._graph.live[task] < 0:
+            self._take(self._place(self._graph.tasks[task]), self._graph.live[task])
+
+    def _fits(self, place: tuple, task: int) -> bool:
+        size = self._graph.live[task]
+        return self._used + size <= self._limit[task] + 1e-9 and self._held[place] + size <= self._room[task] + 1e-9
+
+    def _take(self, place: tuple, size: float) -> None:
+        self._used += size
+        self._held[place] += size
 
 
 @dataclass(frozen=True)
