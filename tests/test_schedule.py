@@ -33,20 +33,30 @@ def window(phases=APT, ranks=2, microbatches=3, iterations=2, chunks=1, cost=Non
 
 def weights_after(graph: Graph, order) -> dict | None:
     """Final weights of every stage, or None where a rank lacks an input or all wait."""
-    weights = {(t.role, t.stage): hash((t.role, t.stage)) for t in graph.tasks}
+    stages = {(role, stage): rank for role, ranks in graph.window.placement.items() for stage, rank in enumerate(ranks)}
+    weights = {place: hash(place) for place in stages}
     branches = {(phase.name, branch.name): branch for phase in graph.window.phases for branch in phase.branches}
     gradients, values, at = Counter(), {}, [0] * len(order)
 
     def inputs(task: Task) -> list[Task]:
-        """Where its data comes from: the stage before or behind in the chain, and what it kept itself."""
-        segments = branches[task.phase, task.branch].segments
-        stages = [(s, stage) for s, segment in enumerate(segments) for stage in range(len(graph.window.placement[segment.role]))]
-        i = stages.index((task.segment, task.stage))
-        at = {place: task._replace(kind="F", role=segments[place[0]].role, segment=place[0], stage=place[1]) for place in stages}
-        if task.kind == "F":
-            return [at[stages[i - 1]]] if i else []
-        behind = at[stages[i + 1]]._replace(kind="I") if i + 1 < len(stages) else at[stages[i]]
-        return [behind, at[stages[i]]] if task.kind == "I" else [task._replace(kind="I")]
+        """Where its data comes from: the stage before or behind it, the segments that it reads or that read it, what it kept itself."""
+        branch = branches[task.phase, task.branch]
+
+        def other(kind: str, s: int, stage: int) -> Task:
+            role = branch.segments[s].role
+            return task._replace(kind=kind, role=role, segment=s, stage=stage % len(graph.window.placement[role]))
+
+        s, stage, last = task.segment, task.stage, task.stage == len(graph.window.placement[task.role]) - 1
+        if task.kind == "W":
+            return [task._replace(kind="I")]
+        if task.kind == "I":
+            readers = [i for i, segment in enumerate(branch.segments) if s in segment.reads and segment.grad != "none"]
+            behind = [other("I", r, 0) for r in readers] if last else [other("I", s, stage + 1)]
+            return [task._replace(kind="F"), *behind]
+        sources = [other("F", s, stage - 1)] if stage else [other("F", r, -1) for r in branch.segments[s].reads]
+        if last and s == len(branch.segments) - 1:
+            sources += [other("F", r, -1) for r in branch.reads if r != s]
+        return sources
 
     moved = True
     while moved:
@@ -56,7 +66,9 @@ def weights_after(graph: Graph, order) -> dict | None:
                 task = graph.tasks[tasks[at[rank]]]
                 place = (task.role, task.stage)
                 if task.kind == "STEP":
-                    weights[place] = hash((weights[place], gradients.pop(place, 0)))
+                    for place in stages:
+                        if place[0] == task.role and stages[place] == task.stage:
+                            weights[place] = hash((weights[place], gradients.pop(place, 0)))
                 else:
                     sources = inputs(task)
                     if any(source not in values and graph.rank[graph.number[source]] == rank for source in sources):
@@ -99,7 +111,7 @@ def test_the_graph_of_apt_counts_what_the_method_says():
     assert graph.load == [15.0 * 5 * 2] * 4
     assert sum(graph.live) == pytest.approx(0)
     kinds = Counter((t.kind, t.phase, t.branch) for t in graph.tasks)
-    assert kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2 and kinds["STEP", "g", ""] == kinds["STEP", "d", ""] == 8 * 2
+    assert kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2 and kinds["STEP", "g", ""] == kinds["STEP", "d", ""] == 4 * 2
 
 
 @settings(max_examples=40, deadline=None)
@@ -126,10 +138,10 @@ def feed(*_):
     raise AssertionError("planning a schedule calls no network")
 
 
-_CONSISTENCY = (Segment("teacher", "none", feed, copies=2), Segment("generator", "none", feed), Segment("generator", "full", feed))
+_CONSISTENCY = (Segment("teacher", "none", feed, copies=2), Segment("generator", "none", feed, reads=(0,)), Segment("generator", "full", feed))
 METHODS_UNDER_TEST = {
     "flow": (Phase("flow", (Branch("flow", (Segment("generator", "full", feed),), feed),), "generator"),),
-    "consistency": (Phase("c", (Branch("c", _CONSISTENCY, feed),), "generator"),),
+    "consistency": (Phase("c", (Branch("c", _CONSISTENCY, feed, reads=(0, 1)),), "generator"),),
     "relativistic": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None).phases,
     "unmatched": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None).phases,
 }

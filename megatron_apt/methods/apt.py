@@ -10,7 +10,6 @@ D sees clean samples and a timestep label t ~ shift(U(0, 1), s), one per sample;
 dropout and packing. A relativistic loss compares real and fake logits, so there D takes both in one branch.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,7 @@ from megatron_apt.config import AptConfig, GuardConfig, RunConfig
 from megatron_apt.conventions import one_step_sample, shift
 from megatron_apt.data.microbatch import Microbatch, dropped, rolled
 from megatron_apt.methods import losses
-from megatron_apt.methods.base import Branch, Inputs, Method, Metrics, Phase, Role, Segment, Values
+from megatron_apt.methods.base import Branch, Inputs, Method, Metrics, Outputs, Phase, Role, Segment, Values
 from megatron_apt.methods.flow import build_generator
 from megatron_apt.models import parameters
 from megatron_apt.models.discriminator import Discriminator
@@ -100,7 +99,7 @@ def _feed_generator(apt: AptConfig):
     return feed
 
 
-def fakes(batch: Microbatch, outputs: Sequence[Tensor]) -> Tensor:
+def fakes(batch: Microbatch, outputs: Outputs) -> Tensor:
     return one_step_sample(batch.noise("z"), outputs[0])
 
 
@@ -170,9 +169,10 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
         loss, metrics = _penalised(batch, outputs[1], d_fake(fake), apt.ar2_lambda, "d/ar2")
         return loss, metrics | _logit_metrics(batch, fake.detach(), real=False)
 
-    regularised = Segment("discriminator", "full", _feed_fake(apt, True), copies=1 + bool(apt.ar2_lambda))
+    frozen = Segment("discriminator", "input", _feed_fake(apt, False), reads=(0,))
+    regularised = Segment("discriminator", "full", _feed_fake(apt, True), reads=(0,), copies=1 + bool(apt.ar2_lambda))
     branches = [
-        Branch("fake", (Segment("generator", "full", _feed_generator(apt)), Segment("discriminator", "input", _feed_fake(apt, False))), g_loss),
+        Branch("fake", (Segment("generator", "full", _feed_generator(apt)), frozen), g_loss, reads=(0,)),
         Branch("real", (Segment("discriminator", "full", _feed_real(apt), copies=1 + bool(apt.ar1_lambda)),), real_loss),
         Branch("fake", (Segment("generator", "none", _feed_generator(apt)), regularised), fake_loss),
     ]
@@ -225,10 +225,10 @@ def _relativistic(apt: AptConfig) -> list[Branch]:
         return loss, metrics | {"d/accuracy": batch.sample_mean((reals[0] > generated[0]).to(reals[0].dtype))}
 
     generate = _feed_generator(apt)
-    frozen = Segment("discriminator", "input", feed_pair(False), copies=2)
-    trained = Segment("discriminator", "full", feed_pair(True), copies=2 + bool(apt.ar1_lambda) + bool(apt.ar2_lambda))
+    frozen = Segment("discriminator", "input", feed_pair(False), reads=(0,), copies=2)
+    trained = Segment("discriminator", "full", feed_pair(True), reads=(0,), copies=2 + bool(apt.ar1_lambda) + bool(apt.ar2_lambda))
     return [
-        Branch("pair", (Segment("generator", "full", generate), frozen), g_loss),
+        Branch("pair", (Segment("generator", "full", generate), frozen), g_loss, reads=(0,)),
         Branch("pair", (Segment("generator", "none", generate), trained), d_loss),
     ]
 
@@ -248,7 +248,7 @@ def _added(a: Metrics, b: Metrics) -> Metrics:
     return a | {name: a[name] + value if name in a else value for name, value in b.items()}
 
 
-def statistics(batch: Microbatch, outputs: Sequence[Tensor]) -> Metrics:
+def statistics(batch: Microbatch, outputs: Outputs) -> Metrics:
     """Signs of collapse: mean and mean square of generated samples, and the mean squared distance between neighbours, fake and real.
 
     Neighbours in a batch are random pairs of samples, so their distance estimates the diversity across seeds. Needs samples of one size.

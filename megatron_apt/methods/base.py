@@ -5,8 +5,9 @@ Branch(name, segments, loss)  a chain of segments that ends in a loss; runs once
 Phase(name, branches, updates)   the optimiser step of one role closes it
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from megatron_apt.models.mmdit import Condition
 
 Grad = Literal["full", "input", "none"]
 Metrics = dict[str, Tensor]
+Outputs = Mapping[int, Tensor]  # of segments of a branch, by number
 Values = dict[str, float]
 
 
@@ -35,26 +37,50 @@ class Inputs:
 class Segment:
     """One pass through one network.
 
-    `feed` makes the inputs from the microbatch and the outputs of the segments before it in the chain; gradients flow back through it.
+    Attributes:
+        feed: makes the inputs from the microbatch and the outputs of earlier segments, by their number; gradients flow back through it.
+        reads: numbers of the segments whose outputs `feed` uses. In a pipeline the others are not brought to where it runs.
+        copies: versions of each sample that it sees at once, for the time and memory it takes.
     """
 
     role: str
     grad: Grad
-    feed: Callable[[Microbatch, Sequence[Tensor]], Inputs]
-    copies: int = 1  # versions of each sample that it sees at once, for the time and memory it takes
+    feed: Callable[[Microbatch, Outputs], Inputs]
+    reads: tuple[int, ...] = ()
+    copies: int = 1
 
 
 @dataclass(frozen=True)
 class Branch:
     """A chain of segments and the loss of their outputs.
 
-    `loss` returns this rank's CONTRIBUTION to the global batch's loss (they add up over microbatches and over data x context ranks), and
-    contributions to metrics, which add up in the same way.
+    Attributes:
+        loss: returns this rank's CONTRIBUTION to the global batch's loss (they add up over microbatches and over data x context ranks), and
+            contributions to metrics, which add up in the same way. It is differentiated with respect to the last segment's output alone.
+        reads: numbers of the segments, besides the last, whose outputs `loss` uses.
     """
 
     name: str
     segments: tuple[Segment, ...]
-    loss: Callable[[Microbatch, Sequence[Tensor]], tuple[Tensor, Metrics]]
+    loss: Callable[[Microbatch, Outputs], tuple[Tensor, Metrics]]
+    reads: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for s, segment in enumerate(self.segments):
+            if any(not 0 <= r < s for r in segment.reads):
+                raise ValueError(f"branch {self.name!r}: segment {s} reads the outputs of {segment.reads}, of which some are not before it")
+            if segment.grad != "none" and s not in self.backward:
+                raise ValueError(f"branch {self.name!r}: no gradient reaches segment {s}; its grad must be 'none'")
+
+    def readers(self, s: int) -> list[int]:
+        """Segments that send a gradient back to segment s."""
+        return [r for r in range(s + 1, len(self.segments)) if s in self.segments[r].reads and self.segments[r].grad != "none"]
+
+    @cached_property
+    def backward(self) -> list[int]:
+        """Segments that gradients of the loss flow through."""
+        last = len(self.segments) - 1
+        return [s for s, segment in enumerate(self.segments) if segment.grad != "none" and (s == last or self.readers(s))]
 
 
 @dataclass(frozen=True)

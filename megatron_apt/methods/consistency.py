@@ -69,5 +69,6 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         ),
         "teacher": Role(lambda: build_generator(config, mesh), source=config.init.diffusion),
     }
-    chain = (Segment("teacher", "none", feed_teacher), Segment("generator", "none", feed_target), Segment("generator", "full", feed_student))
-    return Method(roles, (Phase("consistency", (Branch("distil", chain, loss),), updates="generator"),))
+    target = Segment("generator", "none", feed_target, reads=(0,))
+    chain = (Segment("teacher", "none", feed_teacher, copies=2), target, Segment("generator", "full", feed_student))
+    return Method(roles, (Phase("consistency", (Branch("distil", chain, loss, reads=(0, 1)),), updates="generator"),))

@@ -30,7 +30,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         return Inputs(interpolate(batch.x, batch.noise("z"), layout.expand(t)), t, condition, layout)
 
     def loss(batch: Microbatch, outputs):
-        value = batch.token_mean(losses.squared_error(outputs[-1], velocity_target(batch.x, batch.noise("z"))))
+        value = batch.token_mean(losses.squared_error(outputs[0], velocity_target(batch.x, batch.noise("z"))))
         return value, {"loss": value.detach()}
 
     generator = Role(lambda: build_generator(config, mesh), source=config.init.generator, optimizer=config.optimizer, ema=config.optimizer.ema > 0)

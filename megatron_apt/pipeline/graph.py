@@ -1,10 +1,10 @@
 """What a window of iterations must compute, and in which order at the latest: the tasks of a method's phases over pipeline stages.
 
-A task is one action on one microbatch and one stage: F forward, I input gradient, W weight gradient, or the STEP of one stage of a role. Edges are
-of three kinds:
-    data      F after the F before it in the chain; I after the I behind it and after its own F; W after its own I
+A task is one action on one microbatch and one stage: F forward, I input gradient, W weight gradient, or the STEP of the stages of a role that one
+rank holds. Edges are of three kinds:
+    data      F after the F of the stage before it, or of the segments it reads; I after the I behind it and after its own F; W after its own I
     version   a task that reads a role's weights comes after the STEP that plain alternation of the phases would give it,
-    reuse     and before the next STEP of that stage, which overwrites them.
+    reuse     and before the next STEP of that role on its rank, which overwrites them.
 Any order that keeps them computes what plain alternation computes, gradient for gradient. In particular D's real branch may run beside the G phase,
 and the next iteration's G beside the D phase.
 """
@@ -18,7 +18,7 @@ from megatron_apt.methods.base import Branch, Phase
 
 
 class Task(NamedTuple):
-    """Printed and parsed as `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`."""
+    """Printed and parsed as `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`; the number behind the role is a stage, that of a STEP a rank."""
 
     kind: str  # F | I | W | STEP
     role: str
@@ -134,8 +134,8 @@ class Graph:
                     for microbatch in range(window.microbatches):
                         entry = self._chain(iteration, phase, branch, microbatch, gate)
                         gate = [entry] if window.apart else []
-                for stage, rank in enumerate(window.placement[phase.updates]):
-                    self._step(Task("STEP", phase.updates, stage, iteration, phase.name), rank)
+                for rank in range(window.ranks):
+                    self._step(Task("STEP", phase.updates, rank, iteration, phase.name), rank)
 
     # --- construction
 
@@ -150,31 +150,36 @@ class Graph:
 
     def _chain(self, iteration: int, phase: Phase, branch: Branch, microbatch: int, gate: list[int]) -> int:
         """Adds one branch of one microbatch; returns its first task."""
-        window = self.window
-        forward: list[tuple[int, int, int]] = []  # (segment, stage, task)
+        window, last = self.window, len(branch.segments) - 1
+        forward: list[list[int]] = []  # for each segment and stage
         for s, segment in enumerate(branch.segments):
+            size = segment.copies / window.chunks(segment.role)
+            before = [forward[r][-1] for r in segment.reads] or gate
+            forward.append([])
             for stage, rank in enumerate(window.placement[segment.role]):
-                size = segment.copies / window.chunks(segment.role)
                 task = Task("F", segment.role, stage, iteration, phase.name, branch.name, s, microbatch)
-                before = [forward[-1][2]] if forward else gate
+                if s == last and stage == len(window.placement[segment.role]) - 1:  # the loss is taken here
+                    before = [*before, *(forward[r][-1] for r in branch.reads if r != s)]
                 live = size if segment.grad != "none" else 0.0
-                forward.append((s, stage, self._read(task, rank, size * window.costs[segment.role].F, live, before)))
-        last = forward[-1][2]
-        for s, _, own in reversed(forward):
+                forward[s].append(self._read(task, rank, size * window.costs[segment.role].F, live, before))
+                before = forward[s][-1:]
+        inputs: dict[int, int] = {}  # segment -> I of its first stage
+        for s in reversed(branch.backward):
             segment = branch.segments[s]
-            if segment.grad == "none":
-                break
-            cost, size, rank = window.costs[segment.role], segment.copies / window.chunks(segment.role), self.rank[own]
-            task, full = self.tasks[own], segment.grad == "full"
-            joined = size * cost.W if full and not window.split else 0.0
-            last = self._read(task._replace(kind="I"), rank, size * cost.I + joined, 0.0 if full else -size, [last, own])
-            if full:
-                self._read(task._replace(kind="W"), rank, size * cost.W - joined, -size, [last])
-        return forward[0][2]
+            behind = [inputs[reader] for reader in branch.readers(s)]
+            cost, size = window.costs[segment.role], segment.copies / window.chunks(segment.role)
+            for own in reversed(forward[s]):
+                task, full, rank = self.tasks[own], segment.grad == "full", self.rank[own]
+                joined = size * cost.W if full and not window.split else 0.0
+                inputs[s] = self._read(task._replace(kind="I"), rank, size * cost.I + joined, 0.0 if full else -size, [*behind, own])
+                if full:
+                    self._read(task._replace(kind="W"), rank, size * cost.W - joined, -size, [inputs[s]])
+                behind = [inputs[s]]
+        return forward[0][0]
 
     def _read(self, task: Task, rank: int, time: float, live: float, before: list[int]) -> int:
         """Adds a task that reads the present version of its stage's weights."""
-        place = (task.role, task.stage)
+        place = (task.role, rank)
         if place in self._stepped:
             before = [*before, self._stepped[place]]
         number = self._add(task, rank, time, live, dict.fromkeys(before))
@@ -182,7 +187,7 @@ class Graph:
         return number
 
     def _step(self, task: Task, rank: int) -> None:
-        place = (task.role, task.stage)
+        place = (task.role, rank)
         self._stepped[place] = self._add(task, rank, 0.0, 0.0, self._readers.pop(place, []))
 
     # --- reading
