@@ -40,6 +40,35 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """The schedule of parallel.pp > 1. `megatron-apt schedule` shows what each choice costs."""
+
+    schedule: Literal["interleaved", "zero_bubble", "1f1b"] = "interleaved"
+    """interleaved fills one network's bubbles with the other's work; the others run the phases one after the other."""
+    window: int = 4
+    """Iterations scheduled as one, the next one's generator beside this one's discriminator. The pipeline drains at a window's end, and windows end
+    where a checkpoint falls."""
+    chunks: Literal[0, 1, 2] = 0
+    """Stages of each network on a rank; 2: there and back, a V; 0: a V where the networks are deep enough."""
+    cap: float = 0.0
+    """Most live activations on a rank, in microbatches of its part of one network; 0: twice the ranks, which 1F1B phase by phase needs."""
+    forward: float = 1.0
+    """Time of a rank's part of the deepest network, in any unit, for the schedule to be planned with; likewise the next three."""
+    input_gradient: float = 1.0
+    weight_gradient: float = 1.0
+    message: float = 0.0
+    evaluations: int = 0
+    """Schedules tried in the search at start-up; 0 takes the best known one for such pipelines."""
+
+    def __post_init__(self):
+        _check(self.window >= 1, "pipeline.window", self.window, "must be at least 1")
+        for name in ("forward", "input_gradient", "weight_gradient"):
+            _check(getattr(self, name) > 0, f"pipeline.{name}", getattr(self, name), "must be positive")
+        for name in ("cap", "message", "evaluations"):
+            _check(getattr(self, name) >= 0, f"pipeline.{name}", getattr(self, name), "must not be negative")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     shards: tuple[str, ...] = ()
     """Folders written by `megatron-apt encode`; several are mixed, e.g. images and videos."""
@@ -224,6 +253,7 @@ class RunConfig:
     full round of microbatches is dealt out evenly, in smaller ones."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -287,6 +317,8 @@ def _check_ring(config: RunConfig) -> None:
 def _check_apt(config: RunConfig) -> None:
     if config.apt.exact_r1_every and config.model.recompute == "full":
         raise ValueError(f"apt.exact_r1_every={config.apt.exact_r1_every} differentiates with respect to samples; it needs model.recompute=none")
+    if config.apt.exact_r1_every and config.parallel.pp > 1:
+        raise ValueError(f"apt.exact_r1_every={config.apt.exact_r1_every} needs the whole discriminator on a rank; use parallel.pp=1 or set it to 0")
     if config.micro_batch == 1 and config.guards.collapse_window:
         warnings.warn("micro_batch=1 leaves no two samples to compare: the diversity alarm is off, only d/loss is watched", stacklevel=3)
 

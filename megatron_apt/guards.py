@@ -11,8 +11,8 @@ from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Method, Phase, Values
 from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.actions import alternate
 from megatron_apt.pipeline.execute import Executor
+from megatron_apt.pipeline.prepare import one_rank, without_update
 
 
 class Collapse(RuntimeError):
@@ -66,12 +66,21 @@ class Signals:
         self.received = number
 
 
-def explain(error: BadGradient, network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> Exception:
+def explain(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> Exception:
     """The error to raise for a gradient of this phase that is not finite: the same on every rank, all of which call it."""
     bad = _first(executor.bad_loss, mesh)
     if bad:
         return BadLoss(bad)
-    return BadGradient(_locate(network, executor, phase, batches, mesh) or f"{error} only after the sum over ranks: it overflowed")
+    here = f"phase {phase.name} on rank {mesh.world.rank}"
+    if mesh.pp.size > 1:  # other stages have stepped since, so it cannot be computed again
+        found = _first(f"the gradient of {_named(network, network.bad)} is not finite in {here}" if network.bad else "", mesh)
+    else:
+        found = _locate(network, executor, phase, batches, mesh)
+    return BadGradient(found or f"the gradient of {network.name} is not finite only after the sum over ranks: it overflowed")
+
+
+def _named(network: Network, parameters: Sequence[str]) -> str:
+    return f"{network.name}.{parameters[0]}" + (f" and of {len(parameters) - 1} more parameters" if len(parameters) > 1 else "")
 
 
 def _first(message: str, mesh: Mesh) -> str:
@@ -87,17 +96,15 @@ def _locate(network: Network, executor: Executor, phase: Phase, batches: Sequenc
     The reduced gradient no longer says, so the phase is run again one microbatch at a time, without reduction and from the same weights: every
     draw is keyed, so it computes the same.
     """
-    found = ""
+    found, program = "", without_update(one_rank((phase,), 1))
     for m, batch in enumerate(batches):
         network.shards.zero_grad()
         with network.accumulating(last=False):
-            actions = [action for action in alternate(phase, 1) if action.kind != "STEP"]
-            executor.run(phase, actions, [batch.for_phase(phase.name)], lambda role: None, last=-1)
+            executor.run(program, lambda _, batch=batch: [batch], lambda task: None)
         # Every microbatch runs on every rank, because others may wait in its collectives; the first find counts.
         if not found and (names := network.shards.bad_gradients()):
-            more = f" and of {len(names) - 1} more parameters" if len(names) > 1 else ""
             found = (
-                f"the gradient of {network.name}.{names[0]}{more} is not finite in phase {phase.name}, microbatch {m} on rank {mesh.world.rank}; "
+                f"the gradient of {_named(network, names)} is not finite in phase {phase.name}, microbatch {m} on rank {mesh.world.rank}; "
                 f"its samples: {batch.named_samples()}"
             )
     return _first(found, mesh)

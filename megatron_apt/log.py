@@ -1,12 +1,18 @@
 """Where a run's numbers go: JSONL always, TensorBoard by default, Weights & Biases only when asked for."""
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_apt.config import RunConfig, to_dict
+from megatron_apt.parallel.mesh import Mesh
 
 
 class RunLog:
@@ -76,3 +82,50 @@ def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]])
 def read_rows(path: str | Path) -> list[dict[str, float]]:
     """Rows of a log.jsonl, oldest first."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+class Pieces:
+    """What this rank knows of the values of some iterations, until they are joined."""
+
+    def __init__(self, iterations: int):
+        self._contributions: list[dict[str, Tensor]] = [{} for _ in range(iterations)]  # sums over data x context ranks and over stages
+        self._squares: list[dict[str, float]] = [{} for _ in range(iterations)]  # of gradients, to be summed over stages
+        self._rates: list[dict[str, float]] = [{} for _ in range(iterations)]
+
+    def add(self, iteration: int, metrics: Mapping[str, Tensor]) -> None:
+        present = self._contributions[iteration]
+        for name, value in metrics.items():
+            present[name] = present.get(name, 0.0) + value
+
+    def updated(self, iteration: int, role: str, square: float, lr: float) -> None:
+        self._squares[iteration][role] = square
+        self._rates[iteration][role] = lr
+
+    def joined(self, mesh: Mesh) -> list[dict[str, float]]:
+        """The values of each iteration, the same on every rank."""
+        mine = [(_summed(contributions, mesh), squares) for contributions, squares in zip(self._contributions, self._squares, strict=True)]
+        everyone = [mine]
+        if mesh.pp.size > 1:
+            everyone = [None] * mesh.pp.size
+            dist.all_gather_object(everyone, mine, group=mesh.pp.group)
+        rows = []
+        for parts, rates in zip(zip(*everyone, strict=True), self._rates, strict=True):
+            row, squares = defaultdict(float), defaultdict(float)
+            for values, own in parts:
+                for name, value in values.items():
+                    row[name] += value
+                for role, square in own.items():
+                    squares[role] += square
+            norms = {f"{role}/grad_norm": math.sqrt(square) for role, square in squares.items()}
+            rows.append(row | norms | {f"{role}/lr": lr for role, lr in rates.items()})
+        return rows
+
+
+def _summed(contributions: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]:
+    """Adds up the contributions of every rank of this stage with one call."""
+    if not contributions:
+        return {}
+    values = torch.stack([value.detach().double() for value in contributions.values()])
+    if mesh.dp_cp.size > 1:
+        dist.all_reduce(values, group=mesh.dp_cp.group)
+    return dict(zip(contributions, values.tolist(), strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_apt.checkpoint import store
 from megatron_apt.methods.base import Role
+from megatron_apt.models.stages import WHOLE, Cut, Staged
 from megatron_apt.optim.optimizers import AdamW, Ema, RMSProp, learning_rate, make_optimizer
 from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel.mesh import Mesh
@@ -19,20 +20,21 @@ class BadGradient(RuntimeError):
 
 
 class Network:
-    """One role at run time: module, and if it trains: its shards, optimiser and average."""
+    """One role at run time, as far as this rank holds it: module, and if that trains: its shards, optimiser and average."""
 
-    def __init__(self, name: str, role: Role, mesh: Mesh):
+    def __init__(self, name: str, role: Role, mesh: Mesh, cut: Cut = WHOLE):
         self.name, self.role, self.mesh = name, role, mesh
-        self.module: nn.Module = role.build()
+        self.module: Staged = role.build(cut)
         self.shards: ShardedParameters | None = None
         self.optimizer: RMSProp | AdamW | None = None
         self.ema: Ema | None = None
         self.updates = 0
+        self.bad: list[str] = []  # parameters whose gradient was not finite at an update
         self._snapshot: dict[str, dict[str, Tensor]] = {}  # by prefix and parameter
         self.source = ""  # checkpoint its weights came from, pinned so that a resume takes the same ones
         for parameter_name, parameter in self.module.named_parameters():
             parameter.requires_grad_(role.optimizer is not None and role.trains(parameter_name))
-        if role.optimizer is not None:
+        if role.optimizer is not None and any(p.requires_grad for p in self.module.parameters()):
             self.shards = ShardedParameters(self.module, mesh, role.optimizer, role.lr_scale)
             self.optimizer = make_optimizer(self.shards, role.optimizer)
 
@@ -51,24 +53,32 @@ class Network:
         """Context of one microbatch's backward passes; the last one lets finished gradients go to the other ranks."""
         return self.shards.accumulating(last) if self.shards is not None else contextlib.nullcontext()
 
-    def update(self, total_updates: int) -> dict[str, float]:
-        """One optimiser step from the accumulated gradients; returns what to log.
+    def start_reduction(self) -> None:
+        """This update's gradients are complete."""
+        if self.shards is not None:
+            self.shards.start_reduction()
 
-        Raises:
-            BadGradient: a gradient is not finite. Weights, optimiser and average are as before.
+    def update(self, total_updates: int) -> tuple[float, float]:
+        """One optimiser step from the accumulated gradients; returns their sum of squares over this pipeline stage, and the learning rate.
+
+        Where that sum is NaN, a gradient of the stage is not finite and nothing is changed. Other stages have gone on by the time they hear of it:
+        waiting for each other here would empty the pipeline.
         """
-        self.shards.reduce_gradients()
-        norm = self.shards.grad_norm()
-        if norm != norm:
-            raise BadGradient(f"the gradient of {self.name} is not finite")
         lr = learning_rate(self.role.optimizer, self.role.optimizer.lr, self.updates, total_updates)
-        self.optimizer.step(lr)
-        self.shards.publish()
-        self.shards.zero_grad()
+        square = 0.0
+        if self.shards is not None:
+            self.shards.reduce_gradients()
+            square = self.shards.grad_square()
+            if square != square:
+                self.bad = self.bad or self.shards.bad_gradients() or ["a sum over ranks"]
+                return square, lr
+            self.optimizer.step(lr)
+            self.shards.publish()
+            self.shards.zero_grad()
         self.updates += 1
         if self.ema is not None:
             self.ema.update()
-        return {f"{self.name}/grad_norm": norm, f"{self.name}/lr": lr}
+        return square, lr
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -83,11 +93,13 @@ class Network:
 
     def _buffers(self) -> dict[str, Tensor]:
         """Every buffer laid out like the shard, by the prefix its tensors have in a checkpoint."""
+        if self.shards is None:
+            return {}
         buffers = {"": self.shards.master} | {f"optimizer.{key}.": value for key, value in self.optimizer.state.items()}
         return buffers | ({"ema.": self.ema.average} if self.ema is not None else {})
 
     def _frozen(self) -> dict[str, nn.Parameter]:
-        trained = set(self.shards.names)
+        trained = set(self.shards.names) if self.shards is not None else ()
         return {name: p for name, p in self.module.named_parameters() if name not in trained}
 
     def _host_memory(self, prefix: str, buffer: Tensor) -> dict[str, Tensor]:
@@ -110,7 +122,7 @@ class Network:
 
         The next call writes into the same memory.
         """
-        if self.shards is None:
+        if self.role.optimizer is None:
             return {}
         state = {}
         for prefix, buffer in self._buffers().items():
@@ -128,7 +140,7 @@ class Network:
     @torch.no_grad()
     def restore(self, folder: Path, updates: int, source: str) -> None:
         """Puts back a state written from `sharded_state`, on any mesh. A network that does not train comes from `source` again."""
-        if self.shards is None:
+        if self.role.optimizer is None:
             self.start(source)
             return
         self.source = source
@@ -145,8 +157,9 @@ class Network:
         if wanted:
             for name, value in store.load(folder, wanted).items():
                 frozen[name].copy_(value)
-        self.shards.publish()
         self.updates = updates
+        if self.shards is not None:
+            self.shards.publish()
         if isinstance(self.optimizer, AdamW):
             self.optimizer.set_steps(updates)
 

@@ -16,9 +16,13 @@ from rich.table import Table
 
 from megatron_apt.config import ParallelConfig, RunConfig
 from megatron_apt.methods import METHODS
+from megatron_apt.methods.base import Role
 from megatron_apt.models.parameters import full_shape
+from megatron_apt.models.stages import Cut
 from megatron_apt.optim.optimizers import STATES
 from megatron_apt.parallel import startup
+from megatron_apt.parallel.mesh import Axis, Mesh
+from megatron_apt.pipeline.prepare import Pipeline
 
 GIB = 2**30
 
@@ -74,7 +78,7 @@ def role_memory(name: str, numbers: Mapping[torch.dtype, int], frozen: int, shar
 
 
 def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[RoleMemory]:
-    """Memory of each role on one of `ranks` ranks; `optimizer` counts another one's states.
+    """Memory of each role on the one of `ranks` ranks that holds most of it; `optimizer` counts another one's states.
 
     Raises:
         ValueError: ranks that the recipe's tp x cp x pp does not divide.
@@ -84,22 +88,31 @@ def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[
     if ranks % model_parallel:
         raise ValueError(f"ranks={ranks} is not a multiple of tp x cp x pp = {model_parallel} of the recipe; use one, or change its parallel")
     mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))  # shapes and dtypes without memory
-    roles = []
-    for name, role in METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh).roles.items():
-        with torch.device("meta"):
-            module = role.build()
-        trained: Counter[torch.dtype] = Counter()
-        frozen = 0
-        for parameter_name, p in module.named_parameters():
-            whole = torch.Size(full_shape(p, mesh)).numel()
-            held = whole // parallel.tp if p.sharded_dim is not None else whole
-            if role.optimizer is not None and role.trains(parameter_name):
-                trained[p.dtype] += held
-            else:
-                frozen += held * p.dtype.itemsize
-        kind = (optimizer or role.optimizer.kind) if trained else ""
-        roles.append(role_memory(name, trained, frozen, ranks // (parallel.tp * parallel.pp), kind, role.ema))
-    return roles
+    method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
+    stages = [replace(mesh, pp=Axis(parallel.pp, rank, None)) for rank in range(parallel.pp)]
+    pipelines = [Pipeline(config.pipeline, method, stage) for stage in stages]
+    return [
+        max((_held(name, role, pipeline.cut(name), config, mesh, ranks, optimizer) for pipeline in pipelines), key=lambda found: found.total)
+        for name, role in method.roles.items()
+    ]
+
+
+def _held(name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks: int, optimizer: str | None) -> RoleMemory:
+    """Memory of the stages of a role that one rank holds."""
+    parallel = config.parallel
+    with torch.device("meta"):
+        module = role.build(cut)
+    trained: Counter[torch.dtype] = Counter()
+    frozen = 0
+    for parameter_name, p in module.named_parameters():
+        whole = torch.Size(full_shape(p, mesh)).numel()
+        held = whole // parallel.tp if p.sharded_dim is not None else whole
+        if role.optimizer is not None and role.trains(parameter_name):
+            trained[p.dtype] += held
+        else:
+            frozen += held * p.dtype.itemsize
+    kind = (optimizer or role.optimizer.kind) if trained else ""
+    return role_memory(name, trained, frozen, ranks // (parallel.tp * parallel.pp), kind, role.ema)
 
 
 def plan(config: RunConfig, options: PlanConfig) -> None:

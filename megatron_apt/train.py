@@ -15,14 +15,16 @@ from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
+from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.guards import BadLoss, Collapse, CollapseAlarm, Signals, Stopped, explain
-from megatron_apt.log import RunLog, correlations, read_rows
+from megatron_apt.log import Pieces, RunLog, correlations, read_rows
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.parallel.watch import Watch
-from megatron_apt.pipeline.actions import alternate
+from megatron_apt.pipeline.actions import Task
 from megatron_apt.pipeline.execute import Executor
+from megatron_apt.pipeline.prepare import Pipeline
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -35,8 +37,9 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.method = METHODS[config.method](config, mesh)
         self.batches = Batches(config.data, config.model, mesh, config.seed, config.global_batch, config.micro_batch, self.method.least_samples)
-        self.networks = {name: Network(name, role, mesh) for name, role in self.method.roles.items()}
-        self.executor = Executor(self.networks)
+        self.pipeline = Pipeline(config.pipeline, self.method, mesh)
+        self.networks = {name: Network(name, role, mesh, self.pipeline.cut(name)) for name, role in self.method.roles.items()}
+        self.executor = Executor(self.networks, mesh)
         self.checkpoints = Checkpoints(config.output, mesh, config.retention)
         self.iteration = 0
         self._totals: dict[str, list[float]] = {}  # sum and count of each value since the last save
@@ -81,29 +84,44 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One iteration: every phase over the global batch. Returns what to log, the same on every rank."""
-        values: dict[str, float] = {}
-        batches = self.batches.iteration(self.iteration)
+        return self.run(1)[0]
 
-        def update(role: str) -> None:
-            values.update(self.networks[role].update(self.config.iterations))
+    def run(self, count: int) -> list[dict[str, float]]:
+        """So many iterations as one window of the pipeline. Returns what to log of each, the same on every rank.
 
-        contributions: dict[str, torch.Tensor] = {}
-        if self.method.check_every and self.iteration % self.method.check_every == 0:
-            for batch in batches:
-                for name, value in self.method.check(self.executor.networks, batch).items():
-                    contributions[name] = contributions.get(name, 0.0) + value
-        for phase in self.method.phases:
-            actions = alternate(phase, len(batches))
-            try:
-                contributions |= self.executor.run(phase, actions, [batch.for_phase(phase.name) for batch in batches], update)
-            except BadGradient as error:
-                raise explain(error, self.networks[phase.updates], self.executor, phase, batches, self.mesh) from error
-        self.iteration += 1
-        values = self.method.summarise(values | _summed(contributions, self.mesh))
-        for name, value in values.items():
-            total = self._totals.setdefault(name, [0.0, 0])
-            total[0], total[1] = total[0] + value, total[1] + 1
-        return values
+        Raises:
+            BadGradient, BadLoss: on every rank. On one pipeline stage before the update, on several at the end of the window.
+        """
+        first, pieces = self.iteration, Pieces(count)
+        phases = {phase.name: phase for phase in self.method.phases}
+
+        def batches(iteration: int) -> list[Microbatch]:
+            loaded = self.batches.iteration(first + iteration)
+            if self.method.check_every and (first + iteration) % self.method.check_every == 0:
+                for batch in loaded:
+                    pieces.add(iteration, self.method.check(self.executor.networks, batch))
+            return loaded
+
+        def step(task: Task) -> None:
+            square, lr = self.networks[task.role].update(self.config.iterations)
+            pieces.updated(task.iteration, task.role, square, lr)
+            if self.mesh.pp.size == 1 and square != square:
+                raise explain(self.networks[task.role], self.executor, phases[task.phase], self.batches.iteration(first + task.iteration), self.mesh)
+
+        for iteration, metrics in enumerate(self.executor.run(self.pipeline.program(len(self.batches.parts), count), batches, step)):
+            pieces.add(iteration, metrics)
+        rows = pieces.joined(self.mesh)
+        for row in rows:
+            for phase in self.method.phases:
+                if row[f"{phase.updates}/grad_norm"] != row[f"{phase.updates}/grad_norm"]:
+                    raise explain(self.networks[phase.updates], self.executor, phase, (), self.mesh)
+        self.iteration += count
+        rows = [self.method.summarise(row) for row in rows]
+        for row in rows:
+            for name, value in row.items():
+                total = self._totals.setdefault(name, [0.0, 0])
+                total[0], total[1] = total[0] + value, total[1] + 1
+        return rows
 
 
 def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
@@ -141,14 +159,16 @@ def _loop(trainer: Trainer, signals: Signals, report: Report | None) -> int:
         print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
     try:
         while trainer.iteration < config.iterations and not signalled:
-            began = time.perf_counter()
-            values = trainer.step()
-            values["seconds"] = time.perf_counter() - began
-            if log:
-                log.row(trainer.iteration, values, scalars=trainer.iteration % config.log_every == 0)
-            if report and mesh.is_main:
-                report(trainer.iteration, values)
-            alarm.watch(trainer.iteration, values)
+            began, first = time.perf_counter(), trainer.iteration
+            rows = trainer.run(_window(config, mesh, first))
+            seconds = (time.perf_counter() - began) / len(rows)
+            for iteration, values in enumerate(rows, first + 1):
+                values["seconds"] = seconds
+                if log:
+                    log.row(iteration, values, scalars=iteration % config.log_every == 0)
+                if report and mesh.is_main:
+                    report(iteration, values)
+                alarm.watch(iteration, values)
             signalled, writing = _agreed(mesh, signals.received, trainer.checkpoints.writing)
             if not writing:
                 trainer.checkpoints.commit()
@@ -169,6 +189,13 @@ def _loop(trainer: Trainer, signals: Signals, report: Report | None) -> int:
     return signalled
 
 
+def _window(config: RunConfig, mesh: Mesh, iteration: int) -> int:
+    """Iterations until the pipeline must drain: at a checkpoint and at the end of the run. One stage has nothing to overlap."""
+    left = config.iterations - iteration
+    to_save = config.save_every - iteration % config.save_every if config.save_every else left
+    return min(config.pipeline.window if mesh.pp.size > 1 else 1, left, to_save)
+
+
 def _agreed(mesh: Mesh, *flags: int) -> list[int]:
     """The largest of each number over all ranks, so that every rank decides alike."""
     if mesh.world.size == 1:
@@ -185,15 +212,6 @@ def _write_summary(config: RunConfig, trainer: Trainer) -> None:
     means = {name: sum(row[name] for row in last if name in row) / sum(name in row for row in last) for name in last[-1]} if last else {}
     summary = {"iteration": trainer.iteration, "last_tenth": means, "correlation": correlations(rows, trainer.method.correlated)}
     store.write_atomically(Path(config.output) / "summary.json", json.dumps(summary, indent=1))
-
-
-def _summed(contributions: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, float]:
-    """Adds up every rank's contributions with one call."""
-    names = list(contributions)
-    values = torch.stack([contributions[name].detach().double() for name in names])
-    if mesh.dp_cp.size > 1:
-        dist.all_reduce(values, group=mesh.dp_cp.group)
-    return dict(zip(names, values.tolist(), strict=True))
 
 
 def _warn_of_random_weights(config: RunConfig) -> None:

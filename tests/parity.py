@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import build, microbatch, model_config, run_config, summed, whole
+import torch.distributed as dist
+from problems import build, microbatch, model_config, run_config, whole
 
 from megatron_apt.config import AptConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megatron_apt.data.batches import deal
+from megatron_apt.log import Pieces
 from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.actions import alternate
+from megatron_apt.pipeline.actions import Task
+from megatron_apt.pipeline.prepare import Pipeline
 
 ITERATIONS = 3
 # Six samples in microbatches of four: a remainder is dealt out on every data-parallel size, and on four ranks some microbatches are single samples.
@@ -48,40 +51,49 @@ def iterations(mesh: Mesh, config: RunConfig, data: str, defect=None, count: int
     """Runs whole iterations as training does, from the same weights on every mesh.
 
     Returns:
-        {"values": [metrics of each iteration], "gradients": [{role: {name: whole gradient}} of each], "weights", "average": {role.name: tensor}}
+        {"values": [metrics of each iteration], "gradients": [{role: {name: whole gradient}} of each], "weights", "average": {role: {name: tensor}}}
     """
     with defect(mesh) if defect else contextlib.nullcontext():
         method, networks, executor = build(config, mesh)
-        gradients: list[dict] = []
+        pipeline = Pipeline(config.pipeline, method, mesh)
+        gradients: list[dict] = [{} for _ in range(count)]
+        pieces, at = Pieces(count), [0]
         for name, network in networks.items():
             if network.optimizer is not None:
-                _record(name, network, gradients)
-        values = []
-        for iteration in range(count):
-            gradients.append({})
-            metrics: dict[str, float] = {}
+                _record(name, network, gradients, at)
 
-            def update(role: str, metrics: dict = metrics) -> None:
-                metrics.update(networks[role].update(count))
+        def update(task: Task) -> None:
+            at[0] = task.iteration
+            pieces.updated(task.iteration, task.role, *networks[task.role].update(count))
 
-            parts = deal(config.global_batch, config.micro_batch, mesh.dp.size, mesh.dp.rank)
-            batches = [_samples(mesh, config, data, iteration, first, size) for first, size in parts]
-            for phase in method.phases:
-                contributions = executor.run(
-                    phase,
-                    alternate(phase, len(batches)),
-                    [batch.for_phase(phase.name) for batch in batches],
-                    update,
-                )
-                metrics |= {key: summed(value, mesh) for key, value in contributions.items() if "distance" not in key}
-            values.append(metrics)
+        parts = deal(config.global_batch, config.micro_batch, mesh.dp.size, mesh.dp.rank)
+
+        def batches(iteration: int) -> list:
+            return [_samples(mesh, config, data, iteration, first, size) for first, size in parts]
+
+        for iteration, metrics in enumerate(executor.run(pipeline.program(len(parts), count), batches, update)):
+            pieces.add(iteration, {key: value for key, value in metrics.items() if "distance" not in key})
         trained = {name: network for name, network in networks.items() if network.shards is not None}
-        return {
-            "values": values,
+        found = {
             "gradients": gradients,
             "weights": {name: _whole(network, network.shards.master) for name, network in trained.items()},
             "average": {name: _whole(network, network.ema.average) for name, network in trained.items() if network.ema},
         }
+        return {"values": pieces.joined(mesh)} | _over_stages(found, mesh)
+
+
+def _over_stages(found: dict, mesh: Mesh) -> dict:
+    """Every stage's parameters together."""
+    if mesh.pp.size == 1:
+        return found
+    everyone: list[dict] = [{} for _ in range(mesh.pp.size)]
+    dist.all_gather_object(everyone, found, group=mesh.pp.group)
+
+    def joined(parts: list[dict]) -> dict:
+        return {role: {name: value for part in parts for name, value in part.get(role, {}).items()} for role in sorted(set().union(*parts))}
+
+    gradients = [joined([part["gradients"][i] for part in everyone]) for i in range(len(found["gradients"]))]
+    return {"gradients": gradients} | {kind: joined([part[kind] for part in everyone]) for kind in ("weights", "average")}
 
 
 def _samples(mesh: Mesh, config: RunConfig, data: str, iteration: int, first: int, size: int):
@@ -89,12 +101,12 @@ def _samples(mesh: Mesh, config: RunConfig, data: str, iteration: int, first: in
     return microbatch(mesh, shapes, config.model, texts, seed=iteration, iteration=iteration, global_batch=6, rows=range(first, first + size))
 
 
-def _record(name: str, network: Network, gradients: list[dict]) -> None:
+def _record(name: str, network: Network, gradients: list[dict], at: list[int]) -> None:
     """Copies the reduced gradient just before each update reads it."""
     step, parameters = network.optimizer.step, dict(zip(network.shards.names, network.shards.parameters, strict=True))
 
     def recorded(lr: float) -> None:
-        gradients[-1][name] = {key: whole(value, parameters[key], network.mesh) for key, value in network.shards.whole_gradients()}
+        gradients[at[0]][name] = {key: whole(value, parameters[key], network.mesh) for key, value in network.shards.whole_gradients()}
         step(lr)
 
     network.optimizer.step = recorded

@@ -13,8 +13,8 @@ from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import Condition
 from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.actions import alternate
 from megatron_apt.pipeline.execute import Executor
+from megatron_apt.pipeline.prepare import Pipeline, one_rank, without_update
 
 IMAGES = ((4, 1, 8, 8),) * 4
 VIDEOS = ((4, 2, 4, 8),) * 4
@@ -86,9 +86,16 @@ def waken(networks: dict[str, Network], seed: int = 1) -> None:
 
 def build(config: RunConfig, mesh: Mesh):
     method = METHODS[config.method](config, mesh)
-    networks = {name: Network(name, role, mesh) for name, role in method.roles.items()}
+    pipeline = Pipeline(config.pipeline, method, mesh)
+    networks = {name: Network(name, role, mesh, pipeline.cut(name)) for name, role in method.roles.items()}
     waken(networks)
-    return method, networks, Executor(networks)
+    return method, networks, Executor(networks, mesh)
+
+
+def run_phase(executor: Executor, phase, batches) -> dict:
+    """Gradients of one phase on one stage, without its update; returns the metrics' contributions."""
+    (metrics,) = executor.run(without_update(one_rank((phase,), len(batches))), lambda _: batches, lambda task: None)
+    return metrics
 
 
 def gradient_of(network: Network) -> torch.Tensor:
@@ -102,8 +109,7 @@ def phase_gradients(config: RunConfig, mesh: Mesh, shapes, text_lengths=(3, 3, 3
     batch = microbatch(mesh, shapes, config.model, text_lengths)
     result = {}
     for phase in method.phases:
-        actions = [a for a in alternate(phase, 1) if a.kind != "STEP"]
-        metrics = executor.run(phase, actions, [batch.for_phase(phase.name)], lambda role: None)
+        metrics = run_phase(executor, phase, [batch])
         shards = networks[phase.updates].shards
         shards.reduce_gradients()
         parameters = dict(zip(shards.names, shards.parameters, strict=True))

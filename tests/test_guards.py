@@ -18,7 +18,7 @@ from megatron_apt.config import GuardConfig, ParallelConfig
 from megatron_apt.guards import BadLoss, Stopped
 from megatron_apt.networks import BadGradient
 from megatron_apt.parallel.watch import LOST
-from megatron_apt.pipeline.execute import Executor
+from megatron_apt.pipeline import execute
 from megatron_apt.train import Trainer, train
 
 
@@ -80,20 +80,20 @@ def test_a_bad_gradient_of_another_rank_is_located(ranks, datasets, tmp_path, pa
 
 
 def bad_loss(mesh, run):
-    forward = Executor._forward
+    loss = execute._Run._loss
 
-    def spoiled(self, branch, index, chain):
-        forward(self, branch, index, chain)
-        if mesh.world.rank == 1 and chain.batch.iteration == 3 and branch.segments[index].role == "discriminator":
-            chain.boundary[-1].data.fill_(-float("inf"))  # the loss is not finite, its own gradient is
+    def spoiled(self, task, chain):
+        if mesh.world.rank == 1 and chain.batch.iteration == 3:
+            chain.outputs[task.segment].data.fill_(-float("inf"))  # the loss is not finite, its own gradient is
+        loss(self, task, chain)
 
-    Executor._forward = spoiled
+    execute._Run._loss = spoiled
     try:
         train(run, mesh)
     except BadLoss as error:
         return str(error), store.latest(run.output).name
     finally:
-        Executor._forward = forward
+        execute._Run._loss = loss
 
 
 @pytest.mark.dist
@@ -142,10 +142,10 @@ mesh = startup.start(ParallelConfig())
 run = config(Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, save_async=False, guards=GuardConfig(rank_timeout=6.0))
 original = Executor.run
 def at_iteration_3(act):
-    def wrapped(self, phase, actions, batches, step, last=None):
-        if batches[0].iteration == 3:
+    def wrapped(self, program, batches, step):
+        if batches(0)[0].iteration == 3:
             act()
-        return original(self, phase, actions, batches, step, last)
+        return original(self, program, batches, step)
     Executor.run = wrapped
 """
 

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from problems import IMAGES, build, gradient_of, microbatch, model_config, run_config
+from problems import IMAGES, build, gradient_of, microbatch, model_config, run_config, run_phase
 
 from megatron_apt.config import AptConfig
 from megatron_apt.conventions import interpolate, one_step_sample, predict_sample, shift, velocity_target
 from megatron_apt.methods import losses
 from megatron_apt.models.discriminator import Discriminator
-from megatron_apt.pipeline.actions import alternate
 
 LOG2 = math.log(2.0)
 
@@ -90,7 +89,7 @@ def test_d_phase_equals_the_written_formula(mesh, loss):
     method, networks, executor = build(config, mesh)
     phase = method.phases[1]
     batch = microbatch(mesh, IMAGES, config.model).for_phase("d")
-    executor.run(phase, [a for a in alternate(phase, 1) if a.kind != "STEP"], [batch], lambda role: None)
+    run_phase(executor, phase, [batch])
     network = networks["discriminator"]
     ours = gradient_of(network)
     network.shards.zero_grad()
@@ -119,7 +118,7 @@ def test_g_phase_equals_the_written_formula(mesh):
     config = run_config(model=model_config(dtype="float64"), apt=AptConfig(timestep_shift=12.0))
     method, networks, executor = build(config, mesh)
     batch = microbatch(mesh, IMAGES, config.model).for_phase("g")
-    executor.run(method.phases[0], [a for a in alternate(method.phases[0], 1) if a.kind != "STEP"], [batch], lambda role: None)
+    run_phase(executor, method.phases[0], [batch])
     network = networks["generator"]
     ours = gradient_of(network)
     network.shards.zero_grad()

@@ -132,7 +132,7 @@ def test_attention_equals_an_independent_implementation(mesh):
 
     model = model_config(dtype="float64", depth=1, last_block_text=True)
     _, networks, _ = build(run_config("flow", model=model), mesh)
-    block = networks["generator"].module.blocks[0]
+    block = networks["generator"].module.blocks["0"]
     generator = torch.Generator().manual_seed(3)
     x, text, c = (torch.randn(2, n, 48, generator=generator, dtype=torch.float64) for n in (6, 3, 1))
     layout = build_layout(((1, 2, 3),) * 2, (3, 3), mesh)

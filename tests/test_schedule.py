@@ -138,9 +138,13 @@ def feed(*_):
     raise AssertionError("planning a schedule calls no network")
 
 
-_CONSISTENCY = (Segment("teacher", "none", feed, copies=2), Segment("generator", "none", feed, reads=(0,)), Segment("generator", "full", feed))
+_CONSISTENCY = (
+    Segment("teacher", "none", feed, feed, copies=2),
+    Segment("generator", "none", feed, feed, reads=(0,)),
+    Segment("generator", "full", feed, feed),
+)
 METHODS_UNDER_TEST = {
-    "flow": (Phase("flow", (Branch("flow", (Segment("generator", "full", feed),), feed),), "generator"),),
+    "flow": (Phase("flow", (Branch("flow", (Segment("generator", "full", feed, feed),), feed),), "generator"),),
     "consistency": (Phase("c", (Branch("c", _CONSISTENCY, feed, reads=(0, 1)),), "generator"),),
     "relativistic": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None).phases,
     "unmatched": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None).phases,

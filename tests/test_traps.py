@@ -5,35 +5,31 @@ import itertools
 import pytest
 import torch
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
-from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config
+from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config, run_phase
 
 from megatron_apt.config import AptConfig
 from megatron_apt.models.discriminator import head_blocks
-from megatron_apt.pipeline.actions import alternate
 from megatron_apt.pipeline.execute import frozen
 
 F64 = model_config(dtype="float64")
-
-
-def run_phase(method, executor, index, batch):
-    phase = method.phases[index]
-    return executor.run(phase, [a for a in alternate(phase, 1) if a.kind != "STEP"], [batch.for_phase(phase.name)], lambda role: None)
 
 
 def test_1_a_sample_and_its_perturbation_share_label_condition_dropout_and_packing(mesh):
     apt = AptConfig(ar1_sigma=0.1, condition_dropout=0.5, timestep_shift=12.0)
     method, _, _ = build(run_config(model=F64, apt=apt), mesh)
     batch = microbatch(mesh, MIXED, F64, (3, 1, 6, 4)).for_phase("d")
-    inputs = method.phases[1].branches[0].segments[0].feed(batch, [])
+    segment = method.phases[1].branches[0].segments[0]
+    (x, t), condition = segment.feed(batch, {}), segment.condition(batch)
     n = len(MIXED)
-    assert torch.equal(inputs.t[:n], inputs.t[n:])
-    assert len(set(inputs.t[:n].tolist())) == n, "one label per sample, not one per pack"
-    assert inputs.condition.lengths[:n] == inputs.condition.lengths[n:]
-    first, second = inputs.condition.tokens.chunk(2)
+    assert torch.equal(t[:n], t[n:])
+    assert len(set(t[:n].tolist())) == n, "one label per sample, not one per pack"
+    assert condition.lengths[:n] == condition.lengths[n:]
+    first, second = condition.tokens.chunk(2)
     assert torch.equal(first, second)
-    assert not torch.equal(first, batch.condition.tokens) or inputs.condition.lengths[:n] != batch.condition.lengths, "dropout took no caption"
-    assert inputs.layout.grids[:n] == inputs.layout.grids[n:]
-    x, perturbed = inputs.x.chunk(2)
+    assert not torch.equal(first, batch.condition.tokens) or condition.lengths[:n] != batch.condition.lengths, "dropout took no caption"
+    layout = batch.layout_for(condition)
+    assert layout.grids[:n] == layout.grids[n:]
+    x, perturbed = x.chunk(2)
     assert torch.equal(x, batch.x)
     assert float((perturbed - x).std()) == pytest.approx(0.1, rel=0.1)
 
@@ -43,7 +39,7 @@ def test_2_gradients_flow_through_both_terms_of_ar1(mesh):
     config = run_config(model=F64, apt=AptConfig(ar1_lambda=1e6, ar1_sigma=0.1))
     method, networks, executor = build(config, mesh)
     batch = microbatch(mesh, IMAGES, F64).for_phase("d")
-    run_phase(method, executor, 1, batch)
+    run_phase(executor, method.phases[1], [batch])
     network, d = networks["discriminator"], networks["discriminator"].module
     ours = gradient_of(network)
 
@@ -62,7 +58,7 @@ def test_2_gradients_flow_through_both_terms_of_ar1(mesh):
 def test_3_the_g_step_goes_through_d_but_gives_its_weights_nothing(mesh):
     method, networks, executor = build(run_config(model=F64), mesh)
     batch = microbatch(mesh, IMAGES, F64)
-    run_phase(method, executor, 0, batch)
+    run_phase(executor, method.phases[0], [batch])
     assert not gradient_of(networks["discriminator"]).any()
     assert gradient_of(networks["generator"]).any()
     # No weight-gradient product is even part of the graph.

@@ -44,10 +44,15 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
     mesh = startup.start(config.parallel)
     run = Executor.run
 
-    def run_or_die(self, phase, actions, batches, step, last=None):
-        if phase.name == "d" and batches[0].iteration == die_at and mesh.world.rank == die_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return run(self, phase, actions, batches, step, last)
+    def run_or_die(self, program, batches, step):
+        dying = batches(0)[0].iteration == die_at and mesh.world.rank == die_rank
+
+        def step_and_die(task):
+            step(task)
+            if dying and task.role == "generator":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return run(self, program, batches, step_and_die)
 
     Executor.run = run_or_die
     train(config, mesh)

@@ -101,6 +101,7 @@ def reshard(command: Reshard) -> None:
     from megatron_apt.methods import METHODS
     from megatron_apt.networks import Network
     from megatron_apt.parallel import startup
+    from megatron_apt.pipeline.prepare import Pipeline
 
     folder = store.resolve(command.source)
     target = Path(command.target) / "checkpoints" / folder.name
@@ -113,9 +114,11 @@ def reshard(command: Reshard) -> None:
         config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
         check_fits(config)
         tensors = {}
-        for name, role in METHODS[config.method](config, mesh).roles.items():
+        method = METHODS[config.method](config, mesh)
+        pipeline = Pipeline(config.pipeline, method, mesh)
+        for name, role in method.roles.items():
             if role.optimizer is not None:  # what does not train is not in a checkpoint
-                network = Network(name, role, mesh)
+                network = Network(name, role, mesh, pipeline.cut(name))
                 network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
                 tensors |= network.sharded_state()
         stored = {key: value for key, value in state.items() if key not in ("format", "iteration")}

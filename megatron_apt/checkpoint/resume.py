@@ -8,7 +8,7 @@ from megatron_apt.checkpoint.store import CheckpointError
 
 # Fields, or fields of fields, that may change between an interrupted run and its continuation.
 _FREE = {
-    *("output", "iterations", "parallel", "micro_batch", "init", "guards"),
+    *("output", "iterations", "parallel", "pipeline", "micro_batch", "init", "guards"),
     *("log_every", "save_every", "save_async", "retention", "tensorboard", "wandb"),
 }
 _FREE_INSIDE = {"optimizer": ("overlap", "bucket_size")}

@@ -19,11 +19,12 @@ from megatron_apt.config import AptConfig, GuardConfig, RunConfig
 from megatron_apt.conventions import one_step_sample, shift
 from megatron_apt.data.microbatch import Microbatch, dropped, rolled
 from megatron_apt.methods import losses
-from megatron_apt.methods.base import Branch, Inputs, Method, Metrics, Outputs, Phase, Role, Segment, Values
-from megatron_apt.methods.flow import build_generator
+from megatron_apt.methods.base import Branch, Grad, Inputs, Method, Metrics, Outputs, Phase, Role, Segment, Values
+from megatron_apt.methods.flow import generator
 from megatron_apt.models import parameters
 from megatron_apt.models.discriminator import Discriminator
 from megatron_apt.models.mmdit import Condition
+from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 
 _UNPAIRED = {
@@ -52,9 +53,10 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
 def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
     apt = config.apt
 
-    def build_discriminator() -> Discriminator:
-        depth = max(1, round(apt.discriminator_depth * config.model.depth))
-        model = Discriminator(config.model, mesh, depth, apt.head_layers)
+    depth = max(1, round(apt.discriminator_depth * config.model.depth))
+
+    def build_discriminator(cut: Cut) -> Discriminator:
+        model = Discriminator(config.model, mesh, depth, apt.head_layers, cut)
         parameters.initialise(model, mesh, config.seed)
         return model
 
@@ -64,11 +66,10 @@ def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
         return (base_lr if name.startswith("backbone.") else base_lr * apt.head_lr_scale) / config.optimizer.lr
 
     return {
-        "generator": Role(
-            lambda: build_generator(config, mesh), source=config.init.generator, optimizer=config.optimizer, ema=config.optimizer.ema > 0
-        ),
+        "generator": generator(config, mesh, config.init.generator),
         "discriminator": Role(
             build_discriminator,
+            depth,
             source=config.init.diffusion if apt.discriminator_init == "diffusion" else config.init.generator,
             target="backbone",
             optimizer=replace(config.optimizer, warmup=apt.discriminator_warmup),
@@ -91,24 +92,22 @@ def label(batch: Microbatch, apt: AptConfig, purpose: str) -> Tensor:
     return batch.times(apt.timestep_fixed) if apt.timestep_fixed >= 0 else shift(batch.uniform(purpose), apt.timestep_shift)
 
 
-def _feed_generator(apt: AptConfig):
-    def feed(batch: Microbatch, _) -> Inputs:
-        condition = condition_of(batch, apt)
-        return Inputs(batch.noise("z"), batch.times(1.0), condition, batch.layout_for(condition))
+def _texts(apt: AptConfig, copies: int = 1):
+    def condition(batch: Microbatch) -> Condition:
+        return condition_of(batch, apt).repeat(copies)
 
-    return feed
+    return condition
+
+
+def _generate(apt: AptConfig, grad: Grad) -> Segment:
+    def feed(batch: Microbatch, _) -> Inputs:
+        return batch.noise("z"), batch.times(1.0)
+
+    return Segment("generator", grad, _texts(apt), feed)
 
 
 def fakes(batch: Microbatch, outputs: Outputs) -> Tensor:
     return one_step_sample(batch.noise("z"), outputs[0])
-
-
-def stacked(batch: Microbatch, samples: list[Tensor], times: list[Tensor], conditions: list[Condition]) -> Inputs:
-    """Several versions of the microbatch as one: (x, x + sigma n, ...) with one label and one condition each."""
-    condition = conditions[0]
-    for other in conditions[1:]:
-        condition = condition.join(other)
-    return Inputs(torch.cat(samples), torch.cat(times), condition, batch.layout_for(condition))
 
 
 def with_perturbed(batch: Microbatch, samples: Tensor, strength: float, sigma: float, purpose: str) -> list[Tensor]:
@@ -116,22 +115,21 @@ def with_perturbed(batch: Microbatch, samples: Tensor, strength: float, sigma: f
     return [samples, samples + sigma * batch.noise(purpose)] if strength else [samples]
 
 
-def _feed_real(apt: AptConfig):
-    def feed(batch: Microbatch, _) -> Inputs:
-        samples = with_perturbed(batch, batch.x, apt.ar1_lambda, apt.ar1_sigma, "ar1")
-        copies = len(samples)
-        return stacked(batch, samples, [label(batch, apt, "t_real")] * copies, [condition_of(batch, apt)] * copies)
+def _discriminate(apt: AptConfig, grad: Grad, purpose: str, real: bool, fake: bool, regularised: bool = True) -> Segment:
+    """D on real samples, fakes or both, each with its perturbation where a penalty compares them: versions of the microbatch stacked as one.
 
-    return feed
+    All versions of a sample share its label and condition.
+    """
+    ar1 = apt.ar1_lambda if real and regularised else 0.0
+    ar2 = apt.ar2_lambda if fake and regularised else 0.0
+    copies = (1 + bool(ar1)) * real + (1 + bool(ar2)) * fake
 
+    def feed(batch: Microbatch, outputs: Outputs) -> Inputs:
+        versions = with_perturbed(batch, batch.x, ar1, apt.ar1_sigma, "ar1") if real else []
+        versions += with_perturbed(batch, fakes(batch, outputs), ar2, apt.ar2_sigma, "ar2") if fake else []
+        return torch.cat(versions), torch.cat([label(batch, apt, purpose)] * copies)
 
-def _feed_fake(apt: AptConfig, regularised: bool):
-    def feed(batch: Microbatch, outputs) -> Inputs:
-        samples = with_perturbed(batch, fakes(batch, outputs), apt.ar2_lambda if regularised else 0.0, apt.ar2_sigma, "ar2")
-        copies = len(samples)
-        return stacked(batch, samples, [label(batch, apt, "t_fake")] * copies, [condition_of(batch, apt)] * copies)
-
-    return feed
+    return Segment("discriminator", grad, _texts(apt, copies), feed, (0,) if fake else (), copies)
 
 
 # --- losses over logits
@@ -169,23 +167,18 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
         loss, metrics = _penalised(batch, outputs[1], d_fake(fake), apt.ar2_lambda, "d/ar2")
         return loss, metrics | _logit_metrics(batch, fake.detach(), real=False)
 
-    frozen = Segment("discriminator", "input", _feed_fake(apt, False), reads=(0,))
-    regularised = Segment("discriminator", "full", _feed_fake(apt, True), reads=(0,), copies=1 + bool(apt.ar2_lambda))
+    frozen = _discriminate(apt, "input", "t_fake", real=False, fake=True, regularised=False)
     branches = [
-        Branch("fake", (Segment("generator", "full", _feed_generator(apt)), frozen), g_loss, reads=(0,)),
-        Branch("real", (Segment("discriminator", "full", _feed_real(apt), copies=1 + bool(apt.ar1_lambda)),), real_loss),
-        Branch("fake", (Segment("generator", "none", _feed_generator(apt)), regularised), fake_loss),
+        Branch("fake", (_generate(apt, "full"), frozen), g_loss, reads=(0,)),
+        Branch("real", (_discriminate(apt, "full", "t_real", real=True, fake=False),), real_loss),
+        Branch("fake", (_generate(apt, "none"), _discriminate(apt, "full", "t_fake", real=False, fake=True)), fake_loss),
     ]
     if apt.unmatched_conditions:
-        branches.append(Branch("unmatched", (Segment("discriminator", "full", _feed_unmatched(apt)),), _unmatched_loss(d_fake)))
+        unmatched = Segment(
+            "discriminator", "full", lambda batch: rolled(batch.condition), lambda batch, _: (batch.x, label(batch, apt, "t_unmatched"))
+        )
+        branches.append(Branch("unmatched", (unmatched,), _unmatched_loss(d_fake)))
     return branches
-
-
-def _feed_unmatched(apt: AptConfig):
-    def feed(batch: Microbatch, _) -> Inputs:
-        return stacked(batch, [batch.x], [label(batch, apt, "t_unmatched")], [rolled(batch.condition)])
-
-    return feed
 
 
 def _unmatched_loss(d_fake):
@@ -197,15 +190,6 @@ def _unmatched_loss(d_fake):
 
 
 def _relativistic(apt: AptConfig) -> list[Branch]:
-    def feed_pair(regularised: bool):
-        def feed(batch: Microbatch, outputs) -> Inputs:
-            real = with_perturbed(batch, batch.x, apt.ar1_lambda if regularised else 0.0, apt.ar1_sigma, "ar1")
-            fake = with_perturbed(batch, fakes(batch, outputs), apt.ar2_lambda if regularised else 0.0, apt.ar2_sigma, "ar2")
-            copies = len(real) + len(fake)
-            return stacked(batch, real + fake, [label(batch, apt, "t_pair")] * copies, [condition_of(batch, apt)] * copies)
-
-        return feed
-
     def g_loss(batch: Microbatch, outputs):
         real, fake = outputs[1].chunk(2)
         loss = batch.sample_mean(losses.relativistic_g(real, fake))
@@ -224,12 +208,11 @@ def _relativistic(apt: AptConfig) -> list[Branch]:
         # This loss knows differences only, so only the order of a pair can be right or wrong.
         return loss, metrics | {"d/accuracy": batch.sample_mean((reals[0] > generated[0]).to(reals[0].dtype))}
 
-    generate = _feed_generator(apt)
-    frozen = Segment("discriminator", "input", feed_pair(False), reads=(0,), copies=2)
-    trained = Segment("discriminator", "full", feed_pair(True), reads=(0,), copies=2 + bool(apt.ar1_lambda) + bool(apt.ar2_lambda))
+    frozen = _discriminate(apt, "input", "t_pair", real=True, fake=True, regularised=False)
+    trained = _discriminate(apt, "full", "t_pair", real=True, fake=True)
     return [
-        Branch("pair", (Segment("generator", "full", generate), frozen), g_loss, reads=(0,)),
-        Branch("pair", (Segment("generator", "none", generate), trained), d_loss),
+        Branch("pair", (_generate(apt, "full"), frozen), g_loss, reads=(0,)),
+        Branch("pair", (_generate(apt, "none"), trained), d_loss),
     ]
 
 

@@ -1,6 +1,6 @@
 """What a method is: roles, and phases made of branches made of segments.
 
-Segment(role, grad, feed)     one pass through one network; grad full | input (its weights are frozen here) | none (no gradient at all)
+Segment(role, grad, ...)      one pass through one network; grad full | input (its weights are frozen here) | none (no gradient at all)
 Branch(name, segments, loss)  a chain of segments that ends in a loss; runs once per microbatch
 Phase(name, branches, updates)   the optimiser step of one role closes it
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from megatron_apt.config import GuardConfig, OptimizerConfig
 from megatron_apt.data.microbatch import Microbatch
-from megatron_apt.models.layout import Layout
 from megatron_apt.models.mmdit import Condition
+from megatron_apt.models.stages import Cut
 
 Grad = Literal["full", "input", "none"]
 Metrics = dict[str, Tensor]
@@ -23,14 +23,7 @@ Outputs = Mapping[int, Tensor]  # of segments of a branch, by number
 Values = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments of one forward pass: see MMDiT.forward."""
-
-    x: Tensor
-    t: Tensor
-    condition: Condition
-    layout: Layout
+Inputs = tuple[Tensor, Tensor]  # x and t of a forward pass, as MMDiT.forward takes them
 
 
 @dataclass(frozen=True)
@@ -38,13 +31,15 @@ class Segment:
     """One pass through one network.
 
     Attributes:
-        feed: makes the inputs from the microbatch and the outputs of earlier segments, by their number; gradients flow back through it.
+        condition: texts of all that the network sees at once; with the microbatch's shapes they fix the layout, on every stage.
+        feed: makes x and t from the microbatch and the outputs of earlier segments, by their number; gradients flow back through it.
         reads: numbers of the segments whose outputs `feed` uses. In a pipeline the others are not brought to where it runs.
         copies: versions of each sample that it sees at once, for the time and memory it takes.
     """
 
     role: str
     grad: Grad
+    condition: Callable[[Microbatch], Condition]
     feed: Callable[[Microbatch, Outputs], Inputs]
     reads: tuple[int, ...] = ()
     copies: int = 1
@@ -95,7 +90,8 @@ class Role:
     """A network of a method.
 
     Attributes:
-        build: makes it, weights initialised from the run's seed.
+        build: makes the stages of it that a rank holds, weights initialised from the run's seed.
+        depth: its blocks.
         source: checkpoint its weights start from; empty keeps the initialisation.
         target: submodule that takes those weights ("" the network itself, "backbone" of a discriminator).
         optimizer: None for a network that is never trained.
@@ -104,7 +100,8 @@ class Role:
         lr_scale: parameter name -> multiple of the learning rate.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[[Cut], nn.Module]
+    depth: int
     source: str = ""
     target: str = ""
     optimizer: OptimizerConfig | None = None

@@ -12,7 +12,8 @@ from megatron_apt.conventions import interpolate, predict_sample, shift
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
-from megatron_apt.methods.flow import build_generator
+from megatron_apt.methods.flow import build_generator, generator
+from megatron_apt.models.mmdit import Condition
 from megatron_apt.parallel.mesh import Mesh
 
 
@@ -29,29 +30,30 @@ def guided(stacked: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def method(config: RunConfig, mesh: Mesh) -> Method:
-    """Student and frozen teacher; the chain is teacher -> student target -> student."""
+    """Student and frozen teacher; the chain is teacher -> target, beside it the student."""
     c = config.consistency
 
     def noisy(batch: Microbatch):
         t, s = grid_times(batch.uniform("t"), c.steps, c.shift)
         return interpolate(batch.x, batch.noise("z"), batch.layout.expand(t)), t, s
 
+    def texts(batch: Microbatch) -> Condition:
+        return batch.condition
+
+    def guidance_texts(batch: Microbatch) -> Condition:
+        return batch.condition.join(batch.negative)
+
     def feed_teacher(batch: Microbatch, _) -> Inputs:
         x_t, t, _s = noisy(batch)
-        both = batch.condition.join(batch.negative)
-        return Inputs(torch.cat((x_t, x_t)), torch.cat((t, t)), both, batch.layout_for(both))
+        return torch.cat((x_t, x_t)), torch.cat((t, t))
 
     def stepped(batch: Microbatch, outputs):
         x_t, t, s = noisy(batch)
         return x_t + batch.layout.expand(s - t) * guided(outputs[0], c.guidance_scale), s
 
-    def feed_target(batch: Microbatch, outputs) -> Inputs:
-        x_s, s = stepped(batch, outputs)
-        return Inputs(x_s, s, batch.condition, batch.layout)
-
     def feed_student(batch: Microbatch, _) -> Inputs:
         x_t, t, _s = noisy(batch)
-        return Inputs(x_t, t, batch.condition, batch.layout)
+        return x_t, t
 
     def loss(batch: Microbatch, outputs):
         x_t, t, _s = noisy(batch)
@@ -61,14 +63,10 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         return value, {"loss": value.detach()}
 
     roles = {
-        "generator": Role(
-            lambda: build_generator(config, mesh),
-            source=config.init.generator or config.init.diffusion,
-            optimizer=config.optimizer,
-            ema=config.optimizer.ema > 0,
-        ),
-        "teacher": Role(lambda: build_generator(config, mesh), source=config.init.diffusion),
+        "generator": generator(config, mesh, config.init.generator or config.init.diffusion),
+        "teacher": Role(lambda cut: build_generator(config, mesh, cut), config.model.depth, config.init.diffusion),
     }
-    target = Segment("generator", "none", feed_target, reads=(0,))
-    chain = (Segment("teacher", "none", feed_teacher, copies=2), target, Segment("generator", "full", feed_student))
-    return Method(roles, (Phase("consistency", (Branch("distil", chain, loss, reads=(0, 1)),), updates="generator"),))
+    teacher = Segment("teacher", "none", guidance_texts, feed_teacher, copies=2)
+    target = Segment("generator", "none", texts, stepped, reads=(0,))
+    student = Segment("generator", "full", texts, feed_student)
+    return Method(roles, (Phase("consistency", (Branch("distil", (teacher, target, student), loss, reads=(0, 1)),), updates="generator"),))

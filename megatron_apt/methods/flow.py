@@ -8,31 +8,37 @@ from megatron_apt.data.microbatch import Microbatch, dropped
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
 from megatron_apt.models import parameters
-from megatron_apt.models.mmdit import MMDiT
+from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 
 
-def build_generator(config: RunConfig, mesh: Mesh) -> MMDiT:
+def build_generator(config: RunConfig, mesh: Mesh, cut: Cut) -> MMDiT:
     """A diffusion transformer with weights drawn from the run's seed."""
-    model = MMDiT(config.model, mesh)
+    model = MMDiT(config.model, mesh, cut=cut)
     parameters.initialise(model, mesh, config.seed)
     return model
+
+
+def generator(config: RunConfig, mesh: Mesh, source: str) -> Role:
+    """The role that is trained, averaged, sampled and exported."""
+    return Role(lambda cut: build_generator(config, mesh, cut), config.model.depth, source, optimizer=config.optimizer, ema=config.optimizer.ema > 0)
 
 
 def method(config: RunConfig, mesh: Mesh) -> Method:
     """One role, one phase, one branch."""
     flow = config.flow
 
+    def condition(batch: Microbatch) -> Condition:
+        return dropped(batch, flow.condition_dropout, "dropout")
+
     def feed(batch: Microbatch, _) -> Inputs:
         t = shift(torch.sigmoid(flow.logit_mean + flow.logit_std * batch.normal("t")), flow.shift)
-        condition = dropped(batch, flow.condition_dropout, "dropout")
-        layout = batch.layout_for(condition)
-        return Inputs(interpolate(batch.x, batch.noise("z"), layout.expand(t)), t, condition, layout)
+        return interpolate(batch.x, batch.noise("z"), batch.layout.expand(t)), t
 
     def loss(batch: Microbatch, outputs):
         value = batch.token_mean(losses.squared_error(outputs[0], velocity_target(batch.x, batch.noise("z"))))
         return value, {"loss": value.detach()}
 
-    generator = Role(lambda: build_generator(config, mesh), source=config.init.generator, optimizer=config.optimizer, ema=config.optimizer.ema > 0)
-    branch = Branch("flow", (Segment("generator", "full", feed),), loss)
-    return Method({"generator": generator}, (Phase("flow", (branch,), updates="generator"),))
+    branch = Branch("flow", (Segment("generator", "full", condition, feed),), loss)
+    return Method({"generator": generator(config, mesh, config.init.generator)}, (Phase("flow", (branch,), updates="generator"),))

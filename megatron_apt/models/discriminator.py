@@ -17,6 +17,7 @@ from megatron_apt.models.layout import Layout
 from megatron_apt.models.mmdit import Condition, MMDiT, RMSNorm
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
+from megatron_apt.models.stages import WHOLE, Cut, State
 from megatron_apt.parallel.collectives import max_over, sum_over
 from megatron_apt.parallel.mesh import Mesh
 
@@ -83,14 +84,18 @@ class Discriminator(nn.Module):
         mesh: device mesh.
         depth: layers kept of the backbone.
         head_fractions: depths of the heads as fractions of `depth`.
+        cut: its pipeline stages; a head stands on the stage of its block, the logit on the last.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...]):
+    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...], cut: Cut = WHOLE):
         super().__init__()
-        self.taps = head_blocks(head_fractions, depth)
-        self.backbone = MMDiT(model, mesh, depth=depth, output=False)
+        self.taps, self.cut = head_blocks(head_fractions, depth), cut
+        self.backbone = MMDiT(model, mesh, depth=depth, output=False, cut=cut)
         backend, width = choose_backend(mesh.device.type), len(self.taps) * model.width
-        self.heads = nn.ModuleList(QueryHead(model, mesh, backend) for _ in self.taps)
+        held = [i for i, tap in enumerate(self.taps) if cut.holds(depth, tap - 1)]
+        self.heads = nn.ModuleDict({str(i): QueryHead(model, mesh, backend) for i in held})
+        if not cut.last:
+            return
         logit_dtype = torch.promote_types(DTYPES[model.dtype], torch.float32)
         self.norm_weight = declare(nn.Parameter(torch.empty(width, dtype=logit_dtype)), parameters.ones)
         self.norm_bias = declare(nn.Parameter(torch.empty(width, dtype=logit_dtype)), parameters.zeros)
@@ -100,7 +105,33 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
         """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank. Arguments as in MMDiT.forward."""
-        _, _, _, hidden = self.backbone.hidden_states(x, t, condition, layout, self.taps)
-        tokens = torch.cat([head(h, layout) for head, h in zip(self.heads, hidden, strict=True)], dim=-1).to(self.logit.weight.dtype)
+        state = self.enter(x, t, condition, layout)
+        for stage in range(self.cut.stages):
+            state = self.run_stage(stage, state, layout)
+        return state
+
+    def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
+        return self.backbone.enter(x, t, condition, layout)
+
+    def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
+        """The state behind a stage, with the tokens of the heads passed so far; behind the last one the logits."""
+        state, hidden = self.backbone.run_blocks(stage, state, layout, self.taps)
+        state |= {f"token.{i}": self.heads[str(i)](hidden[tap], layout) for i, tap in enumerate(self.taps) if tap in hidden}
+        if stage < self.cut.stages - 1:
+            return state
+        tokens = torch.cat([state[f"token.{i}"] for i in range(len(self.taps))], dim=-1).to(self.logit.weight.dtype)
         tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
         return self.logit(tokens).squeeze(-1)
+
+    def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """See models/stages.py."""
+        passed = [i for i, tap in enumerate(self.taps) if tap <= self.cut.blocks(self.backbone.depth, stage).stop]
+        tokens = {f"token.{i}": ((layout.samples, self.backbone.model.width), True) for i in passed}
+        return self.backbone.carried(stage, layout) | tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    def output_shape(self, layout: Layout) -> tuple[int, ...]:
+        return (layout.samples,)

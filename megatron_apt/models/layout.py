@@ -41,6 +41,12 @@ class Stream:
             x = torch.cat((x, x.new_zeros(self.padding, *x.shape[1:])))
         return x.unsqueeze(1)
 
+    def folded(self, width: int, tp: int) -> tuple[int, ...]:
+        """Shape of a folded (T, width) tensor whose first dimension is split over `tp` ranks."""
+        if self.uniform:
+            return len(self.counts) // tp, self.counts[0], width
+        return (len(self.index) + self.padding) // tp, 1, width
+
     def unfold(self, x: Tensor) -> Tensor:
         """Inverse of `fold`."""
         x = x.flatten(0, 1)

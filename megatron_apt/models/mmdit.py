@@ -23,6 +23,7 @@ from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rota
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
+from megatron_apt.models.stages import WHOLE, Cut, State
 from megatron_apt.parallel.context import joint_attention
 from megatron_apt.parallel.mesh import Mesh
 
@@ -166,21 +167,24 @@ class MMDiT(nn.Module):
         mesh: device mesh.
         depth: layers to build; fewer than model.depth gives the lower part of the network.
         output: with the final projection to a velocity (a discriminator's backbone has none).
+        cut: its pipeline stages; only the parts of this rank's are built.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True):
+    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE):
         super().__init__()
-        self.model, self.mesh = model, mesh
-        depth, dtype, d = depth or model.depth, DTYPES[model.dtype], model.width
-        self.x_embed = linear(model.patch_width, d, dtype)
-        self.text_embed = linear(model.text_width, d, dtype)
-        self.time_embed = TimestepEmbedding(d, dtype)
-        self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
-        self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
+        self.model, self.mesh, self.depth, self.cut = model, mesh, depth or model.depth, cut
+        dtype, d = DTYPES[model.dtype], model.width
+        if cut.first:
+            self.x_embed = linear(model.patch_width, d, dtype)
+            self.text_embed = linear(model.text_width, d, dtype)
+            self.time_embed = TimestepEmbedding(d, dtype)
+            self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
+            self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
         spec = mmdit_block_spec(choose_backend(mesh.device.type))
-        last_text = [i < model.depth - 1 or model.last_block_text for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(model, mesh, spec, i + 1, last_text[i]) for i in range(depth))
-        self.final = FinalLayer(model, mesh, spec.visual.modulation) if output else None
+        last_text = [i < model.depth - 1 or model.last_block_text for i in range(self.depth)]
+        held = [i for i in range(self.depth) if cut.holds(self.depth, i)]
+        self.blocks = nn.ModuleDict({str(i): Block(model, mesh, spec, i + 1, last_text[i]) for i in held})
+        self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
         """Velocity of every local visual token.
@@ -194,30 +198,57 @@ class MMDiT(nn.Module):
         Returns:
             (T_visual, C * patch), in x's dtype.
         """
-        h, c, shared, _ = self.hidden_states(x, t, condition, layout, taps=())
-        v = self.final(h, c, shared, layout)
-        if self.mesh.sequence_parallel:
-            v = gather_from_sequence_parallel_region(v, tensor_parallel_output_grad=False, group=self.mesh.tp.group)
-        return layout.visual.unfold(v).to(x.dtype)
+        state = self.enter(x, t, condition, layout)
+        for stage in range(self.cut.stages):
+            state = self.run_stage(stage, state, layout)
+        return state.to(x.dtype)
 
-    def hidden_states(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout, taps: tuple[int, ...]):
-        """Runs the blocks; returns (last hidden state, c, shared modulation, hidden states after the blocks numbered in `taps`, from 1)."""
+    def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
+        """Embeddings: hidden states of both streams, the condition vector c (n, D) and, with modulation "single", the shared (n, 6 D) vectors."""
         dtype = self.x_embed.weight.dtype
         h = layout.visual.fold(self.x_embed(x.to(dtype)))
         text = layout.text.fold(self.text_embed(condition.tokens.to(dtype).index_select(0, layout.text.index)))
         c = self.time_embed(t)
         if self.pooled_embed is not None:
             c = c + self.pooled_embed(condition.pooled.to(dtype))
-        shared = self.shared_modulation(F.silu(c)) if self.shared_modulation is not None else None
         if self.mesh.sequence_parallel:
             h, text = (scatter_to_sequence_parallel_region(y, group=self.mesh.tp.group) for y in (h, text))
-        rotary = rotary_table(layout, self.model.head_size, self.model.rope_theta, dtype)
-        tapped = []
-        for number, block in enumerate(self.blocks, 1):
-            h, text = self._run(block, h, text, c, shared, layout, rotary)
-            if number in taps:
-                tapped.append(h)
-        return h, c, shared, tapped
+        state = {"visual": h, "text": text, "c": c}
+        return state | ({"shared": self.shared_modulation(F.silu(c))} if self.shared_modulation is not None else {})
+
+    def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
+        """The state behind a stage, or behind the last one the velocity."""
+        state, _ = self.run_blocks(stage, state, layout)
+        if stage < self.cut.stages - 1 or self.final is None:
+            return state
+        v = self.final(state["visual"], state["c"], state.get("shared"), layout)
+        if self.mesh.sequence_parallel:
+            v = gather_from_sequence_parallel_region(v, tensor_parallel_output_grad=False, group=self.mesh.tp.group)
+        return layout.visual.unfold(v)
+
+    def run_blocks(self, stage: int, state: State, layout: Layout, taps: tuple[int, ...] = ()) -> tuple[State, dict[int, Tensor]]:
+        """The state behind the blocks of a stage, and the visual hidden states behind those of them that are numbered (from 1) in `taps`."""
+        h, text, c, shared = state["visual"], state["text"], state["c"], state.get("shared")
+        rotary = rotary_table(layout, self.model.head_size, self.model.rope_theta, h.dtype)
+        tapped = {}
+        for i in self.cut.blocks(self.depth, stage):
+            h, text = self._run(self.blocks[str(i)], h, text, c, shared, layout, rotary)
+            if i + 1 in taps:
+                tapped[i + 1] = h
+        return state | {"visual": h, "text": text}, tapped
+
+    def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """See models/stages.py."""
+        d, n, tp = self.model.width, layout.samples, self.mesh.tp.size if self.mesh.sequence_parallel else 1
+        shapes = {name: (stream.folded(d, tp), True) for name, stream in (("visual", layout.visual), ("text", layout.text))}
+        return shapes | {"c": ((n, d), False)} | ({"shared": ((n, 6 * d), False)} if self.model.modulation == "single" else {})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.model.dtype]
+
+    def output_shape(self, layout: Layout) -> tuple[int, ...]:
+        return len(layout.positions), self.model.patch_width
 
     def _run(self, block: Block, h, text, c, shared, layout, rotary):
         if self.model.recompute == "full" and torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.parallel import deferred
 from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
 
@@ -22,10 +23,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class _FusedBias:
     """Linear without communication as one call: bias inside the matrix product, and no weight gradient when the weight is frozen.
 
-    Megatron-Core's own function adds the bias in a second pass over the output.
+    Megatron-Core's own function adds the bias in a second pass over the output, and cannot put the weight gradient off.
     """
 
     def _forward_impl(self, input, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, **kwargs):
+        store = deferred.current()
+        if store is not None and weight.requires_grad:
+            return deferred.linear(input, weight, bias, store, allreduce_dgrad, sequence_parallel, self.tp_group)
         if allreduce_dgrad or sequence_parallel:
             kwargs |= {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
             return super()._forward_impl(input=input, weight=weight, bias=bias, **kwargs)
@@ -39,8 +43,22 @@ class LocalColumnParallelLinear(_FusedBias, ColumnParallelLinear):
 class LocalRowParallelLinear(_FusedBias, RowParallelLinear):
     def forward(self, input_):
         if self.tp_group.size() == 1 and not self.skip_bias_add:
-            return F.linear(input_, self.weight, self.bias), None
+            return self._forward_impl(input_, self.weight, self.bias), None
         return super().forward(input_)
+
+
+class _Delayed:
+    """Transformer Engine's linear with its own delayed weight gradient, which the pass's store calls. Never run: there was no GPU to run it on."""
+
+    def forward(self, x):
+        store = deferred.current()
+        if store is not None and self.weight.requires_grad and self.config.delay_wgrad_compute:
+            store.later(self.backward_dw)
+        return super().forward(x)
+
+
+def _delayed(linear: type) -> type:
+    return type(f"Delayed{linear.__name__}", (_Delayed, linear), {}) if te.HAVE_TE else linear
 
 
 class LocalAttention(torch.nn.Module):
@@ -98,17 +116,15 @@ class Backend(Protocol):
     core_attention: type
 
 
-@dataclass(frozen=True)
 class LocalBackend:
     column_parallel_linear: type = LocalColumnParallelLinear
     row_parallel_linear: type = LocalRowParallelLinear
     core_attention: type = LocalAttention
 
 
-@dataclass(frozen=True)
 class TransformerEngineBackend:
-    column_parallel_linear: type = te.TEColumnParallelLinear
-    row_parallel_linear: type = te.TERowParallelLinear
+    column_parallel_linear: type = _delayed(te.TEColumnParallelLinear)
+    row_parallel_linear: type = _delayed(te.TERowParallelLinear)
     core_attention: type = TransformerEngineAttention
 
 
@@ -158,7 +174,7 @@ def mmdit_block_spec(backend: Backend) -> BlockSubmodules:
 
 def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool | None = None) -> TransformerConfig:
     """Megatron-Core's view of the model. Weights are initialised by `parameters.initialise`, so Megatron-Core leaves them alone."""
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.depth,
         hidden_size=model.width,
         ffn_hidden_size=model.width * model.mlp_ratio,
@@ -176,3 +192,6 @@ def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool |
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
     )
+    # Set afterwards: Megatron-Core allows it with its own mixture-of-experts overlap only, but Transformer Engine's layers take it anywhere.
+    config.delay_wgrad_compute = mesh.pp.size > 1 and mesh.device.type == "cuda"
+    return config

@@ -164,6 +164,14 @@ class ShardedParameters:
         return contextlib.nullcontext() if last else self.ddp.no_sync()
 
     @torch.no_grad()
+    def start_reduction(self) -> None:
+        """Sends the buckets that are not yet on their way: all gradients are there."""
+        if self.mesh.dp_cp.size > 1 and self.ddp.ddp_config.overlap_grad_reduce:
+            for group in self.ddp.bucket_groups:
+                if group.grad_reduce_handle is None:
+                    group.start_grad_sync()
+
+    @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Leaves this rank's shard of the gradient summed over data and context ranks, and over tensor ranks where those hold parts of it."""
         if self.mesh.dp_cp.size > 1:
@@ -175,13 +183,13 @@ class ShardedParameters:
                 grad.copy_(value)
 
     @torch.no_grad()
-    def grad_norm(self) -> float:
-        """Global L2 norm of the reduced gradient, the same on every rank; not finite if any entry on any rank is not."""
+    def grad_square(self) -> float:
+        """Sum of squares of the reduced gradient over the ranks of this pipeline stage, the same on all of them; NaN if any entry is not finite."""
         norms = torch.stack(torch._foreach_norm(self._grads)).double() if self._grads else self._weights
         square = torch.dot(norms.square(), self._weights)
-        if self.mesh.world.size > 1:
-            dist.all_reduce(square, group=self.mesh.world.group)
-        return math.sqrt(square) if square >= 0 and not torch.isinf(square) else float("nan")
+        if self.mesh.stage.size > 1:
+            dist.all_reduce(square, group=self.mesh.stage.group)
+        return float(square) if math.isfinite(square) else float("nan")
 
     def bad_gradients(self) -> list[str]:
         """Names of parameters whose unreduced gradient on this rank is not finite."""

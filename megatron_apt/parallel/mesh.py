@@ -19,7 +19,8 @@ class Axis:
 class Mesh:
     """tensor (tp), context (cp), pipeline (pp) and data (dp) parallel axes of this process.
 
-    `dp_cp` joins dp and cp: weights are replicated over it, so gradients are summed over it. `world` is every rank.
+    `dp_cp` joins dp and cp: weights are replicated over it, so gradients are summed over it. `stage` is every rank that holds the same pipeline
+    stages as this one, `world` every rank.
     """
 
     tp: Axis
@@ -27,6 +28,7 @@ class Mesh:
     pp: Axis
     dp: Axis
     dp_cp: Axis
+    stage: Axis
     world: Axis
     device: torch.device
     sequence_parallel: bool  # activations between blocks are split over tp along their first dimension

@@ -28,8 +28,6 @@ def start(config: ParallelConfig) -> Mesh:
             f"tp={config.tp} x cp={config.cp} x pp={config.pp} = {model_parallel} ranks do not divide the {world} processes started; "
             f"start a multiple of {model_parallel} processes or change --parallel.tp / cp / pp"
         )
-    if config.pp > 1:
-        raise ValueError(f"parallel.pp={config.pp}: only the one-stage case of the executor exists in this version; use --parallel.pp 1")
     if config.context_parallel in ("p2p", "a2a+p2p") and not cuda:
         raise ValueError(
             f"parallel.context_parallel={config.context_parallel!r} is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather"
@@ -112,6 +110,8 @@ def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
         pp=axis(parallel_state.get_pipeline_model_parallel_group()),
         dp=axis(parallel_state.get_data_parallel_group()),
         dp_cp=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        # On one stage no group is needed beside the world.
+        stage=axis(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True) if config.pp > 1 else dist.group.WORLD),
         world=axis(dist.group.WORLD),
         device=device,
         sequence_parallel=config.sequence_parallel and config.tp > 1,

@@ -1,28 +1,31 @@
-"""Runs a schedule: the only code that calls the networks of a method during training."""
+"""Runs a program: the only code that calls the networks of a method during training."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_apt.data.microbatch import Microbatch
-from megatron_apt.methods.base import Branch, Metrics, Phase, Segment
-from megatron_apt.pipeline.actions import Action
+from megatron_apt.methods.base import Branch, Metrics, Segment
+from megatron_apt.models.layout import Layout
+from megatron_apt.models.stages import State
+from megatron_apt.parallel.deferred import WeightGradients, deferring
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.actions import Action, Task
+from megatron_apt.pipeline.program import Program
 
 if TYPE_CHECKING:
     from megatron_apt.networks import Network
 
-
-@dataclass
-class _Chain:
-    """One branch on one microbatch between its first forward and its last backward."""
-
-    batch: Microbatch
-    computed: list[Tensor] = field(default_factory=list)  # outputs with their graphs
-    boundary: list[Tensor] = field(default_factory=list)  # the same values cut from those graphs: what the next segment and the loss read
+Batches = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window
+_OUTPUT = "output"  # name of a segment's output beside the names of a state
 
 
 @contextlib.contextmanager
@@ -38,80 +41,318 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@dataclass
+class _Pass:
+    """One stage of one segment between its forward and its last gradient."""
+
+    read: State  # where gradients of its inputs gather
+    # Of what it made. An edge into the graph keeps no tensor: what has been sent is freed unless the graph itself needs it.
+    made: dict[str, GradientEdge]
+    weights: WeightGradients | None
+
+
+@dataclass
+class _Chain:
+    """What one rank holds of one branch on one microbatch."""
+
+    branch: Branch
+    batch: Microbatch
+    left: int  # actions of it still to come on this rank
+    passes: dict[tuple[int, int], _Pass] = field(default_factory=dict)  # by segment and stage
+    states: dict[tuple[int, int], State] = field(default_factory=dict)  # that a stage will read
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # of segments, for those that read them and for the loss
+    gradients: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # of what a stage made
+
+    def layout(self, segment: int) -> Layout:
+        return self.batch.layout_for(self.branch.segments[segment].condition(self.batch))
+
+    def add_gradients(self, segment: int, stage: int, values: Mapping[str, Tensor]) -> None:
+        present = self.gradients.setdefault((segment, stage), {})
+        for name, value in values.items():
+            present[name] = present[name] + value if name in present else value
+
+
 class Executor:
-    """Executes the actions of a phase on this rank's networks.
+    """Executes programs on this rank's part of the networks.
 
     Whether a network's weights take part is decided for each action, forward and backward alike: recomputation inside a backward runs
     the network again and must see the same choice.
     """
 
-    def __init__(self, networks: "dict[str, Network]"):
-        self._networks = networks
+    def __init__(self, networks: "dict[str, Network]", mesh: Mesh):
+        self._networks, self.mesh = networks, mesh
         self.networks: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
         self.bad_loss = ""  # where the first loss of this rank that was not finite arose
 
-    def run(
-        self, phase: Phase, actions: Sequence[Action], batches: Sequence[Microbatch], step: Callable[[str], None], last: int | None = None
-    ) -> Metrics:
-        """Runs every action in order; returns the sum of the branches' metric contributions.
-
-        Args:
-            last: microbatch after whose backward passes gradients are complete; None: the last one, -1: none of them.
+    def run(self, program: Program, batches: Batches, step: Callable[[Task], None]) -> list[Metrics]:
+        """Runs this rank's list; returns for each iteration the sum of its metric contributions on this rank.
 
         A loss that is not finite is noted in `bad_loss` and its gradient made so too: the update then stops every rank, not this one alone.
+
+        Raises:
+            Exception: any that an action raised, with a note that names rank and action.
         """
-        chains: dict[tuple[int, int], _Chain] = {}
-        metrics: Metrics = {}
-        last = len(batches) - 1 if last is None else last
-        for action in actions:
-            if action.kind == "STEP":
-                step(action.role)
-                continue
-            branch, key = phase.branches[action.branch], (action.branch, action.microbatch)
-            if action.kind == "F":
-                chain = chains.setdefault(key, _Chain(batches[action.microbatch]))
-                self._forward(branch, action.segment, chain)
-                if action.segment == len(branch.segments) - 1:
-                    for name, value in self._loss(phase, branch, action.microbatch, chain).items():
-                        metrics[name] = metrics[name] + value if name in metrics else value
-            else:
-                segment = branch.segments[action.segment]
-                with self._networks[segment.role].accumulating(last=action.microbatch == last):
-                    self._backward(segment, action.segment, chains[key])
-            if self._finished(branch, action):
-                chains.pop(key).batch.drawn.clear()  # its noise; another branch that needs it draws it again, equal
-        return metrics
+        run = _Run(self, program, batches)
+        rank = self.mesh.pp.rank
+        actions = program.lists[rank]
+        at = 0
+        while at < len(actions):
+            action, posted = actions[at], 1
+            try:
+                if action.kind in ("SEND", "RECV"):
+                    while at + posted < len(actions) and actions[at + posted].kind in ("SEND", "RECV"):
+                        posted += 1
+                    run.post(actions[at : at + posted])
+                elif action.kind == "REDUCE":
+                    self._networks[action.task.role].start_reduction()
+                elif action.kind == "STEP":
+                    step(action.task)
+                else:
+                    run.compute(action, at)
+            except Exception as error:
+                error.add_note(f"in action {action} on rank {self.mesh.world.rank}, stage rank {rank} of the pipeline")
+                raise
+            at += posted
+        run.finish()
+        return run.metrics
+
+
+class _Run:
+    """One run of one program on one rank."""
+
+    def __init__(self, executor: Executor, program: Program, batches: Batches):
+        self._executor, self._networks, self._program, self._batches = executor, executor._networks, program, batches
+        self._mesh, self._rank = executor.mesh, executor.mesh.pp.rank
+        self._window, self._graph = program.graph.window, program.graph
+        self._branches = {(phase.name, branch.name): branch for phase in self._window.phases for branch in phase.branches}
+        self.metrics: list[Metrics] = [{} for _ in range(self._window.iterations)]
+        self._chains: dict[tuple, _Chain] = {}
+        self._loaded: dict[int, Sequence[Microbatch]] = {}
+        self._outgoing: dict[tuple[Task, int], list[Tensor]] = {}
+        self._incoming: dict[Task, tuple[list, list[Tensor]]] = {}
+        self._sending: list[tuple[list, list[Tensor]]] = []  # tensors stay until they are gone
+        mine = [action for action in program.lists[self._rank] if action.kind in ("F", "I", "W")]
+        self._left = Counter(self._key(action.task) for action in mine)
+        self._left_of_iteration = Counter(action.task.iteration for action in mine)
+
+    @staticmethod
+    def _key(task: Task) -> tuple:
+        return task.iteration, task.phase, task.branch, task.microbatch
+
+    @cached_property
+    def _closing(self) -> set[int]:
+        """Places in the list after which no more gradient of that kind comes to those weights before the step.
+
+        From the first of them on a bucket of gradients may complete, and starts on its way when the last of them has added to it.
+        """
+        last: dict[tuple, int] = {}
+        for i, action in enumerate(self._program.lists[self._rank]):
+            if action.kind in ("I", "W"):
+                last[action.task._replace(microbatch=-1)] = i
+        return set(last.values())
+
+    def _rank_of(self, role: str, stage: int) -> int:
+        return self._window.placement[role][stage]
+
+    def _last_stage(self, role: str) -> int:
+        return len(self._window.placement[role]) - 1
+
+    # --- computing
+
+    def compute(self, action: Action, at: int) -> None:
+        task = action.task
+        chain = self._chain(task)
+        for source in self._graph.sources[self._graph.number[task]]:
+            self._take_in(self._graph.tasks[source])
+        segment = chain.branch.segments[task.segment]
+        if action.kind == "F":
+            self._forward(task, segment, chain)
+        else:
+            with self._networks[segment.role].accumulating(last=at in self._closing) if segment.grad == "full" else contextlib.nullcontext():
+                self._backward(task, segment, chain) if action.kind == "I" else self._weight_gradients(task, chain)
+        chain.left -= 1
+        if not chain.left:
+            del self._chains[self._key(task)]
+        self._left_of_iteration[task.iteration] -= 1
+        if not self._left_of_iteration[task.iteration]:
+            self._loaded.pop(task.iteration, None)
+
+    def _chain(self, task: Task) -> _Chain:
+        key = self._key(task)
+        if key not in self._chains:
+            if task.iteration not in self._loaded:
+                self._loaded[task.iteration] = self._batches(task.iteration)
+            batch = self._loaded[task.iteration][task.microbatch].for_phase(task.phase)
+            self._chains[key] = _Chain(self._branches[task.phase, task.branch], batch, self._left[key])
+        return self._chains[key]
 
     def _context(self, segment: Segment):
         if segment.grad == "none":
             return torch.no_grad()
-        return frozen(self.networks[segment.role]) if segment.grad == "input" else contextlib.nullcontext()
+        return frozen(self._executor.networks[segment.role]) if segment.grad == "input" else contextlib.nullcontext()
 
-    def _forward(self, branch: Branch, index: int, chain: _Chain) -> None:
-        segment = branch.segments[index]
-        with self._context(segment):
-            inputs = segment.feed(chain.batch, chain.boundary)
-            output = self.networks[segment.role](inputs.x, inputs.t, inputs.condition, inputs.layout)
-        chain.computed.append(output)
-        chain.boundary.append(output.detach().requires_grad_(segment.grad != "none"))
+    def _forward(self, task: Task, segment: Segment, chain: _Chain) -> None:
+        s, stage, network = task.segment, task.stage, self._executor.networks[segment.role]
+        store = WeightGradients() if self._window.split and segment.grad == "full" else None
+        with self._context(segment), deferring(store):
+            condition = segment.condition(chain.batch)
+            layout = chain.batch.layout_for(condition)
+            if stage == 0:
+                read = {str(r): chain.outputs[r] for r in segment.reads}
+                x, t = segment.feed(chain.batch, chain.outputs)
+                state = network.enter(x, t, condition, layout)
+            else:
+                read = state = chain.states.pop((s, stage))
+            made = network.run_stage(stage, state, layout)
+        made = {_OUTPUT: made.to(chain.batch.x.dtype)} if isinstance(made, Tensor) else made
+        if segment.grad != "none":
+            edges = {name: get_gradient_edge(value) for name, value in made.items() if value.requires_grad}
+            chain.passes[s, stage] = _Pass(read, edges, store)
+        given = {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
+        if _OUTPUT not in given:
+            self._give(task, self._rank_of(task.role, stage + 1), given, lambda: chain.states.update({(s, stage + 1): given}))
+            return
+        chain.outputs[s] = given[_OUTPUT]
+        for rank in self._program.receivers.get(self._graph.number[task], ()):
+            self._outgoing[task, rank] = [given[_OUTPUT]]
+        if s == len(chain.branch.segments) - 1:
+            self._loss(task, chain)
 
-    def _loss(self, phase: Phase, branch: Branch, microbatch: int, chain: _Chain) -> Metrics:
-        loss, metrics = branch.loss(chain.batch, chain.boundary)
+    def _loss(self, task: Task, chain: _Chain) -> None:
+        output = chain.outputs[task.segment]
+        loss, metrics = chain.branch.loss(chain.batch, {r: value.detach() for r, value in chain.outputs.items()} | {task.segment: output})
         if not torch.isfinite(loss):
-            where = f"phase {phase.name}, branch {branch.name}, microbatch {microbatch} on rank {chain.batch.mesh.world.rank}"
-            self.bad_loss = self.bad_loss or f"loss of {where} is {loss.item()}; its samples: {chain.batch.named_samples()}"
+            where = f"phase {task.phase}, branch {task.branch}, microbatch {task.microbatch} on rank {self._mesh.world.rank}"
+            bad = f"loss of {where} is {loss.item()}; its samples: {chain.batch.named_samples()}"
+            self._executor.bad_loss = self._executor.bad_loss or bad
             loss = loss * float("nan")
         if loss.requires_grad:
             loss.backward()
-        return metrics
+            self._collect(task.segment, output, chain)
+        total = self.metrics[task.iteration]
+        for name, value in metrics.items():
+            total[name] = total[name] + value if name in total else value
 
-    def _backward(self, segment: Segment, index: int, chain: _Chain) -> None:
-        gradient = chain.boundary[index].grad
-        with self._context(segment):
-            torch.autograd.backward(chain.computed[index], gradient)
-        chain.computed[index] = chain.boundary[index].grad = None
+    def _collect(self, segment: int, output: Tensor, chain: _Chain) -> dict[str, Tensor]:
+        """Moves the gradient that has gathered at a segment's output to where its last stage finds it."""
+        gradient, output.grad = output.grad, None
+        chain.add_gradients(segment, self._last_stage(chain.branch.segments[segment].role), {_OUTPUT: gradient})
+
+    def _backward(self, task: Task, segment: Segment, chain: _Chain) -> None:
+        s, stage = task.segment, task.stage
+        one, arrived = chain.passes[s, stage], chain.gradients.pop((s, stage))
+        names = [name for name in one.made if name in arrived]
+        with self._context(segment), deferring(one.weights):
+            torch.autograd.backward([one.made[name] for name in names], [arrived[name] for name in names])
+        one.made = {}
+        read, one.read = one.read, {}
+        if segment.grad == "input":
+            del chain.passes[s, stage]
+        if stage:
+            gradients = {name: _gradient(value) for name, value in read.items() if value.requires_grad}
+            self._give(task, self._rank_of(task.role, stage - 1), gradients, lambda: chain.add_gradients(s, stage - 1, gradients))
+            return
+        for r in self._differentiated(chain.branch, segment):
+            rank = self._rank_of(chain.branch.segments[r].role, self._last_stage(chain.branch.segments[r].role))
+            if rank == self._rank:
+                self._collect(r, chain.outputs[r], chain)
+            else:
+                gradient, chain.outputs[r].grad = _gradient(chain.outputs[r]), None
+                self._outgoing.setdefault((task, rank), []).append(gradient)
 
     @staticmethod
-    def _finished(branch: Branch, action: Action) -> bool:
-        first = next((i for i, s in enumerate(branch.segments) if s.grad != "none"), None)
-        return action.segment == first if action.kind == "B" else first is None and action.segment == len(branch.segments) - 1
+    def _differentiated(branch: Branch, segment: Segment) -> list[int]:
+        """Segments to whose outputs this one sends a gradient."""
+        return [r for r in segment.reads if branch.segments[r].grad != "none"]
+
+    def _weight_gradients(self, task: Task, chain: _Chain) -> None:
+        """Without a split they came with the input gradients, and this only marks when the activations are gone."""
+        one = chain.passes.pop((task.segment, task.stage))
+        if one.weights is not None:
+            one.weights.run()
+
+    # --- messages
+
+    def _give(self, task: Task, rank: int, values: State, here: Callable[[], None]) -> None:
+        if rank == self._rank:
+            here()
+        else:
+            self._outgoing[task, rank] = list(values.values())
+
+    def post(self, actions: Sequence[Action]) -> None:
+        """Starts neighbouring sends and receives together."""
+        operations, of_action = [], []
+        for action in actions:
+            peer = dist.get_global_rank(self._mesh.pp.group, action.peer)
+            if action.kind == "SEND":
+                tensors = [tensor.detach().contiguous() for tensor in self._outgoing.pop((action.task, action.peer))]
+                operation = dist.isend
+            else:
+                specification, operation = self._specification(action.task), dist.irecv
+                tensors = [torch.empty(shape, dtype=dtype, device=self._mesh.device) for _, shape, dtype, _ in specification]
+            of_action.append((action, tensors, len(operations)))
+            operations += [dist.P2POp(operation, tensor, peer, self._mesh.pp.group) for tensor in tensors]
+        works = dist.batch_isend_irecv(operations)
+        for action, tensors, first in of_action:
+            # NCCL returns one work for the whole batch, gloo one for each tensor.
+            own = works[first : first + len(tensors)] if len(works) == len(operations) else works
+            if action.kind == "SEND":
+                self._sending.append((own, tensors))
+            else:
+                self._incoming[action.task] = own, tensors
+        self._sending = [(own, tensors) for own, tensors in self._sending if not all(work.is_completed() for work in own)]
+
+    def _specification(self, source: Task) -> list[tuple[object, tuple[int, ...], torch.dtype, bool]]:
+        """Name, shape and dtype of each tensor of a message, and whether a gradient goes back; from what sender and receiver both know."""
+        chain = self._chain(source)
+        segment, samples = chain.branch.segments[source.segment], chain.batch.x.dtype
+        network = self._executor.networks[segment.role]
+        last = self._last_stage(segment.role)
+        if source.kind == "F" and source.stage == last:
+            return [(_OUTPUT, network.output_shape(chain.layout(source.segment)), samples, segment.grad != "none")]
+        if source.kind == "F" or source.stage:
+            stage = source.stage if source.kind == "F" else source.stage - 1
+            carried = network.carried(stage, chain.layout(source.segment)).items()
+            specification = [
+                (name, shape, network.dtype, segment.grad == "full" or (through and segment.grad == "input")) for name, (shape, through) in carried
+            ]
+            return specification if source.kind == "F" else [entry for entry in specification if entry[-1]]
+        found = []
+        for r in self._differentiated(chain.branch, segment):
+            producer = chain.branch.segments[r]
+            if self._rank_of(producer.role, self._last_stage(producer.role)) == self._rank:
+                found.append((r, self._executor.networks[producer.role].output_shape(chain.layout(r)), samples, False))
+        return found
+
+    def _take_in(self, source: Task) -> None:
+        """Waits for the message with the result of an action of another rank, if it has not been waited for yet."""
+        if source not in self._incoming:
+            return
+        works, tensors = self._incoming.pop(source)
+        for work in works:
+            work.wait()
+        chain = self._chain(source)
+        names = [(name, differentiated) for name, _, _, differentiated in self._specification(source)]
+        if source.kind == "F":
+            values = {name: tensor.requires_grad_(flag) for (name, flag), tensor in zip(names, tensors, strict=True)}
+            if _OUTPUT in values:
+                chain.outputs[source.segment] = values[_OUTPUT]
+            else:
+                chain.states[source.segment, source.stage + 1] = values
+            return
+        for (name, _), tensor in zip(names, tensors, strict=True):
+            if source.stage:
+                chain.add_gradients(source.segment, source.stage - 1, {name: tensor})
+            else:
+                chain.add_gradients(name, self._last_stage(chain.branch.segments[name].role), {_OUTPUT: tensor})
+
+    def finish(self) -> None:
+        """Waits for the last sends."""
+        for works, _ in self._sending:
+            for work in works:
+                work.wait()
+        self._sending = []
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -12,48 +12,9 @@ and the next iteration's G beside the D phase.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from megatron_apt.methods.base import Branch, Phase
-
-
-class Task(NamedTuple):
-    """Printed and parsed as `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`; the number behind the role is a stage, that of a STEP a rank."""
-
-    kind: str  # F | I | W | STEP
-    role: str
-    stage: int
-    iteration: int
-    phase: str
-    branch: str = ""
-    segment: int = -1
-    microbatch: int = -1
-
-    def __str__(self) -> str:
-        head = f"{self.kind} {self.role}.{self.stage} i{self.iteration} {self.phase}"
-        return head if self.kind == "STEP" else f"{head}/{self.branch}.{self.segment} m{self.microbatch}"
-
-    @staticmethod
-    def parse(text: str) -> "Task":
-        """Inverse of str.
-
-        Raises:
-            ValueError: naming the text.
-        """
-        try:
-            kind, place, iteration, path, *rest = text.split()
-            role, stage = place.rsplit(".", 1)
-            task = Task(kind, role, int(stage), int(iteration.removeprefix("i")), path)
-            if kind != "STEP":
-                phase, tail = path.split("/", 1)
-                branch, segment = tail.rsplit(".", 1)
-                (microbatch,) = rest
-                task = task._replace(phase=phase, branch=branch, segment=int(segment), microbatch=int(microbatch.removeprefix("m")))
-            if str(task) != text.strip() or kind not in ("F", "I", "W", "STEP"):
-                raise ValueError
-        except ValueError:
-            raise ValueError(f"{text!r} is not an action; one reads `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`") from None
-        return task
+from megatron_apt.pipeline.actions import Task
 
 
 @dataclass(frozen=True)
@@ -113,6 +74,7 @@ class Graph:
         rank, time: where and how long.
         live: activation memory it takes (F) or frees (W, or I where the role is frozen), in microbatches of one rank's part of a network.
         before, after: tasks that a task waits for, and that wait for it; to and from another rank there is a `delay`.
+        sources: those of `before` whose results it takes.
     """
 
     def __init__(self, window: Window):
@@ -122,6 +84,7 @@ class Graph:
         self.time: list[float] = []
         self.live: list[float] = []
         self.before: list[list[int]] = []
+        self.sources: list[list[int]] = []
         self.number: dict[Task, int] = {}
         self._readers: dict[tuple[str, int], list[int]] = {}  # of the present version of a stage
         self._stepped: dict[tuple[str, int], int] = {}  # the STEP that made it
@@ -139,13 +102,14 @@ class Graph:
 
     # --- construction
 
-    def _add(self, task: Task, rank: int, time: float, live: float, before: Sequence[int]) -> int:
+    def _add(self, task: Task, rank: int, time: float, live: float, sources: Sequence[int], before: Sequence[int]) -> int:
         number = self.number[task] = len(self.tasks)
         self.tasks.append(task)
         self.rank.append(rank)
         self.time.append(time)
         self.live.append(live)
-        self.before.append(list(before))
+        self.sources.append(list(dict.fromkeys(sources)))
+        self.before.append(list(dict.fromkeys((*sources, *before))))
         return number
 
     def _chain(self, iteration: int, phase: Phase, branch: Branch, microbatch: int, gate: list[int]) -> int:
@@ -154,15 +118,16 @@ class Graph:
         forward: list[list[int]] = []  # for each segment and stage
         for s, segment in enumerate(branch.segments):
             size = segment.copies / window.chunks(segment.role)
-            before = [forward[r][-1] for r in segment.reads] or gate
+            sources = [forward[r][-1] for r in segment.reads]
             forward.append([])
             for stage, rank in enumerate(window.placement[segment.role]):
                 task = Task("F", segment.role, stage, iteration, phase.name, branch.name, s, microbatch)
                 if s == last and stage == len(window.placement[segment.role]) - 1:  # the loss is taken here
-                    before = [*before, *(forward[r][-1] for r in branch.reads if r != s)]
+                    sources = [*sources, *(forward[r][-1] for r in branch.reads if r != s)]
                 live = size if segment.grad != "none" else 0.0
-                forward[s].append(self._read(task, rank, size * window.costs[segment.role].F, live, before))
-                before = forward[s][-1:]
+                gated = gate if stage == 0 and not segment.reads else []
+                forward[s].append(self._read(task, rank, size * window.costs[segment.role].F, live, sources, gated))
+                sources = forward[s][-1:]
         inputs: dict[int, int] = {}  # segment -> I of its first stage
         for s in reversed(branch.backward):
             segment = branch.segments[s]
@@ -177,18 +142,17 @@ class Graph:
                 behind = [inputs[s]]
         return forward[0][0]
 
-    def _read(self, task: Task, rank: int, time: float, live: float, before: list[int]) -> int:
+    def _read(self, task: Task, rank: int, time: float, live: float, sources: list[int], gate: Sequence[int] = ()) -> int:
         """Adds a task that reads the present version of its stage's weights."""
         place = (task.role, rank)
-        if place in self._stepped:
-            before = [*before, self._stepped[place]]
-        number = self._add(task, rank, time, live, dict.fromkeys(before))
+        version = [self._stepped[place]] if place in self._stepped else []
+        number = self._add(task, rank, time, live, sources, [*gate, *version])
         self._readers.setdefault(place, []).append(number)
         return number
 
     def _step(self, task: Task, rank: int) -> None:
         place = (task.role, rank)
-        self._stepped[place] = self._add(task, rank, 0.0, 0.0, self._readers.pop(place, []))
+        self._stepped[place] = self._add(task, rank, 0.0, 0.0, [], self._readers.pop(place, []))
 
     # --- reading
 

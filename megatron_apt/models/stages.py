@@ -1,0 +1,69 @@
+"""How a network is cut into pipeline stages, and what travels between them.
+
+A stage is a run of neighbouring blocks. Everything a block needs besides its own weights travels with the hidden states: the condition vector, the
+modulation projected once for all blocks, and of a discriminator the tokens of the heads passed so far. So every parameter lies in exactly one stage,
+no gradient has to be summed over the pipeline, and parameters keep the names they have in the whole network, whatever the number of stages.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_apt.models.layout import Layout, chunk
+
+State = dict[str, Tensor]  # what one stage gives to the next, by name
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network of `stages` stages, of which this rank holds some."""
+
+    stages: int = 1
+    mine: tuple[int, ...] = (0,)
+
+    def blocks(self, depth: int, stage: int) -> range:
+        """Blocks (from 0) of a stage of a network `depth` blocks deep.
+
+        Raises:
+            ValueError: a stage would have none.
+        """
+        if depth < self.stages:
+            raise ValueError(
+                f"a network of {depth} blocks does not split into {self.stages} pipeline stages; use fewer ranks (parallel.pp), "
+                "or one stage of it on each (pipeline.chunks 1)"
+            )
+        return range(*chunk(depth, self.stages, stage))
+
+    def holds(self, depth: int, block: int) -> bool:
+        return any(block in self.blocks(depth, stage) for stage in self.mine)
+
+    @property
+    def first(self) -> bool:
+        return 0 in self.mine
+
+    @property
+    def last(self) -> bool:
+        return self.stages - 1 in self.mine
+
+
+WHOLE = Cut()
+
+
+class Staged(Protocol):
+    """A network that runs stage by stage. Its forward runs all of them, where this rank holds all."""
+
+    cut: Cut
+    dtype: torch.dtype  # of the tensors that travel
+
+    def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
+        """What the first stage begins with. Arguments as in MMDiT.forward."""
+
+    def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
+        """What leaves a stage; the network's output after the last one."""
+
+    def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Shape of each tensor that leaves a stage other than the last, and whether it depends on the network's input (not on weights alone)."""
+
+    def output_shape(self, layout: Layout) -> tuple[int, ...]: ...

@@ -1,0 +1,86 @@
+"""What a run needs of its pipeline: how each network is cut, and the checked program of every window of iterations."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch.distributed as dist
+
+from megatron_apt.config import PipelineConfig
+from megatron_apt.methods.base import Method, Phase
+from megatron_apt.models.stages import Cut
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.build import phases_apart, search
+from megatron_apt.pipeline.check import check_program
+from megatron_apt.pipeline.graph import Cost, Graph, Window
+from megatron_apt.pipeline.policies import placement, start
+from megatron_apt.pipeline.program import Program, lower
+
+
+class Pipeline:
+    """The pipeline of one run, the same on every rank.
+
+    Attributes:
+        placement: role -> rank of each of its stages.
+    """
+
+    def __init__(self, config: PipelineConfig, method: Method, mesh: Mesh):
+        self.config, self.method, self.mesh = config, method, mesh
+        ranks, depths = mesh.pp.size, {name: role.depth for name, role in method.roles.items()}
+        # A V wants two stages of every network on each rank; the apart schedules are a line by nature.
+        chunks = config.chunks or (2 if ranks > 1 and config.schedule == "interleaved" and min(depths.values()) >= 2 * ranks else 1)
+        self.placement = dict.fromkeys(depths, placement(ranks, chunks))
+        largest = max(depths.values())
+        self._costs = {
+            name: Cost(*(depth / largest * time for time in (config.forward, config.input_gradient, config.weight_gradient)))
+            for name, depth in depths.items()
+        }
+        self.program = lru_cache(maxsize=8)(self._program)
+
+    def cut(self, role: str) -> Cut:
+        """The stages of a role that this rank holds."""
+        ranks = self.placement[role]
+        return Cut(len(ranks), tuple(stage for stage, rank in enumerate(ranks) if rank == self.mesh.pp.rank))
+
+    def _program(self, microbatches: int, iterations: int) -> Program:
+        """The checked program of a window, which drains at its end.
+
+        Raises:
+            BadSchedule, NoRoom: it does not fit into the memory allowed.
+            ValueError: ranks would not run the same one.
+        """
+        schedule, ranks = self.config.schedule, self.mesh.pp.size
+        if ranks == 1:
+            return one_rank(self.method.phases, microbatches, iterations)
+        apart, split = schedule in ("1f1b", "zero_bubble"), schedule in ("interleaved", "zero_bubble")
+        graph = Graph(
+            Window(self.method.phases, self.placement, microbatches, iterations, self._costs, self.config.message, split=split, apart=apart)
+        )
+        cap = self.config.cap or 2.0 * ranks
+        built = phases_apart(graph, cap) if apart else search(graph, start(self.method.phases), cap, self.config.evaluations)
+        program = lower(graph, built.order, built.timeline)
+        check_program(program, cap)
+        digests: list[int] = [0] * ranks
+        dist.all_gather_object(digests, program.digest, group=self.mesh.pp.group)
+        if len(set(digests)) > 1:
+            raise ValueError(f"pipeline ranks made different schedules (digests {digests}); start all of them with one configuration and one version")
+        return program
+
+
+def one_rank(phases: Sequence[Phase], microbatches: int, iterations: int = 1) -> Program:
+    """Plain alternation on one rank: phase by phase, each microbatch through all of its branches."""
+    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
+    graph = Graph(Window(tuple(phases), dict.fromkeys(roles, (0,)), microbatches, iterations, dict.fromkeys(roles, Cost()), split=False))
+    number = {phase.name: i for i, phase in enumerate(phases)}
+
+    def place(task: int) -> tuple:
+        what = graph.tasks[task]
+        return what.iteration, number[what.phase], what.kind == "STEP", what.microbatch, task
+
+    program = lower(graph, [sorted(range(len(graph.tasks)), key=place)])
+    check_program(program)
+    return program
+
+
+def without_update(program: Program) -> Program:
+    """The same without reductions and steps: gradients stay as this rank accumulated them."""
+    return Program(program.graph, [[action for action in actions if action.kind not in ("REDUCE", "STEP")] for actions in program.lists])
