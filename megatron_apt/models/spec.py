@@ -28,7 +28,7 @@ class _FusedBias:
 
     def _forward_impl(self, input, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, **kwargs):
         store = deferred.current()
-        if store is not None and weight.requires_grad:
+        if store is not None and weight.requires_grad and input.requires_grad:
             return deferred.linear(input, weight, bias, store, allreduce_dgrad, sequence_parallel, self.tp_group)
         if allreduce_dgrad or sequence_parallel:
             kwargs |= {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}

@@ -51,8 +51,10 @@ class _Linear(torch.autograd.Function):
     """x W^T + b with the communication of Megatron-Core's column-parallel layer, and the weight's gradient parked."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, store, reduce_input_gradient, gather, group):
+    def forward(ctx, x, parameters, store, reduce_input_gradient, gather, group):
         ctx.save_for_backward(x)
+        # Passed beside the graph: an edge to a parameter would announce a gradient to its hooks during the backward pass.
+        weight, bias = parameters
         ctx.weight, ctx.bias, ctx.store, ctx.group = weight, bias, store, group
         ctx.reduce_input_gradient, ctx.gather = reduce_input_gradient, gather
         return nn.functional.linear(_gathered(x, group) if gather else x, weight, bias)
@@ -61,6 +63,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         (x,), weight, bias, group, gather = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.group, ctx.gather
 
+        @torch.no_grad()
         def weight_gradient() -> None:
             rows = (_gathered(x, group) if gather else x).flatten(0, -2)
             columns = dy.flatten(0, -2)
@@ -78,17 +81,17 @@ class _Linear(torch.autograd.Function):
             elif ctx.reduce_input_gradient:
                 dx = dx.contiguous()
                 dist.all_reduce(dx, group=group)
-        return dx, *(None,) * 6
+        return dx, *(None,) * 5
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradients, reduce_input_gradient: bool, gather: bool, group) -> Tensor:
-    """x (..., in) -> (..., out), the gradients of weight and bias parked in `store`.
+    """x (..., in), which takes a gradient, -> (..., out), the gradients of weight and bias parked in `store`.
 
     Args:
         reduce_input_gradient: sum it over `group`, each of whose ranks holds a part of the output features.
         gather: x is a part of the first dimension (sequence parallelism): gather it before, and scatter its gradient.
     """
-    return _Linear.apply(x, weight, bias, store, reduce_input_gradient, gather, group)
+    return _Linear.apply(x, (weight, bias), store, reduce_input_gradient, gather, group)
 
 
 def _gathered(x: Tensor, group) -> Tensor:
@@ -97,5 +100,6 @@ def _gathered(x: Tensor, group) -> Tensor:
     return total
 
 
+@torch.enable_grad()
 def _deliver(parameter: Tensor, gradient: Tensor) -> None:
     torch.autograd.backward(parameter.view_as(parameter), gradient)
