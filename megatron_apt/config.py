@@ -51,7 +51,8 @@ class PipelineConfig:
     chunks: Literal[0, 1, 2] = 0
     """Stages of each network on a rank; 2: there and back, a V; 0: a V where the networks are deep enough."""
     cap: float = 0.0
-    """Most live activations on a rank, in microbatches of its part of one network; 0: twice the ranks, which 1F1B phase by phase needs."""
+    """Most live activations on a rank, in microbatches of its part of one network; 0: as many as 1F1B phase by phase needs,
+    which for APT is twice the ranks."""
     forward: float = 1.0
     """Time of a rank's part of the deepest network, in any unit, for the schedule to be planned with; likewise the next three."""
     input_gradient: float = 1.0

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from problems import build, microbatch, model_config, run_config, whole
 
-from megatron_apt.config import AptConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.config import AptConfig, OptimizerConfig, ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.data.batches import deal
 from megatron_apt.log import Pieces
 from megatron_apt.networks import Network
@@ -38,6 +38,29 @@ def meshes(world: int) -> dict[str, ParallelConfig]:
                     name = f"tp{tp}{'-sp' if sp else ''}-cp{cp}{f'-{method}' if cp > 1 else ''}-dp{world // (tp * cp)}"
                     found[name] = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sp, context_parallel=method)
     return found
+
+
+SCHEDULES = {
+    "interleaved": PipelineConfig(),  # in a V where the depth allows
+    "line": PipelineConfig(chunks=1),
+    "zero_bubble": PipelineConfig(schedule="zero_bubble"),
+    "1f1b": PipelineConfig(schedule="1f1b"),
+}
+
+
+def pipelines(world: int) -> dict[str, ParallelConfig]:
+    """Every mesh of this many ranks with several pipeline stages, for the problem `deep`."""
+    found = {}
+    for pp in (2, 4):
+        if world % pp == 0:
+            found |= {f"pp{pp}-{name}": replace(parallel, pp=pp) for name, parallel in meshes(world // pp).items()}
+    return found
+
+
+def deep(method: str = "apt", **changes) -> RunConfig:
+    """Four blocks in each network and three microbatches, of two, two and two samples on one data-parallel rank."""
+    config = problem(method, **changes)
+    return replace(config, model=replace(config.model, depth=4), micro_batch=2)
 
 
 def problem(method: str = "apt", dtype: str = "float64", recompute: str = "none", **changes) -> RunConfig:

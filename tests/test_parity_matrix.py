@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron_apt.kernels.keyed_noise import derive_key
-from parity import DATA, TOLERANCE, compare_exactly, compare_rounded, iterations, meshes, problem
+from parity import DATA, SCHEDULES, TOLERANCE, compare_exactly, compare_rounded, deep, iterations, meshes, pipelines, problem
 
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.microbatch import Microbatch
@@ -108,6 +108,76 @@ def test_uniform_data_on_two_ranks(ranks, mesh, name, data):
 @pytest.mark.parametrize(("name", "method"), [(TP, "flow"), (CP, "consistency"), (DP, "flow")])
 def test_the_other_methods_on_two_ranks(ranks, mesh, name, method):
     check(ranks, mesh, 2, meshes(2)[name], problem(method, recompute="full"), "mixed")
+
+
+# --- pipelines: meshes of several stages, under every schedule
+
+PIPELINES = [(world, name, parallel) for world in (2, 4, 8) for name, parallel in pipelines(world).items()]
+FAST_PIPELINES = ("pp2-tp1-cp1-dp1", "pp2-tp1-cp1-dp2", "pp2-tp2-sp-cp1-dp1", "pp2-tp1-cp2-ulysses-dp1", "pp4-tp1-cp1-dp1")
+
+
+def check_pipeline(ranks, mesh, case, config, schedule):
+    world, _, parallel = case
+    want = reference(mesh, config, "mixed")
+    for got in ranks(world).run(iterations, parallel, replace(config, pipeline=SCHEDULES[schedule]), "mixed"):
+        if config.model.dtype == "float64":
+            compare_exactly(got, want)
+        else:
+            compare_rounded(got, want, reference(mesh, deep(), "mixed"), **TOLERANCE[config.model.dtype])
+
+
+def pipeline(name):
+    return next(case for case in PIPELINES if case[1] == name)
+
+
+def test_the_matrix_of_pipelines_is_complete():
+    """2 ranks: pp2; 4 ranks: pp2 x (tp2 (2), cp2 (2), dp2), pp4; 8 ranks: pp2 x the 13 of four ranks, pp4 x the 5 of two."""
+    assert [len(pipelines(world)) for world in (2, 4, 8)] == [1, 6, 18]
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c[1] in FAST_PIPELINES else pytest.mark.slow, id=c[1]) for c in PIPELINES])
+def test_apt_in_a_pipeline(ranks, mesh, case):
+    check_pipeline(ranks, mesh, case, deep(), "interleaved")
+
+
+@pytest.mark.parametrize("schedule", ["line", "zero_bubble", "1f1b"])
+def test_every_schedule_computes_the_same(ranks, mesh, schedule):
+    check_pipeline(ranks, mesh, pipeline("pp2-tp1-cp1-dp1"), deep(), schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["line", "zero_bubble", "1f1b"])
+@pytest.mark.parametrize("case", [pytest.param(c, id=c[1]) for c in PIPELINES if c[0] == 4])
+def test_every_schedule_on_four_ranks(ranks, mesh, case, schedule):
+    check_pipeline(ranks, mesh, case, deep(), schedule)
+
+
+@pytest.mark.parametrize(("method", "schedule"), [("flow", "interleaved"), ("consistency", "interleaved"), ("consistency", "1f1b")])
+def test_the_other_methods_in_a_pipeline(ranks, mesh, method, schedule):
+    check_pipeline(ranks, mesh, pipeline("pp2-tp1-cp1-dp1"), deep(method, recompute="full"), schedule)
+
+
+@pytest.mark.parametrize("change", ["adamw", "recompute", "relativistic", "unmatched", "frozen backbone", "single modulation", "shallow"])
+def test_variants_of_apt_in_a_pipeline(ranks, mesh, change):
+    config = deep(recompute="full" if change == "recompute" else "none")
+    apt = {
+        "relativistic": {"loss": "relativistic", "ar2_lambda": 1.0},
+        "unmatched": {"unmatched_conditions": True},
+        "frozen backbone": {"train_backbone": False, "head_layers": (1.0,)},  # a rank of a line has nothing to train then
+        "shallow": {"discriminator_depth": 0.75, "head_layers": (0.34, 0.67)},
+    }
+    config = replace(config, apt=replace(config.apt, **apt.get(change, {})))
+    if change == "adamw":
+        config = replace(config, optimizer=replace(config.optimizer, kind="adamw"))
+    if change == "single modulation":
+        config = replace(config, model=replace(config.model, modulation="single", pooled_text=not config.model.pooled_text))
+    check_pipeline(ranks, mesh, pipeline("pp2-tp1-cp1-dp1"), config, "line" if change == "frozen backbone" else "interleaved")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [FAST_PIPELINES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAST_PIPELINES[1:])])
+def test_low_precision_in_a_pipeline(ranks, mesh, name, dtype):
+    check_pipeline(ranks, mesh, pipeline(name), deep(dtype=dtype), "interleaved")
 
 
 # --- deliberate bugs: the harness must notice each, and name a parameter

@@ -55,7 +55,7 @@ class Pipeline:
         graph = Graph(
             Window(self.method.phases, self.placement, microbatches, iterations, self._costs, self.config.message, split=split, apart=apart)
         )
-        cap = self.config.cap or 2.0 * ranks
+        cap = self.config.cap or memory_of_1f1b(self.method.phases, ranks)
         built = phases_apart(graph, cap) if apart else search(graph, start(self.method.phases), cap, self.config.evaluations)
         program = lower(graph, built.order, built.timeline)
         check_program(program, cap)
@@ -64,6 +64,13 @@ class Pipeline:
         if len(set(digests)) > 1:
             raise ValueError(f"pipeline ranks made different schedules (digests {digests}); start all of them with one configuration and one version")
         return program
+
+
+def memory_of_1f1b(phases: Sequence[Phase], ranks: int) -> float:
+    """Most live activations of 1F1B phase by phase: as many microbatches as ranks, of the most versions a network keeps of one; at least two, which is
+    what a chain of two networks comes to."""
+    kept = [segment.copies for phase in phases for branch in phase.branches for segment in branch.segments if segment.grad != "none"]
+    return float(ranks * max(2, *kept))
 
 
 def one_rank(phases: Sequence[Phase], microbatches: int, iterations: int = 1) -> Program:
