@@ -108,12 +108,12 @@ def test_a_bad_loss_of_one_rank_stops_all_and_no_save_is_lost(ranks, datasets, t
 # --- ranks that die: processes of their own, because they do
 
 
-def start(tmp_path, datasets, script: str, world: int = 2) -> list[subprocess.Popen]:
+def start(tmp_path, datasets, script: str, world: int = 2, parallel: ParallelConfig | None = None) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     file = tmp_path / "script.py"
-    file.write_text(PREAMBLE + script)
+    file.write_text(PREAMBLE.replace("PARALLEL", repr(parallel or ParallelConfig())) + script)
     shared = dict(os.environ, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     shared["PYTHONPATH"] = str(Path(__file__).parent)
     return [
@@ -138,7 +138,7 @@ from megatron_apt.pipeline.execute import Executor
 from megatron_apt.train import train
 from test_train import config
 
-mesh = startup.start(ParallelConfig())
+mesh = startup.start(PARALLEL)
 run = config(Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, save_async=False, guards=GuardConfig(rank_timeout=6.0))
 original = Executor.run
 def at_iteration_3(act):

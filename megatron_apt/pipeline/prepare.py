@@ -67,8 +67,8 @@ class Pipeline:
 
 
 def memory_of_1f1b(phases: Sequence[Phase], ranks: int) -> float:
-    """Most live activations of 1F1B phase by phase: as many microbatches as ranks, of the most versions a network keeps of one; at least two, which is
-    what a chain of two networks comes to."""
+    """Most live activations of 1F1B phase by phase: as many microbatches as ranks, of the most versions a network keeps of one; at least two, which
+    is what a chain of two networks comes to."""
     kept = [segment.copies for phase in phases for branch in phase.branches for segment in branch.segments if segment.grad != "none"]
     return float(ranks * max(2, *kept))
 

@@ -1,0 +1,185 @@
+"""Programs: what lowering adds to a schedule, that the checker proves it, and that it notices what is wrong."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_schedule import APT, METHODS_UNDER_TEST, window
+
+from megatron_apt.pipeline.actions import Action
+from megatron_apt.pipeline.build import phases_apart, search
+from megatron_apt.pipeline.check import BadSchedule, check_program
+from megatron_apt.pipeline.graph import Cost, Graph
+from megatron_apt.pipeline.policies import start
+from megatron_apt.pipeline.prepare import one_rank
+from megatron_apt.pipeline.program import Program, lower, messages
+
+
+def program(ranks=3, microbatches=3, phases=APT, cap=30, **options) -> Program:
+    graph = Graph(window(phases, ranks, microbatches, **options))
+    return lower(graph, search(graph, start(phases), cap, evaluations=0).order)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    ranks=st.integers(1, 4),
+    microbatches=st.integers(1, 5),
+    iterations=st.integers(1, 2),
+    chunks=st.sampled_from([1, 2]),
+    message=st.sampled_from([0.0, 0.3]),
+    method=st.sampled_from(["apt", *METHODS_UNDER_TEST]),
+    cost=st.builds(Cost, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.1, 2)),
+)
+def test_every_program_runs_even_where_sends_wait_for_receives(ranks, microbatches, iterations, chunks, message, method, cost):
+    phases = APT if method == "apt" else METHODS_UNDER_TEST[method]
+    made = program(ranks, microbatches, phases, iterations=iterations, chunks=chunks, message=message, cost=cost)
+    check_program(made)
+    for rank, actions in enumerate(made.lists):
+        assert [Action.parse(str(action)) for action in actions] == actions
+        assert sum(action.kind == "REDUCE" for action in actions) == iterations * len(phases)
+        assert all(action.peer != rank for action in actions)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_phases_apart_run_too(split):
+    graph = Graph(window(APT, 4, 6, 2, split=split, apart=True))
+    built = phases_apart(graph, 8)
+    check_program(lower(graph, built.order, built.timeline), 8)
+
+
+def test_messages_go_only_where_another_rank_needs_them():
+    """In a line forwards go to the next rank and from a network to the one that reads it, gradients back."""
+    graph = Graph(window(APT, ranks=2, microbatches=1, iterations=1))
+    found = {(str(graph.tasks[source]), rank) for source, rank in messages(graph)}
+    chain = {("F generator.0 i0 g/fake.0 m0", 1), ("F generator.1 i0 g/fake.0 m0", 0), ("F discriminator.0 i0 g/fake.1 m0", 1)}
+    back = {("I discriminator.1 i0 g/fake.1 m0", 0), ("I discriminator.0 i0 g/fake.1 m0", 1), ("I generator.1 i0 g/fake.0 m0", 0)}
+    assert {entry for entry in found if " g/" in entry[0]} == chain | back
+    assert len(found) == 6 + 2 + 4  # real: there and back; fake of the D phase: twice there and to D's first stage, once back
+
+
+def test_one_rank_needs_no_messages_and_alternates():
+    lists = one_rank(APT, 2).lists
+    assert [str(action) for action in lists[0][:4]] == [
+        "F generator.0 i0 g/fake.0 m0",
+        "F discriminator.0 i0 g/fake.1 m0",
+        "I discriminator.0 i0 g/fake.1 m0",
+        "I generator.0 i0 g/fake.0 m0",
+    ]
+    assert [action.kind for action in lists[0]].count("REDUCE") == 2 and not any(action.kind in ("SEND", "RECV") for action in lists[0])
+
+
+def test_mutations_of_a_program_that_could_go_wrong_are_caught():
+    """Judged by a machine that really passes messages: two kinds of order, a receive's and a send's, and what lies in each mailbox."""
+    rng, made = random.Random(1), program()
+    broken = caught = harmless = 0
+    while broken < 1000:
+        lists = [list(actions) for actions in made.lists]
+        actions = rng.choice(lists)
+        i, j = rng.randrange(len(actions)), rng.randrange(len(actions))
+        kind = rng.choice(("swap", "move", "drop", "duplicate"))
+        if kind == "swap":
+            actions[i], actions[j] = actions[j], actions[i]
+        elif kind == "move":
+            actions.insert(j, actions.pop(i))
+        elif kind == "drop":
+            del actions[i]
+        else:
+            actions.insert(j, actions[i])
+        works = runs(made.graph, lists)
+        try:
+            check_program(Program(made.graph, lists))
+        except BadSchedule:
+            caught += not works
+        else:
+            assert works, f"{kind} of {actions[min(i, len(actions) - 1)]} went through"
+            harmless += 1
+        broken += not works
+    assert caught == broken and harmless > 5  # it is not that everything is refused
+
+
+def runs(graph: Graph, lists) -> bool:
+    """Whether every rank gets to its end with blocking sends and receives, each action once and with all it needs in its memory."""
+    at, memory = [0] * len(lists), [set() for _ in lists]
+    seen: set = set()
+
+    def needed(task) -> set:
+        return {graph.tasks[source] for source in graph.before[graph.number[task]]}
+
+    def local(rank, task) -> set:
+        return {what for what in needed(task) if graph.rank[graph.number[what]] == rank} | {graph.tasks[s] for s in graph.sources[graph.number[task]]}
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(lists):
+            if at[rank] == len(actions):
+                continue
+            action = actions[at[rank]]
+            if action.kind in ("SEND", "RECV"):
+                peer = action.peer
+                other = lists[peer][at[peer]] if at[peer] < len(lists[peer]) else None
+                opposite = {"SEND": "RECV", "RECV": "SEND"}[action.kind]
+                if other != Action(opposite, action.task, rank):
+                    continue
+                sender, receiver = (rank, peer) if action.kind == "SEND" else (peer, rank)
+                if action.task not in memory[sender] or action.task in memory[receiver]:
+                    return False
+                memory[receiver].add(action.task)
+                at[peer] += 1
+            elif action.kind == "REDUCE":
+                late = [what for what in needed(action.task) if what.kind == "W" and what not in memory[rank]]
+                if late or action.task.stage != rank or ("REDUCE", action.task) in seen:
+                    return False
+                seen.add(("REDUCE", action.task))
+            else:
+                reduced = action.kind != "STEP" or ("REDUCE", action.task) in seen
+                if (
+                    action.task in seen
+                    or not reduced
+                    or graph.rank[graph.number[action.task]] != rank
+                    or not local(rank, action.task) <= memory[rank]
+                ):
+                    return False
+                seen.add(action.task)
+                memory[rank].add(action.task)
+            at[rank] += 1
+            moved = True
+    return all(i == len(actions) for i, actions in zip(at, lists, strict=True)) and all(task in seen for task in graph.tasks)
+
+
+def test_the_checker_names_the_message_that_is_wrong():
+    made = program(ranks=2, microbatches=2)
+    actions = made.lists[0]
+    first = {kind: next(i for i, action in enumerate(actions) if action.kind == kind) for kind in ("SEND", "RECV", "REDUCE")}
+
+    def changed(change):
+        lists = [list(actions) for actions in made.lists]
+        change(lists[0])
+        return Program(made.graph, lists)
+
+    for change, message in [
+        (lambda a: a.pop(first["SEND"]), "rank 0 never sends .* to rank 1"),
+        (lambda a: a.insert(0, a.pop(first["SEND"])), "SEND 1 .* comes before the action itself"),
+        (lambda a: a.append(a[first["RECV"]]), "RECV 1 .* is there more than once"),
+        (lambda a: a.append(a.pop(first["RECV"])), "rank 0 runs .* before it receives"),
+        (lambda a: a.append(a[first["REDUCE"]]), "REDUCE .* is not where it belongs"),
+        (lambda a: a.append(a.pop(first["REDUCE"])), "STEP .* before its gradients are reduced"),
+        (lambda a: a.pop(first["REDUCE"]), "STEP .* before its gradients are reduced"),
+        (lambda a: a.insert(0, a.pop(first["REDUCE"])), "REDUCE .* comes before W "),
+        (lambda a: a.append(a[first["SEND"]]._replace(peer=0)), "nobody needs that message"),
+        (lambda a: a.append(Action("F", a[0].task._replace(microbatch=99))), "there is no such action in this window"),
+    ]:
+        with pytest.raises(BadSchedule, match=message):
+            check_program(changed(change))
+
+
+def test_sends_in_another_order_than_receives_are_a_deadlock():
+    made = program(ranks=2, microbatches=3)
+    lists = [list(actions) for actions in made.lists]
+    places = [i for i, action in enumerate(lists[1]) if action.kind == "RECV"][:2]
+    used = next(i for i, action in enumerate(lists[1]) if action.kind == "F")
+    assert places[1] > used  # the second message is received after the first one's use; received first, it comes when rank 0 has not sent it yet
+    lists[1].insert(0, lists[1].pop(places[1]))
+    with pytest.raises(BadSchedule, match=r"ranks wait for each other's messages: rank 0 at SEND 1 .*; rank 1 at RECV 0"):
+        check_program(Program(made.graph, lists))
