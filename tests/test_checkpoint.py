@@ -179,6 +179,9 @@ MESHES = {
     "dp2": (2, ParallelConfig()),
     "tp2": (2, ParallelConfig(tp=2)),
     "cp2": (2, ParallelConfig(cp=2)),
+    "pp2": (2, ParallelConfig(pp=2)),
+    "pp2-tp2": (4, ParallelConfig(pp=2, tp=2)),
+    "pp2-dp2": (4, ParallelConfig(pp=2)),
 }
 
 
@@ -190,8 +193,9 @@ def straight(mesh, datasets, tmp_path_factory):
     return run_config
 
 
-PAIRS = [("tp2-dp2", "cp2")]  # the others take minutes
-MORE = [pytest.param(a, b, marks=pytest.mark.slow) for a in ("tp2-dp2", "cp2-dp2") for b in ("dp2", "tp2", "cp2") if (a, b) not in PAIRS]
+PAIRS = [("pp2-tp2", "cp2"), ("pp2-dp2", "tp2")]  # the others take minutes
+FIRST, SECOND = ("tp2-dp2", "cp2-dp2", "pp2-tp2", "pp2-dp2"), ("dp2", "tp2", "cp2", "pp2")
+MORE = [pytest.param(a, b, marks=pytest.mark.slow) for a in FIRST for b in SECOND if (a, b) not in PAIRS]
 
 
 @pytest.mark.dist
@@ -236,23 +240,25 @@ def test_reshard_keeps_every_bit(ranks, mesh, datasets, tmp_path, monkeypatch):
     run_config = config(datasets, tmp_path / "run", iterations=2, parallel=ParallelConfig(tp=2))
     ranks(4).run(train_on, run_config.parallel, run_config)
     source = store.latest(run_config.output)
-    ranks(2).run(_reshard, ParallelConfig(cp=2), str(source), str(tmp_path / "cp2"))
     want = dict(store.read_tensors(source))
-    got = dict(store.read_tensors(store.latest(tmp_path / "cp2")))
-    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
-    assert store.read_state(store.latest(tmp_path / "cp2"))["config"]["parallel"]["cp"] == 2
-    assert len(list(source.glob("*.distcp"))) == 4 and len(list(store.latest(tmp_path / "cp2").glob("*.distcp"))) == 2
+    for name, parallel in {"cp2": ParallelConfig(cp=2), "pp2": ParallelConfig(pp=2)}.items():
+        ranks(2).run(_reshard, parallel, str(source), str(tmp_path / name), parallel)
+        folder = store.latest(tmp_path / name)
+        got = dict(store.read_tensors(folder))
+        assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+        assert store.read_state(folder)["config"]["parallel"][name[:2]] == 2
+        assert len(list(source.glob("*.distcp"))) == 4 and len(list(folder.glob("*.distcp"))) == 2
     with pytest.raises(AssertionError, match="exists already"):
-        ranks(2).run(_reshard, ParallelConfig(cp=2), str(source), str(tmp_path / "cp2"))
+        ranks(2).run(_reshard, ParallelConfig(cp=2), str(source), str(tmp_path / "cp2"), ParallelConfig(cp=2))
 
 
-def _reshard(mesh, source, target):
+def _reshard(mesh, source, target, parallel):
     from megatron_apt.checkpoint import commands
     from megatron_apt.parallel import startup
 
     kept, startup.stop = startup.stop, lambda: None  # the pool of test processes goes on
     try:
-        commands.reshard(Reshard(source, target, ParallelConfig(cp=2)))
+        commands.reshard(Reshard(source, target, parallel))
     finally:
         startup.stop = kept
 
