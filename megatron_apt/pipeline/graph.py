@@ -19,11 +19,15 @@ from megatron_apt.pipeline.actions import Task
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of the part of a network that one rank holds, for one microbatch."""
+    """Time of the part of a network that one rank holds, for one microbatch, and the activation memory that it keeps for its gradients."""
 
     F: float = 1.0
     I: float = 1.0  # noqa: E741
     W: float = 1.0
+    memory: float = 1.0
+
+    def __mul__(self, factor: float) -> "Cost":
+        return Cost(factor * self.F, factor * self.I, factor * self.W, factor * self.memory)
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Window:
         phases: of the method.
         placement: role -> rank of each of its stages, in order. Every rank holds as many stages as any other.
         microbatches, iterations: how many.
-        costs: role -> time of one rank's part.
-        message: time from the end of a task to the start of one on another rank that needs its result.
+        costs: role -> cost of one rank's part, which its stages share equally; or one for each stage.
+        message: time from the end of a task to the start of one on another rank that needs its result, for one version of a microbatch.
         split: False joins W to I, as an ordinary backward pass does.
         apart: every branch waits until the one before it has left the pipeline, on every rank.
     """
@@ -44,7 +48,7 @@ class Window:
     placement: Mapping[str, tuple[int, ...]]
     microbatches: int
     iterations: int
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, Cost | Sequence[Cost]]
     message: float = 0.0
     split: bool = True
     apart: bool = False
@@ -61,6 +65,11 @@ class Window:
     def ranks(self) -> int:
         return 1 + max(rank for ranks in self.placement.values() for rank in ranks)
 
+    def cost(self, role: str, stage: int) -> Cost:
+        """Of one stage."""
+        costs = self.costs[role]
+        return costs * (1 / self.chunks(role)) if isinstance(costs, Cost) else costs[stage]
+
     def chunks(self, role: str) -> int:
         """Stages of a role on each rank."""
         return len(self.placement[role]) // self.ranks
@@ -72,7 +81,7 @@ class Graph:
     Attributes:
         tasks: what each is.
         rank, time: where and how long.
-        live: activation memory it takes (F) or frees (W, or I where the role is frozen), in microbatches of one rank's part of a network.
+        live: activation memory it takes (F) or frees (W, or I where the role is frozen), in the unit of the costs' memory.
         before, after: tasks that a task waits for, and that wait for it; to and from another rank there is a `delay`.
         sources: those of `before` whose results it takes.
     """
@@ -117,28 +126,28 @@ class Graph:
         window, last = self.window, len(branch.segments) - 1
         forward: list[list[int]] = []  # for each segment and stage
         for s, segment in enumerate(branch.segments):
-            size = segment.copies / window.chunks(segment.role)
             sources = [forward[r][-1] for r in segment.reads]
             forward.append([])
             for stage, rank in enumerate(window.placement[segment.role]):
                 task = Task("F", segment.role, stage, iteration, phase.name, branch.name, s, microbatch)
                 if s == last and stage == len(window.placement[segment.role]) - 1:  # the loss is taken here
                     sources = [*sources, *(forward[r][-1] for r in branch.reads if r != s)]
-                live = size if segment.grad != "none" else 0.0
+                cost = window.cost(segment.role, stage) * segment.copies
+                live = cost.memory if segment.grad != "none" else 0.0
                 gated = gate if stage == 0 and not segment.reads else []
-                forward[s].append(self._read(task, rank, size * window.costs[segment.role].F, live, sources, gated))
+                forward[s].append(self._read(task, rank, cost.F, live, sources, gated))
                 sources = forward[s][-1:]
         inputs: dict[int, int] = {}  # segment -> I of its first stage
         for s in reversed(branch.backward):
             segment = branch.segments[s]
             behind = [inputs[reader] for reader in branch.readers(s)]
-            cost, size = window.costs[segment.role], segment.copies / window.chunks(segment.role)
             for own in reversed(forward[s]):
                 task, full, rank = self.tasks[own], segment.grad == "full", self.rank[own]
-                joined = size * cost.W if full and not window.split else 0.0
-                inputs[s] = self._read(task._replace(kind="I"), rank, size * cost.I + joined, 0.0 if full else -size, [*behind, own])
+                cost = window.cost(segment.role, task.stage) * segment.copies
+                joined = cost.W if full and not window.split else 0.0
+                inputs[s] = self._read(task._replace(kind="I"), rank, cost.I + joined, 0.0 if full else -cost.memory, [*behind, own])
                 if full:
-                    self._read(task._replace(kind="W"), rank, size * cost.W - joined, -size, [inputs[s]])
+                    self._read(task._replace(kind="W"), rank, cost.W - joined, -cost.memory, [inputs[s]])
                 behind = [inputs[s]]
         return forward[0][0]
 
@@ -165,7 +174,18 @@ class Graph:
         return found
 
     def delay(self, source: int, task: int) -> float:
-        return self.window.message if self.rank[source] != self.rank[task] else 0.0
+        return self.message[source] if self.rank[source] != self.rank[task] else 0.0
+
+    @cached_property
+    def message(self) -> list[float]:
+        """Time of a message with each task's result."""
+        copies = {
+            (phase.name, branch.name, s): segment.copies
+            for phase in self.window.phases
+            for branch in phase.branches
+            for s, segment in enumerate(branch.segments)
+        }
+        return [self.window.message * copies.get((task.phase, task.branch, task.segment), 0) for task in self.tasks]
 
     @cached_property
     def load(self) -> list[float]:

@@ -29,10 +29,10 @@ class Pipeline:
         # A V wants two stages of every network on each rank; the apart schedules are a line by nature.
         chunks = config.chunks or (2 if ranks > 1 and config.schedule == "interleaved" and min(depths.values()) >= 2 * ranks else 1)
         self.placement = dict.fromkeys(depths, placement(ranks, chunks))
-        largest = max(depths.values())
+        unit = Cost(config.forward, config.input_gradient, config.weight_gradient)  # of the deepest network's share of a rank
+        share = max(depths.values()) / ranks
         self._costs = {
-            name: Cost(*(depth / largest * time for time in (config.forward, config.input_gradient, config.weight_gradient)))
-            for name, depth in depths.items()
+            name: [unit * (len(Cut(len(on)).blocks(depths[name], k)) / share) for k in range(len(on))] for name, on in self.placement.items()
         }
         self.program = lru_cache(maxsize=8)(self._program)
 
