@@ -172,6 +172,9 @@ class AptConfig:
     unmatched_conditions: bool = False
     """Also shows the discriminator real samples with another sample's condition, as fakes."""
     condition_dropout: float = 0.0
+    reuse_fakes: bool = False
+    """Each generator update takes up the fakes of the discriminator update before it (same samples, noise and dropout), whose forward pass a pipeline
+    then runs once for both, as far as memory allows. NOT the same training: G learns on fakes that D has just been trained on."""
     two_step_t: float = 0.5
     exact_r1_every: int = 0
     """Every so many iterations compute the exact R1 penalty beside aR1 (small scale only); 0 never."""

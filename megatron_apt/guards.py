@@ -7,11 +7,10 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_apt.config import GuardConfig
-from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Method, Phase, Values
 from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.execute import Executor
+from megatron_apt.pipeline.execute import Batches, Executor
 from megatron_apt.pipeline.prepare import one_rank, without_update
 
 
@@ -66,7 +65,7 @@ class Signals:
         self.received = number
 
 
-def explain(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> Exception:
+def explain(network: Network, executor: Executor, phase: Phase, batches: Batches, mesh: Mesh) -> Exception:
     """The error to raise for a gradient of this phase that is not finite: the same on every rank, all of which call it."""
     bad = _first(executor.bad_loss, mesh)
     if bad:
@@ -90,17 +89,17 @@ def _first(message: str, mesh: Mesh) -> str:
     return next(filter(None, everyone), "")
 
 
-def _locate(network: Network, executor: Executor, phase: Phase, batches: Sequence[Microbatch], mesh: Mesh) -> str:
+def _locate(network: Network, executor: Executor, phase: Phase, batches: Batches, mesh: Mesh) -> str:
     """Where the gradient came from.
 
     The reduced gradient no longer says, so the phase is run again one microbatch at a time, without reduction and from the same weights: every
     draw is keyed, so it computes the same.
     """
     found, program = "", without_update(one_rank((phase,), 1))
-    for m, batch in enumerate(batches):
+    for m, batch in enumerate(batches(0)):
         network.shards.zero_grad()
         with network.accumulating(last=False):
-            executor.run(program, lambda _, batch=batch: [batch], lambda task: None)
+            executor.run(program, lambda iteration, m=m: batches(iteration)[m : m + 1], lambda task: None)
         # Every microbatch runs on every rank, because others may wait in its collectives; the first find counts.
         if not found and (names := network.shards.bad_gradients()):
             found = (

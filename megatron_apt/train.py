@@ -96,8 +96,8 @@ class Trainer:
         phases = {phase.name: phase for phase in self.method.phases}
 
         def batches(iteration: int) -> list[Microbatch]:
-            loaded = self.batches.iteration(first + iteration)
-            if self.method.check_every and (first + iteration) % self.method.check_every == 0:
+            loaded = self.batches.iteration(first + iteration) if first + iteration >= 0 else []
+            if iteration >= 0 and self.method.check_every and (first + iteration) % self.method.check_every == 0:
                 for batch in loaded:
                     pieces.add(iteration, self.method.check(self.executor.networks, batch))
             return loaded
@@ -106,7 +106,7 @@ class Trainer:
             square, lr = self.networks[task.role].update(self.config.iterations)
             pieces.updated(task.iteration, task.role, square, lr)
             if self.mesh.pp.size == 1 and square != square:
-                raise explain(self.networks[task.role], self.executor, phases[task.phase], self.batches.iteration(first + task.iteration), self.mesh)
+                raise explain(self.networks[task.role], self.executor, phases[task.phase], batches, self.mesh)
 
         for iteration, metrics in enumerate(self.executor.run(self.pipeline.program(len(self.batches.parts), count), batches, step)):
             pieces.add(iteration, metrics)
@@ -114,7 +114,7 @@ class Trainer:
         for row in rows:
             for phase in self.method.phases:
                 if row[f"{phase.updates}/grad_norm"] != row[f"{phase.updates}/grad_norm"]:
-                    raise explain(self.networks[phase.updates], self.executor, phase, (), self.mesh)
+                    raise explain(self.networks[phase.updates], self.executor, phase, batches, self.mesh)
         self.iteration += count
         rows = [self.method.summarise(row) for row in rows]
         for row in rows:

@@ -92,7 +92,7 @@ def iterations(mesh: Mesh, config: RunConfig, data: str, defect=None, count: int
         parts = deal(config.global_batch, config.micro_batch, mesh.dp.size, mesh.dp.rank)
 
         def batches(iteration: int) -> list:
-            return [_samples(mesh, config, data, iteration, first, size) for first, size in parts]
+            return [_samples(mesh, config, data, iteration, first, size) for first, size in parts] if iteration >= 0 else []
 
         for iteration, metrics in enumerate(executor.run(pipeline.program(len(parts), count), batches, update)):
             pieces.add(iteration, {key: value for key, value in metrics.items() if "distance" not in key})

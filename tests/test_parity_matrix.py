@@ -11,9 +11,9 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron_apt.kernels.keyed_noise import derive_key
-from parity import DATA, SCHEDULES, TOLERANCE, compare_exactly, compare_rounded, deep, iterations, meshes, pipelines, problem
+from parity import DATA, ITERATIONS, SCHEDULES, TOLERANCE, compare_exactly, compare_rounded, deep, iterations, meshes, pipelines, problem
 
-from megatron_apt.config import ParallelConfig
+from megatron_apt.config import ParallelConfig, PipelineConfig
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel import collectives, context
@@ -172,6 +172,39 @@ def test_variants_of_apt_in_a_pipeline(ranks, mesh, change):
     if change == "single modulation":
         config = replace(config, model=replace(config.model, modulation="single", pooled_text=not config.model.pooled_text))
     check_pipeline(ranks, mesh, pipeline("pp2-tp1-cp1-dp1"), config, "line" if change == "frozen backbone" else "interleaved")
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"), [("pp2-tp1-cp1-dp1", 1), ("pp2-tp1-cp1-dp1", 2), pytest.param("pp2-tp2-sp-cp1-dp1", 2, marks=pytest.mark.slow)]
+)
+def test_reused_fakes_in_a_pipeline(ranks, mesh, name, chunks):
+    """One forward of G for two iterations computes what two would."""
+    config = deep()
+    config = replace(config, apt=replace(config.apt, reuse_fakes=True), pipeline=PipelineConfig(chunks=chunks, cap=12.0))
+    world, _, parallel = pipeline(name)
+    want = reference(mesh, replace(config, pipeline=PipelineConfig()), "mixed")
+    (got, forwards), *others = ranks(world).run(with_forwards, parallel, config)
+    assert forwards == chunks * 3 * (5 * ITERATIONS - (ITERATIONS - 1))  # of three microbatches, five a piece without sharing
+    for result in (got, *(other for other, _ in others)):
+        compare_exactly(result, want)
+    plain = reference(mesh, deep(), "mixed")
+    assert want["values"][0] == plain["values"][0] and want["values"][1] != plain["values"][1]
+
+
+def with_forwards(mesh, config):
+    from megatron_apt.pipeline import execute
+
+    count, forward = [0], execute._Run._forward
+
+    def counted(self, task, segment, chain):
+        count[0] += 1
+        forward(self, task, segment, chain)
+
+    execute._Run._forward = counted
+    try:
+        return iterations(mesh, config, "mixed"), count[0]
+    finally:
+        execute._Run._forward = forward
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

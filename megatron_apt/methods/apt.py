@@ -37,7 +37,8 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
     """Roles generator and discriminator; phases G and D, one update each."""
     branches = _relativistic(config.apt) if config.apt.loss == "relativistic" else _unpaired(config.apt)
     (g_branch, *d_branches) = branches
-    phases = (Phase("g", (g_branch,), updates="generator"), Phase("d", tuple(d_branches), updates="discriminator"))
+    repeated = "d" if config.apt.reuse_fakes else ""
+    phases = (Phase("g", (g_branch,), updates="generator", repeats=repeated), Phase("d", tuple(d_branches), updates="discriminator"))
     return Method(
         _roles(config, mesh),
         phases,
@@ -99,11 +100,11 @@ def _texts(apt: AptConfig, copies: int = 1):
     return condition
 
 
-def _generate(apt: AptConfig, grad: Grad) -> Segment:
+def _generate(apt: AptConfig, grad: Grad, branch: str) -> Segment:
     def feed(batch: Microbatch, _) -> Inputs:
         return batch.noise("z"), batch.times(1.0)
 
-    return Segment("generator", grad, _texts(apt), feed)
+    return Segment("generator", grad, _texts(apt), feed, ahead=("g", branch, 0) if apt.reuse_fakes and grad == "none" else None)
 
 
 def fakes(batch: Microbatch, outputs: Outputs) -> Tensor:
@@ -169,9 +170,9 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
 
     frozen = _discriminate(apt, "input", "t_fake", real=False, fake=True, regularised=False)
     branches = [
-        Branch("fake", (_generate(apt, "full"), frozen), g_loss, reads=(0,)),
+        Branch("fake", (_generate(apt, "full", "fake"), frozen), g_loss, reads=(0,)),
         Branch("real", (_discriminate(apt, "full", "t_real", real=True, fake=False),), real_loss),
-        Branch("fake", (_generate(apt, "none"), _discriminate(apt, "full", "t_fake", real=False, fake=True)), fake_loss),
+        Branch("fake", (_generate(apt, "none", "fake"), _discriminate(apt, "full", "t_fake", real=False, fake=True)), fake_loss),
     ]
     if apt.unmatched_conditions:
         unmatched = Segment(
@@ -211,8 +212,8 @@ def _relativistic(apt: AptConfig) -> list[Branch]:
     frozen = _discriminate(apt, "input", "t_pair", real=True, fake=True, regularised=False)
     trained = _discriminate(apt, "full", "t_pair", real=True, fake=True)
     return [
-        Branch("pair", (_generate(apt, "full"), frozen), g_loss, reads=(0,)),
-        Branch("pair", (_generate(apt, "none"), trained), d_loss),
+        Branch("pair", (_generate(apt, "full", "pair"), frozen), g_loss, reads=(0,)),
+        Branch("pair", (_generate(apt, "none", "pair"), trained), d_loss),
     ]
 
 

@@ -35,6 +35,8 @@ class Segment:
         feed: makes x and t from the microbatch and the outputs of earlier segments, by their number; gradients flow back through it.
         reads: numbers of the segments whose outputs `feed` uses. In a pipeline the others are not brought to where it runs.
         copies: versions of each sample that it sees at once, for the time and memory it takes.
+        ahead: phase, branch and segment whose output in the next iteration this one's is, from the same weights and draws (see Phase.repeats). A
+            schedule may then run that one early, in place of this one.
     """
 
     role: str
@@ -43,6 +45,7 @@ class Segment:
     feed: Callable[[Microbatch, Outputs], Inputs]
     reads: tuple[int, ...] = ()
     copies: int = 1
+    ahead: tuple[str, str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,17 @@ class Branch:
 
 @dataclass(frozen=True)
 class Phase:
+    """Branches whose gradients one optimiser step takes.
+
+    Attributes:
+        updates: the role that steps.
+        repeats: a phase whose samples and draws of the iteration before this one takes again; in the first iteration of a run it has its own.
+    """
+
     name: str
     branches: tuple[Branch, ...]
     updates: str
+    repeats: str = ""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_apt.pipeline.program import Program
 if TYPE_CHECKING:
     from megatron_apt.networks import Network
 
-Batches = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window
+Batches = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window; of -1, the one before it, none if there was none
 _OUTPUT = "output"  # name of a segment's output beside the names of a state
 
 
@@ -131,13 +131,26 @@ class _Run:
         self._outgoing: dict[tuple[Task, int], list[Tensor]] = {}
         self._incoming: dict[Task, tuple[list, list[Tensor]]] = {}
         self._sending: list[tuple[list, list[Tensor]]] = []  # tensors stay until they are gone
-        mine = [action for action in program.lists[self._rank] if action.kind in ("F", "I", "W")]
-        self._left = Counter(self._key(action.task) for action in mine)
-        self._left_of_iteration = Counter(action.task.iteration for action in mine)
+        self._repeats = {phase.name: phase.repeats for phase in self._window.phases}
+        mine = [action.task for action in program.lists[self._rank] if action.kind in ("F", "I", "W")]
+        self._left = Counter(self._key(task) for task in mine)
+        self._left_of_iteration = Counter(self._drawn_in(task)[0] for task in mine)
 
     @staticmethod
     def _key(task: Task) -> tuple:
         return task.iteration, task.phase, task.branch, task.microbatch
+
+    def _drawn_in(self, task: Task) -> tuple[int, str]:
+        """Iteration and phase whose samples and draws a task works on."""
+        repeated = self._repeats[task.phase]
+        if repeated and (task.iteration or self._has_past):
+            return task.iteration - 1, repeated
+        return task.iteration, task.phase
+
+    @cached_property
+    def _has_past(self) -> bool:
+        """Whether the run had an iteration before this window."""
+        return bool(self._batches(-1))
 
     @cached_property
     def _closing(self) -> set[int]:
@@ -162,8 +175,11 @@ class _Run:
     def compute(self, action: Action, at: int) -> None:
         task = action.task
         chain = self._chain(task)
-        for source in self._graph.sources[self._graph.number[task]]:
-            self._take_in(self._graph.tasks[source])
+        for source in map(self._graph.tasks.__getitem__, self._graph.sources[self._graph.number[task]]):
+            self._take_in(source)
+            if source.iteration > task.iteration:  # made ahead, for the next iteration as well
+                (r,) = (r for r, read in enumerate(chain.branch.segments) if read.ahead == (source.phase, source.branch, source.segment))
+                chain.outputs[r] = self._chain(source).outputs[source.segment].detach()
         segment = chain.branch.segments[task.segment]
         if action.kind == "F":
             self._forward(task, segment, chain)
@@ -173,16 +189,18 @@ class _Run:
         chain.left -= 1
         if not chain.left:
             del self._chains[self._key(task)]
-        self._left_of_iteration[task.iteration] -= 1
-        if not self._left_of_iteration[task.iteration]:
-            self._loaded.pop(task.iteration, None)
+        drawn_in, _ = self._drawn_in(task)
+        self._left_of_iteration[drawn_in] -= 1
+        if not self._left_of_iteration[drawn_in]:
+            self._loaded.pop(drawn_in, None)
 
     def _chain(self, task: Task) -> _Chain:
         key = self._key(task)
         if key not in self._chains:
-            if task.iteration not in self._loaded:
-                self._loaded[task.iteration] = self._batches(task.iteration)
-            batch = self._loaded[task.iteration][task.microbatch].for_phase(task.phase)
+            iteration, phase = self._drawn_in(task)
+            if iteration not in self._loaded:
+                self._loaded[iteration] = self._batches(iteration)
+            batch = self._loaded[iteration][task.microbatch].for_phase(phase)
             self._chains[key] = _Chain(self._branches[task.phase, task.branch], batch, self._left[key])
         return self._chains[key]
 

@@ -42,6 +42,7 @@ class Window:
         message: time from the end of a task to the start of one on another rank that needs its result, for one version of a microbatch.
         split: False joins W to I, as an ordinary backward pass does.
         apart: every branch waits until the one before it has left the pipeline, on every rank.
+        shared: microbatches of an iteration whose `Segment.ahead` takes the place of the segment itself, where the method has such.
     """
 
     phases: tuple[Phase, ...]
@@ -52,6 +53,7 @@ class Window:
     message: float = 0.0
     split: bool = True
     apart: bool = False
+    shared: int = 0
 
     def __post_init__(self) -> None:
         for role in {segment.role for phase in self.phases for branch in phase.branches for segment in branch.segments}:
@@ -95,6 +97,8 @@ class Graph:
         self.before: list[list[int]] = []
         self.sources: list[list[int]] = []
         self.number: dict[Task, int] = {}
+        self._ahead: dict[tuple, list[int]] = {}  # forwards made in the iteration before, by place
+        self._segments = {(phase.name, branch.name): branch.segments for phase in window.phases for branch in phase.branches}
         self._readers: dict[tuple[str, int], list[int]] = {}  # of the present version of a stage
         self._stepped: dict[tuple[str, int], int] = {}  # the STEP that made it
         flushed = 0
@@ -126,17 +130,14 @@ class Graph:
         window, last = self.window, len(branch.segments) - 1
         forward: list[list[int]] = []  # for each segment and stage
         for s, segment in enumerate(branch.segments):
+            made = self._ahead.pop((iteration, phase.name, branch.name, s, microbatch), None)
+            if segment.ahead and microbatch < window.shared and iteration + 1 < window.iterations:
+                place = (iteration + 1, *segment.ahead, microbatch)
+                made = self._ahead[place] = self._forwards(*place, [], [])
             sources = [forward[r][-1] for r in segment.reads]
-            forward.append([])
-            for stage, rank in enumerate(window.placement[segment.role]):
-                task = Task("F", segment.role, stage, iteration, phase.name, branch.name, s, microbatch)
-                if s == last and stage == len(window.placement[segment.role]) - 1:  # the loss is taken here
-                    sources = [*sources, *(forward[r][-1] for r in branch.reads if r != s)]
-                cost = window.cost(segment.role, stage) * segment.copies
-                live = cost.memory if segment.grad != "none" else 0.0
-                gated = gate if stage == 0 and not segment.reads else []
-                forward[s].append(self._read(task, rank, cost.F, live, sources, gated))
-                sources = forward[s][-1:]
+            gated = [] if segment.reads else gate
+            losses = [forward[r][-1] for r in branch.reads if r != s] if s == last else []
+            forward.append(made or self._forwards(iteration, phase.name, branch.name, s, microbatch, sources, gated, losses))
         inputs: dict[int, int] = {}  # segment -> I of its first stage
         for s in reversed(branch.backward):
             segment = branch.segments[s]
@@ -150,6 +151,29 @@ class Graph:
                     self._read(task._replace(kind="W"), rank, cost.W - joined, -cost.memory, [inputs[s]])
                 behind = [inputs[s]]
         return forward[0][0]
+
+    def _forwards(
+        self,
+        iteration: int,
+        phase: str,
+        branch: str,
+        s: int,
+        microbatch: int,
+        sources: list[int],
+        gate: Sequence[int],
+        losses: Sequence[int] = (),
+    ) -> list[int]:
+        """Adds the forward of each stage of a segment. `sources` are what its first stage reads, `losses` what a loss reads beside the last one."""
+        segment, found = self._segments[phase, branch][s], []
+        for stage, rank in enumerate(self.window.placement[segment.role]):
+            cost = self.window.cost(segment.role, stage) * segment.copies
+            if stage == len(self.window.placement[segment.role]) - 1:
+                sources = [*sources, *losses]
+            task = Task("F", segment.role, stage, iteration, phase, branch, s, microbatch)
+            live = cost.memory if segment.grad != "none" else 0.0
+            found.append(self._read(task, rank, cost.F, live, sources, gate if stage == 0 else ()))
+            sources = found[-1:]
+        return found
 
     def _read(self, task: Task, rank: int, time: float, live: float, sources: list[int], gate: Sequence[int] = ()) -> int:
         """Adds a task that reads the present version of its stage's weights."""
@@ -179,13 +203,7 @@ class Graph:
     @cached_property
     def message(self) -> list[float]:
         """Time of a message with each task's result."""
-        copies = {
-            (phase.name, branch.name, s): segment.copies
-            for phase in self.window.phases
-            for branch in phase.branches
-            for s, segment in enumerate(branch.segments)
-        }
-        return [self.window.message * copies.get((task.phase, task.branch, task.segment), 0) for task in self.tasks]
+        return [0.0 if t.kind == "STEP" else self.window.message * self._segments[t.phase, t.branch][t.segment].copies for t in self.tasks]
 
     @cached_property
     def load(self) -> list[float]:

@@ -1,6 +1,7 @@
 """What a run needs of its pipeline: how each network is cut, and the checked program of every window of iterations."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from megatron_apt.config import PipelineConfig
 from megatron_apt.methods.base import Method, Phase
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.build import phases_apart, search
+from megatron_apt.pipeline.build import Built, NoRoom, phases_apart, search
 from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.policies import placement, start
@@ -48,22 +49,35 @@ class Pipeline:
             BadSchedule, NoRoom: it does not fit into the memory allowed.
             ValueError: ranks would not run the same one.
         """
-        schedule, ranks = self.config.schedule, self.mesh.pp.size
+        phases, ranks = self.method.phases, self.mesh.pp.size
         if ranks == 1:
-            return one_rank(self.method.phases, microbatches, iterations)
-        apart, split = schedule in ("1f1b", "zero_bubble"), schedule in ("interleaved", "zero_bubble")
-        graph = Graph(
-            Window(self.method.phases, self.placement, microbatches, iterations, self._costs, self.config.message, split=split, apart=apart)
-        )
-        cap = self.config.cap or memory_of_1f1b(self.method.phases, ranks)
-        built = phases_apart(graph, cap) if apart else search(graph, start(self.method.phases), cap, self.config.evaluations)
-        program = lower(graph, built.order, built.timeline)
+            return one_rank(phases, microbatches, iterations)
+        cap = self.config.cap or memory_of_1f1b(phases, ranks)
+        window = Window(phases, self.placement, microbatches, iterations, self._costs, self.config.message)
+        if self.config.schedule == "interleaved":
+            built = self._interleaved(window, cap)
+        else:
+            built = phases_apart(Graph(replace(window, split=self.config.schedule == "zero_bubble", apart=True)), cap)
+        program = lower(built.graph, built.order, built.timeline)
         check_program(program, cap)
         digests: list[int] = [0] * ranks
         dist.all_gather_object(digests, program.digest, group=self.mesh.pp.group)
         if len(set(digests)) > 1:
             raise ValueError(f"pipeline ranks made different schedules (digests {digests}); start all of them with one configuration and one version")
         return program
+
+    def _interleaved(self, window: Window, cap: float) -> Built:
+        """Where forwards can be run once for two iterations, as many of them as pays: each holds its activations across the step between them."""
+        best = search(Graph(window), start(window.phases), cap, self.config.evaluations)
+        if any(segment.ahead for phase in window.phases for branch in phase.branches for segment in branch.segments):
+            for share in (0.125, 0.25, 0.5, 1.0):
+                graph = Graph(replace(window, shared=min(window.microbatches, int(share * cap))))
+                try:
+                    found = search(graph, start(window.phases), cap, self.config.evaluations)
+                except NoRoom:
+                    break
+                best = min(best, found, key=lambda built: built.timeline.makespan)
+        return best
 
 
 def memory_of_1f1b(phases: Sequence[Phase], ranks: int) -> float:
