@@ -176,8 +176,9 @@ def _quiet_libraries() -> None:
 def _readable_errors():
     """Expected failures end with one message instead of a traceback."""
     from megatron_apt.errors import EXPECTED
+    from megatron_apt.parallel.watch import described
 
     try:
         yield
     except EXPECTED as error:
-        sys.exit(f"megatron-apt: {type(error).__name__}: {error}")
+        sys.exit(f"megatron-apt: {described(error)}")

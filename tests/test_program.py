@@ -13,7 +13,7 @@ from megatron_apt.pipeline.check import BadSchedule, check_program
 from megatron_apt.pipeline.graph import Cost, Graph
 from megatron_apt.pipeline.policies import start
 from megatron_apt.pipeline.prepare import one_rank
-from megatron_apt.pipeline.program import Program, lower, messages
+from megatron_apt.pipeline.program import Program, lower, messages, read
 
 
 def program(ranks=3, microbatches=3, phases=APT, cap=30, **options) -> Program:
@@ -46,6 +46,20 @@ def test_phases_apart_run_too(split):
     graph = Graph(window(APT, 4, 6, 2, split=split, apart=True))
     built = phases_apart(graph, 8)
     check_program(lower(graph, built.order, built.timeline), 8)
+
+
+def test_a_program_is_read_as_it_is_written():
+    made = program(ranks=3, microbatches=4, chunks=2)
+    again = read(made.text(), APT, dict.fromkeys(("generator", "discriminator"), Cost()))
+    assert again.lists == made.lists and again.digest == made.digest
+    check_program(again)
+    for text, message in [
+        ("rank 0\n", "'rank 0' does not begin an action list"),
+        ("microbatches 2 iterations 1 shared 0 split 1\n  F a.0 i0 g/b.0 m0", "stands before the first `rank 0`"),
+        ("microbatches 2 iterations 1 shared 0 split 1\nrank 0\n  G a.0", "'G a.0' is not an action"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(text, APT, {})
 
 
 def test_messages_go_only_where_another_rank_needs_them():

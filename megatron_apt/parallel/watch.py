@@ -68,7 +68,7 @@ class Watch:
         failed_collective = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
         try:
             lost = self._silent() if failed_collective else []
-            message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {_described(error)}"
+            message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {described(error)}"
             reason = self._store.compare_set("stop", "", message).decode()  # the first reason stays
         except RuntimeError:
             reason = self._store_gone
@@ -134,6 +134,6 @@ class Watch:
             os._exit(LOST)
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """The error and its notes, which say in which action of the schedule it arose."""
     return " ".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())))

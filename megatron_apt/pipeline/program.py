@@ -11,11 +11,13 @@ which some are frozen, optimiser steps stand inside a schedule, and a V sends in
 
 import bisect
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_apt.methods.base import Phase
 from megatron_apt.pipeline.actions import Action
-from megatron_apt.pipeline.graph import Graph
+from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.simulate import Order, Timeline, simulate
 
 
@@ -46,11 +48,42 @@ class Program:
         return zlib.crc32(self.text().encode())
 
     def text(self) -> str:
-        """One action a line under the heading of each rank."""
-        lines = []
+        """What window it is for, then one action a line under the heading of each rank; `read` reads it."""
+        window = self.graph.window
+        lines = [f"microbatches {window.microbatches} iterations {window.iterations} shared {window.shared} split {window.split:d}"]
         for rank, actions in enumerate(self.lists):
             lines += [f"rank {rank}", *(f"  {action}" for action in actions)]
         return "\n".join(lines) + "\n"
+
+
+def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message: float = 0.0) -> Program:
+    """The program of a `Program.text`, for a method's phases and at given costs.
+
+    Raises:
+        ValueError: naming the line that is not as it should be.
+    """
+    head, *lines = text.splitlines() or [""]
+    words = head.split()
+    try:
+        sizes = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        split = bool(sizes.pop("split"))
+    except (ValueError, KeyError):
+        raise ValueError(f"{head!r} does not begin an action list; one begins `microbatches 16 iterations 4 shared 0 split 1`") from None
+    lists: list[list[Action]] = []
+    for line in lines:
+        if line.startswith("rank"):
+            lists.append([])
+        elif not lists:
+            raise ValueError(f"{line!r} stands before the first `rank 0`")
+        else:
+            lists[-1].append(Action.parse(line.strip()))
+    places: dict[str, dict[int, int]] = {}
+    for rank, actions in enumerate(lists):
+        for action in actions:
+            if action.kind == "F":
+                places.setdefault(action.task.role, {})[action.task.stage] = rank
+    placement = {role: tuple(rank for _, rank in sorted(stages.items())) for role, stages in places.items()}
+    return Program(Graph(Window(tuple(phases), placement, costs=costs, message=message, split=split, **sizes)), lists)
 
 
 def messages(graph: Graph) -> list[tuple[int, int]]:
