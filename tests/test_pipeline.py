@@ -11,7 +11,7 @@ import torch
 from parity import SCHEDULES, _samples, deep
 from problems import build
 from test_guards import ends, start
-from test_train import config, model_config, rows
+from test_train import SMOOTH, config, model_config, rows
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import ParallelConfig, PipelineConfig
@@ -98,6 +98,22 @@ def test_the_pipeline_drains_at_checkpoints_and_a_resume_is_bit_for_bit_the_same
     assert [folder.name for folder in folders] == ["iteration-00000006"] * 2
     for (key, a), (other, b) in zip(*(store.read_tensors(folder) for folder in folders), strict=True):
         assert key == other and torch.equal(a, b), key
+
+
+def several(mesh, run, count):
+    return Trainer(run, mesh).run(count)
+
+
+def test_data_parallel_ranks_with_different_numbers_of_microbatches(ranks, mesh, datasets, tmp_path):
+    """Five samples in twos on two data-parallel ranks: two microbatches on one, one on the other, each with a schedule of its own."""
+    model = model_config(dtype="float64", latent_channels=4, depth=4)
+    run = config(datasets, tmp_path / "run", model=model, optimizer=SMOOTH, global_batch=5, micro_batch=2)
+    trainer = Trainer(run, mesh)
+    want = [trainer.step() for _ in range(3)]
+    for found in ranks(4).run(several, PP2, replace(run, parallel=PP2), 3):
+        for ours, reference in zip(found, want, strict=True):
+            shared = {key: value for key, value in reference.items() if key != "sample/diversity"}  # its pairs are neighbours within a microbatch
+            assert all(ours[key] == pytest.approx(value, rel=1e-8, abs=1e-10) for key, value in shared.items())
 
 
 def stopped(mesh, run, where):

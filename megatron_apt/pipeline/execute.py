@@ -156,8 +156,12 @@ class _Run:
     def _closing(self) -> set[int]:
         """Places in the list after which no more gradient of that kind comes to those weights before the step.
 
-        From the first of them on a bucket of gradients may complete, and starts on its way when the last of them has added to it.
+        From the first of them on a bucket of gradients may complete, and starts on its way when the last of them has added to it. In a pipeline all
+        buckets start at REDUCE instead, in one order: data-parallel ranks with different numbers of microbatches run different schedules, and
+        their buckets would complete in different orders.
         """
+        if len(self._program.lists) > 1:
+            return set()
         last: dict[tuple, int] = {}
         for i, action in enumerate(self._program.lists[self._rank]):
             if action.kind in ("I", "W"):
