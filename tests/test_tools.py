@@ -50,17 +50,20 @@ def held(mesh, run) -> dict[str, dict[str, int]]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2), ParallelConfig(pp=2)], ids=["dp2", "tp2", "cp2", "pp2"]
+)
 def test_the_plan_counts_what_is_held(ranks, parallel, kind):
     run = run_config(model=model_config(dtype="bfloat16"), parallel=parallel)
     run = replace(run, optimizer=OptimizerConfig(kind=kind, ema=0.9))
     planned = {role.role: role for role in memory(run, ranks=2)}
-    for real in ranks(2).run(held, parallel, run):
-        for name, parts in real.items():
-            assert parts.keys() == planned[name].parts.keys()
-            for part, size in parts.items():
-                # Megatron-Core starts every parameter at a multiple of 64 numbers, a bucket at one of 128.
-                assert 1.0 <= size / planned[name].parts[part] < 1.25, (name, part)
+    everyone = ranks(2).run(held, parallel, run)
+    for name in planned:
+        parts = max((real[name] for real in everyone), key=lambda parts: sum(parts.values()))  # of unequal stages the largest is planned for
+        assert parts.keys() == planned[name].parts.keys()
+        for part, size in parts.items():
+            # Megatron-Core starts every parameter at a multiple of 64 numbers, a bucket at one of 128.
+            assert 1.0 <= size / planned[name].parts[part] < 1.25, (name, part)
 
 
 def test_a_frozen_backbone_is_planned_as_frozen(mesh):

@@ -125,6 +125,8 @@ class _Run:
         self._mesh, self._rank = executor.mesh, executor.mesh.pp.rank
         self._window, self._graph = program.graph.window, program.graph
         self._branches = {(phase.name, branch.name): branch for phase in self._window.phases for branch in phase.branches}
+        # Layers of Transformer Engine in a pipeline are built to delay their weight gradients, whatever the schedule.
+        self._defers = self._window.split or (self._mesh.pp.size > 1 and self._mesh.device.type == "cuda")
         self.metrics: list[Metrics] = [{} for _ in range(self._window.iterations)]
         self._chains: dict[tuple, _Chain] = {}
         self._loaded: dict[int, Sequence[Microbatch]] = {}
@@ -215,7 +217,7 @@ class _Run:
 
     def _forward(self, task: Task, segment: Segment, chain: _Chain) -> None:
         s, stage, network = task.segment, task.stage, self._executor.networks[segment.role]
-        store = WeightGradients() if self._window.split and segment.grad == "full" else None
+        store = WeightGradients() if self._defers and segment.grad == "full" else None
         with self._context(segment), deferring(store):
             condition = segment.condition(chain.batch)
             layout = chain.batch.layout_for(condition)
@@ -266,6 +268,8 @@ class _Run:
         names = [name for name in one.made if name in arrived]
         with self._context(segment), deferring(one.weights):
             torch.autograd.backward([one.made[name] for name in names], [arrived[name] for name in names])
+        if one.weights is not None and not self._window.split:
+            one.weights.run()
         one.made = {}
         read, one.read = one.read, {}
         if segment.grad == "input":
@@ -289,9 +293,9 @@ class _Run:
 
     def _weight_gradients(self, task: Task, chain: _Chain) -> None:
         """Without a split they came with the input gradients, and this only marks when the activations are gone."""
-        one = chain.passes.pop((task.segment, task.stage))
-        if one.weights is not None:
-            one.weights.run()
+        weights = chain.passes.pop((task.segment, task.stage)).weights
+        if weights is not None:
+            weights.run()
 
     # --- messages
 
