@@ -18,6 +18,7 @@ from megatron_apt.config import ParallelConfig, PipelineConfig
 from megatron_apt.guards import BadLoss
 from megatron_apt.networks import BadGradient
 from megatron_apt.pipeline import execute
+from megatron_apt.pipeline.mail import Mail
 from megatron_apt.pipeline.prepare import Pipeline
 from megatron_apt.train import Trainer, train
 
@@ -39,7 +40,7 @@ def traced(mesh, run, schedule):
     method, networks, executor = build(run, mesh)
     program = Pipeline(run.pipeline, method, mesh).program(3, 2)
     written, alive, sent = [], [], []
-    compute, post = execute._Run.compute, execute._Run.post
+    compute, post = execute._Run.compute, Mail.post
 
     def traced_compute(self, action, at):
         segment = self._branches[action.task.phase, action.task.branch].segments[action.task.segment]
@@ -51,10 +52,10 @@ def traced(mesh, run, schedule):
     def traced_post(self, actions):
         for action in actions:
             if action.kind == "SEND" and action.task.kind == "F":
-                sent.append(weakref.ref(self._outgoing[action.task, action.peer][0]))
+                sent.append(weakref.ref(self._written[action.task, action.peer][0]))
         post(self, actions)
 
-    execute._Run.compute, execute._Run.post = traced_compute, traced_post
+    execute._Run.compute, Mail.post = traced_compute, traced_post
     try:
         parts = [(0, 2), (2, 2), (4, 2)]
         executor.run(
@@ -63,7 +64,7 @@ def traced(mesh, run, schedule):
             lambda task: networks[task.role].update(2),
         )
     finally:
-        execute._Run.compute, execute._Run.post = compute, post
+        execute._Run.compute, Mail.post = compute, post
     gc.collect()
     alive = sum(reference() is not None for reference in sent)
     return written, len(sent), alive
@@ -168,6 +169,7 @@ def test_an_error_ends_all_ranks_and_names_rank_and_action(datasets, tmp_path):
     script = """
 from dataclasses import replace
 from megatron_apt.pipeline import execute
+from megatron_apt.pipeline.mail import Mail
 from test_pipeline import deep_run
 
 run = replace(deep_run(Path(sys.argv[1]), sys.argv[2], iterations=3), guards=GuardConfig(rank_timeout=6.0))

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -19,6 +18,7 @@ from megatron_apt.models.stages import State
 from megatron_apt.parallel.deferred import WeightGradients, deferring
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
+from megatron_apt.pipeline.mail import Mail
 from megatron_apt.pipeline.program import Program
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Executor:
                 if action.kind in ("SEND", "RECV"):
                     while at + posted < len(actions) and actions[at + posted].kind in ("SEND", "RECV"):
                         posted += 1
-                    run.post(actions[at : at + posted])
+                    run.mail.post(actions[at : at + posted])
                 elif action.kind == "REDUCE":
                     self._networks[action.task.role].start_reduction()
                 elif action.kind == "STEP":
@@ -113,7 +113,7 @@ class Executor:
                 error.add_note(f"in action {action} on rank {self.mesh.world.rank}, stage rank {rank} of the pipeline")
                 raise
             at += posted
-        run.finish()
+        run.mail.finish()
         return run.metrics
 
 
@@ -130,9 +130,7 @@ class _Run:
         self.metrics: list[Metrics] = [{} for _ in range(self._window.iterations)]
         self._chains: dict[tuple, _Chain] = {}
         self._loaded: dict[int, Sequence[Microbatch]] = {}
-        self._outgoing: dict[tuple[Task, int], list[Tensor]] = {}
-        self._incoming: dict[Task, tuple[list, list[Tensor]]] = {}
-        self._sending: list[tuple[list, list[Tensor]]] = []  # tensors stay until they are gone
+        self.mail = Mail(self._mesh, lambda task: [(shape, dtype) for _, shape, dtype, _ in self._specification(task)])
         self._repeats = {phase.name: phase.repeats for phase in self._window.phases}
         mine = [action.task for action in program.lists[self._rank] if action.kind in ("F", "I", "W")]
         self._left = Counter(self._key(task) for task in mine)
@@ -238,7 +236,7 @@ class _Run:
             return
         chain.outputs[s] = given[_OUTPUT]
         for rank in self._program.receivers.get(self._graph.number[task], ()):
-            self._outgoing[task, rank] = [given[_OUTPUT]]
+            self.mail.write(task, rank, [given[_OUTPUT]])
         if s == len(chain.branch.segments) - 1:
             self._loss(task, chain)
 
@@ -284,7 +282,7 @@ class _Run:
                 self._collect(r, chain.outputs[r], chain)
             else:
                 gradient, chain.outputs[r].grad = _gradient(chain.outputs[r]), None
-                self._outgoing.setdefault((task, rank), []).append(gradient)
+                self.mail.write(task, rank, [gradient])
 
     @staticmethod
     def _differentiated(branch: Branch, segment: Segment) -> list[int]:
@@ -303,30 +301,7 @@ class _Run:
         if rank == self._rank:
             here()
         else:
-            self._outgoing[task, rank] = list(values.values())
-
-    def post(self, actions: Sequence[Action]) -> None:
-        """Starts neighbouring sends and receives together."""
-        operations, of_action = [], []
-        for action in actions:
-            peer = dist.get_global_rank(self._mesh.pp.group, action.peer)
-            if action.kind == "SEND":
-                tensors = [tensor.detach().contiguous() for tensor in self._outgoing.pop((action.task, action.peer))]
-                operation = dist.isend
-            else:
-                specification, operation = self._specification(action.task), dist.irecv
-                tensors = [torch.empty(shape, dtype=dtype, device=self._mesh.device) for _, shape, dtype, _ in specification]
-            of_action.append((action, tensors, len(operations)))
-            operations += [dist.P2POp(operation, tensor, peer, self._mesh.pp.group) for tensor in tensors]
-        works = dist.batch_isend_irecv(operations)
-        for action, tensors, first in of_action:
-            # NCCL returns one work for the whole batch, gloo one for each tensor.
-            own = works[first : first + len(tensors)] if len(works) == len(operations) else works
-            if action.kind == "SEND":
-                self._sending.append((own, tensors))
-            else:
-                self._incoming[action.task] = own, tensors
-        self._sending = [(own, tensors) for own, tensors in self._sending if not all(work.is_completed() for work in own)]
+            self.mail.write(task, rank, list(values.values()))
 
     def _specification(self, source: Task) -> list[tuple[object, tuple[int, ...], torch.dtype, bool]]:
         """Name, shape and dtype of each tensor of a message, and whether a gradient goes back; from what sender and receiver both know."""
@@ -352,11 +327,9 @@ class _Run:
 
     def _take_in(self, source: Task) -> None:
         """Waits for the message with the result of an action of another rank, if it has not been waited for yet."""
-        if source not in self._incoming:
+        tensors = self.mail.take(source)
+        if not tensors:
             return
-        works, tensors = self._incoming.pop(source)
-        for work in works:
-            work.wait()
         chain = self._chain(source)
         names = [(name, differentiated) for name, _, _, differentiated in self._specification(source)]
         if source.kind == "F":
@@ -371,13 +344,6 @@ class _Run:
                 chain.add_gradients(source.segment, source.stage - 1, {name: tensor})
             else:
                 chain.add_gradients(name, self._last_stage(chain.branch.segments[name].role), {_OUTPUT: tensor})
-
-    def finish(self) -> None:
-        """Waits for the last sends."""
-        for works, _ in self._sending:
-            for work in works:
-                work.wait()
-        self._sending = []
 
 
 def _gradient(leaf: Tensor) -> Tensor:
