@@ -1,171 +1,235 @@
-"""Builds schedules: list scheduling of a window's tasks, with the wishes of each kind of task found by search.
+"""Builds schedules: list scheduling of a window's tasks, with the wishes of each branch found by search.
 
-A policy gives every kind of task (F, I or W of one segment of one branch) the time at which it would like to run and how much memory it may take.
-Going through time, a free rank runs the task that is most overdue among those whose inputs are there and whose activations fit. A search changes
-policies a little at a time, as annealing does, and keeps the one with the shortest makespan; equal arguments give equal schedules.
+A policy says of each branch when its microbatches want to enter the pipeline and how fast they want to go through it; that makes every task due at
+some time. Going through time, a free rank runs the task that is most overdue among those whose inputs are there. Memory is promised in the order of
+due times: a forward overtakes another only if the other's activations will still fit. So lists never get stuck unless the due times themselves ask
+for more memory than there is, and due times taken from a schedule that fits fit again.
 
-Phases apart (what Megatron-Core's forward_backward_func does when it is called for one branch after the other) need no search: backward before
-forward, and never more microbatches in flight at a stage than there are stages from it to the end of the chain, which is 1F1B. With weight gradients
-split off and run where nothing else can, it is the zero-bubble schedule.
+That is what justification needs: the schedule is run backwards in time, what ended last first, and then forwards again in the order that this gave.
+Each task so moves towards the tasks that wait for it and then towards those that it waits for, and most of what was idle between them goes.
+
+A search draws policies at random, changes the best a little at a time, as annealing does, and justifies what it has found; equal arguments give equal
+schedules.
+
+Phases apart (what Megatron-Core's forward_backward_func does when it is called for one branch after the other) need no search: when microbatches
+enter as fast as one rank works and go through without a stop, the order on each rank is 1F1B.
 """
 
 import heapq
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from megatron_apt.pipeline.graph import Graph, Task
-from megatron_apt.pipeline.simulate import Timeline, lower_bound, simulate
-
-Kind = tuple[str, str, str, int]  # F | I | W, phase, branch, segment
+from megatron_apt.pipeline.simulate import Order, Timeline, lower_bound, peak, simulate
 
 
 @dataclass(frozen=True)
 class Wish:
-    """When tasks of one kind want to run, and what they may hold.
+    """When the tasks of one branch want to run.
 
     Attributes:
-        offset: after the beginning of their iteration, as a share of an iteration's work.
+        offset: of the first microbatch after the beginning of its iteration, as a share of an iteration's work.
         pace: from one microbatch to the next, as a share of one microbatch's work in an iteration.
-        slope: from one rank's stage to the next, likewise.
-        window: most activations that the first stage of the kind may hold, as a share of the cap; forward only.
-        narrowing: by how much less the last stage may hold, as a share of that.
-        reserve: memory it leaves to others, as a share of the cap.
+        forward, backward: time from stage to stage, as a multiple of what a microbatch takes that never waits.
+        late: delay of weight gradients, as a share of one microbatch's work in an iteration.
     """
 
-    offset: float = 0.0
-    pace: float = 0.13
-    slope: float = 0.0
-    window: float = 1.0
-    narrowing: float = 0.0
-    reserve: float = 0.0
+    offset: float
+    pace: float
+    forward: float = 1.0
+    backward: float = 1.0
+    late: float = 0.0
 
 
-Policy = dict[Kind, Wish]
+Policy = dict[tuple[str, str], Wish]  # by phase and branch
 
 
 class NoRoom(ValueError):
-    """A policy lets some kinds of tasks fill the memory that others need to go on."""
-
-    def __init__(self, missing: int, message: str):
-        super().__init__(message)
-        self.missing = missing
+    """Due times ask for more memory than there is."""
 
 
-def kind_of(task: Task) -> Kind:
-    return task.kind, task.phase, task.branch, task.segment
+class Wishes:
+    """Turns policies into due times of a graph's tasks."""
+
+    def __init__(self, graph: Graph):
+        window = graph.window
+        self.branches = [(phase.name, branch.name) for phase in window.phases for branch in phase.branches]
+        self._length = max(graph.load) / window.iterations
+        self._slot = self._length / window.microbatches
+        self.work = dict.fromkeys(self.branches, 0.0)  # of one microbatch of each branch, as a share of what one takes in an iteration
+        for task, time in zip(graph.tasks, graph.time, strict=True):
+            if task.kind != "STEP" and task.iteration == task.microbatch == 0:
+                self.work[task.phase, task.branch] += time / self._slot / window.ranks
+        self._tasks = graph.tasks
+        self._way: dict[tuple, tuple[float, float]] = {}  # forward and backward time from the entry of a microbatch, if it never waits
+        for number, task in enumerate(graph.tasks):
+            if self._place(task) not in self._way and task.kind != "STEP":
+                ways = (self._after(graph, source, number) for source in graph.before[number])
+                self._way[self._place(task)] = max(ways, key=sum, default=(0.0, 0.0))
+
+    @staticmethod
+    def _place(task: Task) -> tuple:
+        return task.kind, task.phase, task.branch, task.segment, task.stage
+
+    def _after(self, graph: Graph, source: int, number: int) -> tuple[float, float]:
+        earlier, task = graph.tasks[source], graph.tasks[number]
+        if earlier[3:6] != task[3:6] or earlier.microbatch != task.microbatch:  # not of the same chain
+            return 0.0, 0.0
+        forward, backward = self._way[self._place(earlier)]
+        time = graph.time[source] + graph.delay(source, number)
+        return (forward + time, backward) if earlier.kind == "F" else (forward, backward + time)
+
+    def due(self, policy: Policy) -> list[float]:
+        wait = {}
+        for (kind, phase, branch, segment, stage), (forward, backward) in self._way.items():
+            wish = policy[phase, branch]
+            late = wish.late * self._slot if kind == "W" else 0.0
+            at = wish.offset * self._length + wish.forward * forward + wish.backward * backward + late
+            wait[kind, phase, branch, segment, stage] = at, wish.pace * self._slot
+        found = []
+        for task in self._tasks:
+            if task.kind == "STEP":
+                found.append(-math.inf)  # at once
+                continue
+            at, pace = wait[self._place(task)]
+            found.append(self._length * task.iteration + at + pace * task.microbatch)
+        return found
 
 
-def list_schedule(graph: Graph, policy: Policy, cap: float) -> list[list[int]]:
-    """Lists of tasks for each rank.
+@dataclass(frozen=True)
+class Listed:
+    """Lists of tasks for each rank, with the start of every task."""
+
+    order: list[list[int]]
+    start: list[float]
+    makespan: float
+
+
+def list_schedule(graph: Graph, due: Sequence[float], cap: float, backwards: bool = False) -> Listed:
+    """Runs what is due first, on every rank; backwards from the end of time, with due times counted from there.
 
     Raises:
-        NoRoom: the policy does not fit into `cap`.
+        NoRoom: in order of due times the tasks do not fit into `cap`.
     """
-    due, room, limit = _wishes_of_tasks(graph, policy, cap)
-    ranks = [_Rank(graph, due, room, limit) for _ in range(graph.window.ranks)]
-    waits, ready_at = [len(sources) for sources in graph.before], [0.0] * len(graph.tasks)
-    # A task t is an event when its inputs are there, and -t - 1 when it ends.
-    events = [(0.0, task) for task, count in enumerate(waits) if not count]
+    before, after = (graph.after, graph.before) if backwards else (graph.before, graph.after)
+    live = [-size for size in graph.live] if backwards else graph.live
+    tasks: list[list[int]] = [[] for _ in range(graph.window.ranks)]
+    for task, rank in enumerate(graph.rank):
+        tasks[rank].append(task)
+    ranks = [_Rank(mine, due, live, cap) for mine in tasks]
+    waits, start, free_at = [len(sources) for sources in before], [0.0] * len(due), [0.0] * len(ranks)
+    comes: dict[int, float] = {}  # when the last message for a task comes
+    events = [(0.0, ~task) for task, count in enumerate(waits) if not count]  # ~task: its inputs are there; task: it ends
     heapq.heapify(events)
+    message, place, time = graph.window.message, graph.rank, graph.time
     while events:
         now, touched = events[0][0], set()
         while events and events[0][0] <= now + _SAME_TIME:
-            _, event = heapq.heappop(events)
-            task = event if event >= 0 else -event - 1
-            touched.add(graph.rank[task])
-            if event >= 0:
-                ranks[graph.rank[task]].offer(task)
+            event = heapq.heappop(events)[1]
+            if event < 0:
+                ranks[place[~event]].offer(~event)
+                touched.add(place[~event])
                 continue
-            ranks[graph.rank[task]].end(task)
-            for other in graph.after[task]:
+            rank = place[event]
+            ranks[rank].end(event)
+            touched.add(rank)
+            for other in after[event]:
                 waits[other] -= 1
-                ready_at[other] = max(ready_at[other], now + graph.delay(task, other))
+                if message and place[other] != rank:
+                    comes[other] = now + message  # events come in order of time, so the last one counts
                 if not waits[other]:
-                    heapq.heappush(events, (ready_at[other], other))
-        for number in sorted(touched):
-            task = ranks[number].begin()
+                    if comes.get(other, now) > now:
+                        heapq.heappush(events, (comes[other], ~other))
+                    else:
+                        ranks[place[other]].offer(other)
+                        touched.add(place[other])
+        for rank in sorted(touched):
+            task = ranks[rank].begin()
             if task is not None:
-                heapq.heappush(events, (now + graph.time[task], -task - 1))
-    missing = len(graph.tasks) - sum(len(rank.order) for rank in ranks)
+                start[task], free_at[rank] = now, now + time[task]
+                heapq.heappush(events, (now + time[task], task))
+    missing = len(due) - sum(len(rank.order) for rank in ranks)
     if missing:
-        raise NoRoom(missing, f"{missing} tasks of {len(graph.tasks)} never find room in {cap:g} activations")
-    return [rank.order for rank in ranks]
+        raise NoRoom(f"{missing} tasks of {len(due)} never find room in {cap:g} activations")
+    makespan = max(free_at)
+    if not backwards:
+        return Listed([rank.order for rank in ranks], start, makespan)
+    return Listed([rank.order[::-1] for rank in ranks], [makespan - at - length for at, length in zip(start, time, strict=True)], makespan)
 
 
 _SAME_TIME = 1e-9
 
 
-def _wishes_of_tasks(graph: Graph, policy: Policy, cap: float) -> tuple[list[float], list[float], list[float]]:
-    """For each task: the time it is due, the most its kind may hold at its stage, and the most its rank may hold with it."""
-    window = graph.window
-    length = max(graph.load) / window.iterations
-    slot = length / window.microbatches
-    due, room, limit = [], [], []
-    for task, size in zip(graph.tasks, graph.live, strict=True):
-        wish, depth = policy.get(kind_of(task)), task.stage / window.chunks(task.role)
-        if wish is None:  # a STEP: at once
-            wish, at = Wish(), -math.inf
-        else:
-            at = length * (task.iteration + wish.offset) + slot * (wish.pace * task.microbatch + wish.slope * depth)
-        due.append(at)
-        room.append(max(size, wish.window * cap * (1 - wish.narrowing * depth / window.ranks)))
-        limit.append(cap * (1 - wish.reserve))
-    return due, room, limit
-
-
 class _Rank:
-    """One rank while its list is made: what could run, what is held, what runs now."""
+    """One rank while its list is made: what could run, what memory is left, and to whom it is promised."""
 
-    def __init__(self, graph: Graph, due: list[float], room: list[float], limit: list[float]):
+    def __init__(self, tasks: Sequence[int], due: Sequence[float], live: Sequence[float], cap: float):
         self.order: list[int] = []
-        self._graph, self._due, self._room, self._limit = graph, due, room, limit
-        # What takes memory waits in a heap for each kind and stage, because its next one may not fit; all else in one heap.
-        self._free: list[tuple[float, int]] = []
-        self._by_place: dict[tuple, list[tuple[float, int]]] = {}
-        self._held: Counter = Counter()
-        self._used, self._busy = 0.0, False
-
-    @staticmethod
-    def _place(task: Task) -> tuple:
-        return task.phase, task.branch, task.segment, task.stage
+        self._due, self._live, self._left = due, live, cap
+        self._takers = sorted((task for task in tasks if live[task] > 0), key=lambda task: (due[task], task))  # of memory, and when it is promised
+        self._first, self._served = 0, set()  # of them: all before the first are served
+        # Inputs are there: of tasks that take memory, and of all others.
+        self._ready_takers: list[tuple[float, int]] = []
+        self._ready: list[tuple[float, int]] = []
+        self._busy = False
 
     def offer(self, task: int) -> None:
         """The task's inputs are there."""
-        heap = self._by_place.setdefault(self._place(self._graph.tasks[task]), []) if self._graph.live[task] > 0 else self._free
-        heapq.heappush(heap, (self._due[task], task))
+        heapq.heappush(self._ready_takers if self._live[task] > 0 else self._ready, (self._due[task], task))
 
     def begin(self) -> int | None:
         """Starts the most overdue task that fits, unless one runs."""
         if self._busy:
             return None
-        best, where = self._free, None
-        for place, heap in self._by_place.items():
-            if heap and (not best or heap[0] < best[0]) and self._fits(place, heap[0][1]):
-                best, where = heap, place
-        if not best:
+        heap = self._ready
+        if self._ready_takers and (not heap or self._ready_takers[0] < heap[0]) and self._fits(self._ready_takers[0][1]):
+            heap = self._ready_takers
+            self._left -= self._live[heap[0][1]]
+            self._served.add(heap[0][1])
+        if not heap:
             return None
-        task = heapq.heappop(best)[1]
-        if where is not None:
-            self._take(where, self._graph.live[task])
+        task = heapq.heappop(heap)[1]
         self.order.append(task)
         self._busy = True
         return task
 
     def end(self, task: int) -> None:
         self._busy = False
-        if self._graph.live[task] < 0:
-            self._take(self._place(self._graph.tasks[task]), self._graph.live[task])
+        if self._live[task] < 0:
+            self._left -= self._live[task]
 
-    def _fits(self, place: tuple, task: int) -> bool:
-        size = self._graph.live[task]
-        return self._used + size <= self._limit[task] + 1e-9 and self._held[place] + size <= self._room[task] + 1e-9
+    def _fits(self, task: int) -> bool:
+        """Beside all that is due before it and has not run."""
+        while self._takers[self._first] in self._served:
+            self._first += 1
+        left, at = self._left + 1e-9, self._first
+        while True:
+            other = self._takers[at]
+            if other not in self._served:
+                left -= self._live[other]
+                if left < 0 or other == task:
+                    return left >= 0
+            at += 1
 
-    def _take(self, place: tuple, size: float) -> None:
-        self._used += size
-        self._held[place] += size
+
+def justified(graph: Graph, listed: Listed, cap: float, rounds: int, enough: float = 0.0) -> Listed:
+    """The shortest of the schedules that come of running this one backwards and forwards in time, in turn, until one is short enough."""
+    best, time = listed, graph.time
+    for turn in range(2 * rounds):
+        if best.makespan <= enough:
+            break
+        backwards = turn % 2 == 0
+        due = [-at - length for at, length in zip(listed.start, time, strict=True)] if backwards else listed.start
+        listed = list_schedule(graph, due, cap, backwards)
+        best = min(best, listed, key=_makespan)
+    return best
+
+
+def _makespan(listed: Listed) -> float:
+    return listed.makespan
 
 
 @dataclass(frozen=True)
@@ -173,102 +237,108 @@ class Built:
     """A schedule with what it costs.
 
     Attributes:
-        bound: no schedule of this window is shorter, whatever its memory.
+        bound: no schedule of this window that keeps to its cap is shorter.
+        policy: that it was found from; None where plain alternation gave the due times.
     """
 
     graph: Graph
-    order: list[list[int]]
+    order: Order
     timeline: Timeline
     bound: float
-    policy: Policy
+    policy: Policy | None = None
 
 
-def build(graph: Graph, policy: Policy, cap: float) -> Built:
-    return priced(graph, list_schedule(graph, policy, cap), policy)
-
-
-def priced(graph: Graph, order: list[list[int]], policy: Policy) -> Built:
-    return Built(graph, order, simulate(graph, order), lower_bound(graph), policy)
+def priced(graph: Graph, order: Order, cap: float, policy: Policy | None = None) -> Built:
+    return Built(graph, order, simulate(graph, order), lower_bound(graph, cap), policy)
 
 
 def phases_apart(graph: Graph, cap: float) -> Built:
     """The better of 1F1B and of forwards as early as `cap` allows, one branch after the other; the window's `apart` must be set.
 
-    With split weight gradients it is a zero-bubble schedule.
+    Raises:
+        NoRoom: one microbatch alone takes more than `cap`.
     """
-    return search(graph, (_one_forward_one_backward(graph, cap, eager=False), _one_forward_one_backward(graph, cap, eager=True)), cap, evaluations=0)
+    order = _one_forward_one_backward(graph)
+    turn = {task: number for tasks in order for number, task in enumerate(tasks)}
+    orders = [order] if max(peak(graph, tasks) for tasks in order) <= cap + 1e-9 else []
+    orders.append(_plainly(graph, cap).order)
+    with suppress(NoRoom):
+        orders.append(list_schedule(graph, [turn[task] for task in range(len(turn))], cap).order)
+    return priced(graph, min(orders, key=lambda order: simulate(graph, order).makespan), cap)
 
 
-def _one_forward_one_backward(graph: Graph, cap: float, eager: bool) -> Policy:
-    policy, window = {}, graph.window
-    for phase in window.phases:
-        for branch in phase.branches:
-            stages = [len(window.placement[segment.role]) for segment in branch.segments]
-            for s, segment in enumerate(branch.segments):
-                left = sum(stages[s:])  # to the end of the chain
-                in_flight = left * segment.copies / window.chunks(segment.role)
-                # Eager forwards leave room for one microbatch of the segments behind them, which would block otherwise.
-                behind = sum(later.copies for later in branch.segments[s + 1 :])
-                memory = {"reserve": behind / cap} if eager else {"window": in_flight / cap, "narrowing": stages[s] / left}
-                policy["F", phase.name, branch.name, s] = Wish(offset=2.0 - s / len(stages), **memory)
-                policy["I", phase.name, branch.name, s] = Wish()
-                policy["W", phase.name, branch.name, s] = Wish(offset=3.0 if window.split else -1.0)
-    return policy
+def _plainly(graph: Graph, cap: float) -> Listed:
+    """What plain alternation would do first is due first. Everything fits then that can fit at all."""
+    return list_schedule(graph, range(len(graph.tasks)), cap)
+
+
+def _one_forward_one_backward(graph: Graph) -> list[list[int]]:
+    wishes = Wishes(graph)
+    due = wishes.due({branch: Wish(offset=0.0, pace=wishes.work[branch]) for branch in wishes.branches})
+    turn = {branch: number for number, branch in enumerate(wishes.branches)}
+    turn |= {(phase, ""): number + 0.5 for (phase, _), number in turn.items()}  # STEP
+
+    def when(number: int) -> tuple:
+        task = graph.tasks[number]
+        return task.iteration, turn[task.phase, task.branch], round(due[number], 6), number  # rounded, so that what ends at a time frees memory first
+
+    tasks = sorted(range(len(graph.tasks)), key=when)
+    return [[task for task in tasks if graph.rank[task] == rank] for rank in range(graph.window.ranks)]
 
 
 def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: int, seed: int = 0) -> Built:
-    """Anneals the two best of these policies and takes the better result; stops early at the lower bound.
+    """Tries these policies and others drawn at random, anneals the best, and justifies the best of all; stops early at the lower bound.
 
     Raises:
-        NoRoom: no policy was found that fits into `cap`.
+        NoRoom: one microbatch alone takes more than `cap`.
     """
-    bound = lower_bound(graph)
-    ranked = sorted((_makespan(graph, policy, cap), i) for i, policy in enumerate(policies))
-    least, best = ranked[0][0], policies[ranked[0][1]]
-    for value, i in ranked[:2] if evaluations else ():
-        if least <= bound + 1e-9:
+    wishes, enough = Wishes(graph), lower_bound(graph, cap) + 1e-9
+    tried = _tried(graph, wishes, policies, cap, evaluations, random.Random(seed), enough)
+    finalists: list[tuple[Policy | None, Listed]] = [(None, _plainly(graph, cap))]
+    for makespan in sorted(tried)[: 1 + min(7, evaluations // 25)]:
+        finalists.append((tried[makespan], list_schedule(graph, wishes.due(tried[makespan]), cap)))
+    first = [(policy, justified(graph, listed, cap, 2, enough)) for policy, listed in finalists]
+    policy, listed = min(first, key=lambda found: found[1].makespan)
+    return priced(graph, justified(graph, listed, cap, min(10, evaluations // 10), enough).order, cap, policy)
+
+
+def _tried(
+    graph: Graph, wishes: Wishes, policies: Sequence[Policy], cap: float, evaluations: int, rng: random.Random, enough: float
+) -> dict[float, Policy]:
+    """Policies by the makespan of their schedule: those given, a quarter of `evaluations` drawn at random, the rest the best of these, annealed."""
+    tried: dict[float, Policy] = {}
+    now, value, given = {}, math.inf, len(policies)
+    for number in range(given + evaluations):
+        if value <= enough:
             break
-        makespan, found = _anneal(graph, policies[i], value, cap, evaluations, random.Random(seed), bound)
-        if makespan < least:
-            least, best = makespan, found
-    return build(graph, best, cap)
+        annealing = bool(now) and number >= given + evaluations // 4
+        policy = policies[number] if number < given else _changed(now, rng) if annealing else _drawn(wishes.branches, rng)
+        try:
+            found = list_schedule(graph, wishes.due(policy), cap).makespan
+        except NoRoom:
+            continue
+        tried.setdefault(found, policy)
+        warmth = 0.002 * max(graph.load) * (1 - (number - given) / evaluations) if annealing else 0.0
+        if found <= value or (warmth and rng.random() < math.exp((value - found) / warmth)):
+            now, value = policy, found
+    return tried
 
 
-def _anneal(graph: Graph, policy: Policy, value: float, cap: float, evaluations: int, rng: random.Random, bound: float) -> tuple[float, Policy]:
-    """Shortest makespan found and its policy, from one policy whose makespan is `value`."""
-    now, best, least = policy, policy, value
-    for number in range(evaluations):
-        if least <= bound + 1e-9:
-            break
-        candidate = _changed(now, rng)
-        found = _makespan(graph, candidate, cap)
-        warmth = 0.002 * max(graph.load) * (1 - number / evaluations) + 1e-9
-        if found <= value or rng.random() < math.exp((value - found) / warmth):
-            now, value = candidate, found
-            if value < least:
-                best, least = now, value
-    return least, best
+def _drawn(branches: Sequence[tuple[str, str]], rng: random.Random) -> Policy:
+    def wish() -> Wish:
+        return Wish(rng.random(), rng.uniform(0.05, 0.65), rng.uniform(0.3, 2.0), rng.uniform(0.3, 2.0), rng.uniform(-1.5, 1.5))
+
+    return {branch: wish() for branch in branches}
 
 
-def _makespan(graph: Graph, policy: Policy, cap: float) -> float:
-    """Of the policy's schedule; of one that does not fit far more than of any that does, and the more the less of it fits."""
-    try:
-        return simulate(graph, list_schedule(graph, policy, cap)).makespan
-    except NoRoom as error:
-        return sum(graph.load) * (1 + error.missing)
-
-
-# What a change may touch; offsets matter most.
-_TIMES = ("offset", "offset", "pace", "slope")
-_MEMORY = ("window", "narrowing", "reserve")
+# By how much a change moves each wish.
+_STEPS = {"offset": 0.1, "pace": 0.15, "forward": 0.4, "backward": 0.4, "late": 1.0}
 
 
 def _changed(policy: Policy, rng: random.Random) -> Policy:
     changed = dict(policy)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        kind = rng.choice(sorted(changed))
-        what = rng.choice(_TIMES + _MEMORY if kind[0] == "F" else _TIMES)
-        value = getattr(changed[kind], what)
-        value += 0.15 * rng.gauss(0, 1) * rng.choice((0.2, 1.0))
-        changed[kind] = replace(changed[kind], **{what: min(1.0, max(0.0, value)) if what in _MEMORY else value})
+        branch, what = rng.choice(list(changed)), rng.choice(list(_STEPS))
+        value = getattr(changed[branch], what) + _STEPS[what] * rng.gauss(0, 1) * rng.choice((0.2, 1.0))
+        changed[branch] = replace(changed[branch], **{what: value})
     return changed

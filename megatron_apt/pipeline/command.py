@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from megatron_apt.config import AptConfig, RunConfig
 from megatron_apt.methods import METHODS
-from megatron_apt.pipeline.build import Built, phases_apart, priced, search
+from megatron_apt.pipeline.build import Built, NoRoom, phases_apart, search
 from megatron_apt.pipeline.check import check
 from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.policies import placement, start
@@ -47,6 +48,8 @@ class ScheduleConfig:
     dump: str = ""
     """Writes the interleaved action lists to this file."""
     json: str = ""
+    frontier: bool = False
+    """Search the interleaved schedule for other caps too and show its bubble against memory."""
 
     def __post_init__(self) -> None:
         for field in ("ranks", "microbatches", "iterations"):
@@ -72,29 +75,45 @@ def parse_cost(text: str) -> Cost:
 
 def schedules(options: ScheduleConfig) -> dict[str, Built]:
     """The schedules to show, each checked."""
+    cap = options.cap or 2.0 * options.ranks
+    found = {}
+    if options.compare:
+        found["apart_1f1b"] = phases_apart(_graph(options, 1, split=False, apart=True), cap)
+        found["apart_zb"] = search(_graph(options, 1, apart=True), (), cap, options.evaluations, options.seed)
+    found["interleaved"] = interleaved(options, cap)
+    for built in found.values():
+        check(built.graph, built.order, cap)
+    return found
+
+
+def interleaved(options: ScheduleConfig, cap: float) -> Built:
+    graphs = [_graph(options, chunks) for chunks in ((options.chunks,) if options.chunks else (2, 1))]
+    found = [search(graph, start(graph.window.phases), cap, options.evaluations, options.seed) for graph in graphs]
+    return min(found, key=_makespan)
+
+
+def frontier(options: ScheduleConfig) -> dict[float, Built]:
+    """The interleaved schedule for caps of once to four times the ranks, where a microbatch fits at all; each checked."""
+    found: dict[float, Built] = {}
+    for cap in (share * options.ranks for share in (1.0, 1.5, 2.0, 3.0, 4.0)):
+        with suppress(NoRoom):
+            found[cap] = min([*list(found.values())[-1:], interleaved(options, cap)], key=_makespan)  # what fits into less fits into this
+            check(found[cap].graph, found[cap].order, cap)
+    return found
+
+
+def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:
     phases = METHODS[options.method](RunConfig(method=options.method, apt=AptConfig()), None).phases
     roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
     cost = parse_cost(options.cost)
     other = Cost(*(options.discriminator * value for value in (cost.F, cost.I, cost.W)))
     costs = {role: other if role == "discriminator" else cost for role in roles}
-    cap = options.cap or 2.0 * options.ranks
+    places = dict.fromkeys(roles, placement(options.ranks, chunks))
+    return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
 
-    def graph(chunks: int, **kind) -> Graph:
-        places = dict.fromkeys(roles, placement(options.ranks, chunks))
-        return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
 
-    def found_by_search(graph: Graph, policies) -> Built:
-        return search(graph, policies, cap, options.evaluations, options.seed)
-
-    found = {"apart_1f1b": phases_apart(graph(1, split=False, apart=True), cap)}
-    apart = graph(1, apart=True)
-    found["apart_zb"] = found_by_search(apart, (phases_apart(apart, cap).policy,))
-    interleaved = [found_by_search(graph(chunks), start(phases)) for chunks in ((options.chunks,) if options.chunks else (2, 1))]
-    interleaved.append(priced(graph(1), found["apart_zb"].order, found["apart_zb"].policy))  # phases apart are one way to interleave them
-    found["interleaved"] = min(interleaved, key=lambda built: built.timeline.makespan)
-    for built in found.values():
-        check(built.graph, built.order, cap)
-    return found if options.compare else {"interleaved": found["interleaved"]}
+def _makespan(built: Built) -> float:
+    return built.timeline.makespan
 
 
 def bubble_bound(built: Built) -> float:
@@ -103,28 +122,35 @@ def bubble_bound(built: Built) -> float:
 
 def schedule(options: ScheduleConfig) -> None:
     found = schedules(options)
-    table = Table(
-        title=f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost}"
-    )
-    for heading in ("", "makespan", "bubble", "least bubble", "peak live"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, built in found.items():
-        line = built.timeline
-        table.add_row(NAMES[name], f"{line.makespan:.1f}", f"{line.bubble:.4f}", f"{bubble_bound(built):.4f}", f"{max(line.peak_live):g}")
+    by_cap = frontier(options) if options.frontier else {}
+    case = f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost}"
     console = Console()
-    console.print(table)
+    console.print(_table(case, "", {NAMES[name]: built for name, built in found.items()}))
     console.print(
-        "Least bubble: of any schedule with this placement, from the critical path and each rank's work, whatever its memory. Peak live: activations "
-        "held at once, in microbatches of one rank's part of one network."
+        "Least bubble: of any schedule with this placement and cap, from the longest path and from what each rank must do and hold. Peak live: "
+        "activations held at once, in microbatches of one rank's part of one network."
     )
+    if by_cap:
+        console.print(_table("Interleaved, by most live activations", "cap", {f"{cap:g}": built for cap, built in by_cap.items()}))
     if options.json:
-        Path(options.json).write_text(json.dumps(figures(found), indent=1), encoding="utf-8")
+        numbers = figures(found) | ({"frontier": {f"{cap:g}": built.timeline.bubble for cap, built in by_cap.items()}} if by_cap else {})
+        Path(options.json).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     if options.dump:
         Path(options.dump).write_text(dump(found["interleaved"]), encoding="utf-8")
     if options.picture:
         from megatron_apt.pipeline.draw import draw
 
         draw({NAMES[name]: built for name, built in found.items()}, options.picture)
+
+
+def _table(title: str, first: str, found: Mapping[str, Built]) -> Table:
+    table = Table(title=title)
+    for heading in (first, "makespan", "bubble", "least bubble", "peak live"):
+        table.add_column(heading, justify="left" if heading == first else "right")
+    for name, built in found.items():
+        line = built.timeline
+        table.add_row(name, f"{line.makespan:.1f}", f"{line.bubble:.4f}", f"{bubble_bound(built):.4f}", f"{max(line.peak_live):g}")
+    return table
 
 
 def figures(found: Mapping[str, Built]) -> dict:

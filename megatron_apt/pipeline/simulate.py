@@ -72,17 +72,42 @@ def peak(graph: Graph, tasks: Sequence[int]) -> float:
     return most
 
 
-def lower_bound(graph: Graph) -> float:
-    """No schedule is shorter: each rank's work between the earliest its first task can start and the least that follows its last one."""
+def lower_bound(graph: Graph, cap: float = float("inf")) -> float:
+    """No schedule that keeps to `cap` is shorter: the longest path, and what each rank must do and hold between its first task and its last.
+
+    A rank works off its load. It holds every activation at least as long as a microbatch that never waits takes from the forward to the end of the
+    task that frees it, and no more than `cap` of them at once.
+    """
     tasks = range(len(graph.tasks))
     head, tail = [0.0] * len(graph.tasks), [0.0] * len(graph.tasks)
     for task in tasks:  # tasks are numbered so that what one waits for comes before it
         head[task] = max((head[s] + graph.time[s] + graph.delay(s, task) for s in graph.before[task]), default=0.0)
     for task in reversed(tasks):
         tail[task] = max((tail[s] + graph.time[s] + graph.delay(task, s) for s in graph.after[task]), default=0.0)
-    path = max(head[t] + graph.time[t] + tail[t] for t in tasks)
-    found = [path]
+    found = [max(head[t] + graph.time[t] + tail[t] for t in tasks)]
+    held = _held(graph)
     for rank, load in enumerate(graph.load):
-        if mine := [t for t in tasks if graph.rank[t] == rank and graph.time[t]]:
-            found.append(min(head[t] for t in mine) + load + min(tail[t] for t in mine))
+        mine = [t for t in tasks if graph.rank[t] == rank]
+        for total, some in ((load, [t for t in mine if graph.time[t]]), (held[rank] / cap, [t for t in mine if graph.live[t]])):
+            if some:
+                found.append(min(head[t] for t in some) + total + min(tail[t] for t in some))
     return max(found)
+
+
+def _held(graph: Graph) -> list[float]:
+    """For each rank the least that its activations add up to, size times the time that they are held."""
+    found = [0.0] * graph.window.ranks
+    chains: dict[tuple, list[int]] = {}
+    for number, task in enumerate(graph.tasks):
+        if task.kind != "STEP" and task.iteration == task.microbatch == 0:  # all others take as long
+            chains.setdefault((task.phase, task.branch), []).append(number)
+    for chain in chains.values():
+        frees = {graph.tasks[t][1:]: t for t in chain if graph.live[t] < 0}
+        for taker in (t for t in chain if graph.live[t] > 0):
+            end = {taker: graph.time[taker]}  # counted from its start, of it and of those in its chain that wait for it
+            for task in chain:
+                after = [end[s] + graph.delay(s, task) for s in graph.before[task] if s in end]
+                if after:
+                    end[task] = max(after) + graph.time[task]
+            found[graph.rank[taker]] += graph.live[taker] * end[frees[graph.tasks[taker][1:]]]
+    return [held * graph.window.microbatches * graph.window.iterations for held in found]
