@@ -124,7 +124,7 @@ def list_schedule(graph: Graph, due: Sequence[float], cap: float, backwards: boo
     comes: dict[int, float] = {}  # when the last message for a task comes
     events = [(0.0, ~task) for task, count in enumerate(waits) if not count]  # ~task: its inputs are there; task: it ends
     heapq.heapify(events)
-    message, place, time = graph.window.message, graph.rank, graph.time
+    message, place, time = graph.message, graph.rank, graph.time
     while events:
         now, touched = events[0][0], set()
         while events and events[0][0] <= now + _SAME_TIME:
@@ -138,8 +138,8 @@ def list_schedule(graph: Graph, due: Sequence[float], cap: float, backwards: boo
             touched.add(rank)
             for other in after[event]:
                 waits[other] -= 1
-                if message and place[other] != rank:
-                    comes[other] = now + message  # events come in order of time, so the last one counts
+                if place[other] != rank and (delay := message[other if backwards else event]):
+                    comes[other] = max(comes.get(other, now), now + delay)
                 if not waits[other]:
                     if comes.get(other, now) > now:
                         heapq.heappush(events, (comes[other], ~other))
