@@ -43,8 +43,9 @@ class ParallelConfig:
 class PipelineConfig:
     """The schedule of parallel.pp > 1. `megatron-apt schedule` shows what each choice costs."""
 
-    schedule: Literal["interleaved", "zero_bubble", "1f1b"] = "interleaved"
-    """interleaved fills one network's bubbles with the other's work; the others run the phases one after the other."""
+    schedule: Literal["interleaved", "zero_bubble", "1f1b", "gpipe"] = "interleaved"
+    """interleaved fills one network's bubbles with the other's work; the others run the phases one after the other, with G and D as two virtual
+    stages of each rank in the G phase. gpipe runs all forwards first and takes the memory for it."""
     window: int = 4
     """Iterations scheduled as one, the next one's generator beside this one's discriminator. The pipeline drains at a window's end, and windows end
     where a checkpoint falls."""

@@ -45,6 +45,7 @@ SCHEDULES = {
     "line": PipelineConfig(chunks=1),
     "zero_bubble": PipelineConfig(schedule="zero_bubble"),
     "1f1b": PipelineConfig(schedule="1f1b"),
+    "gpipe": PipelineConfig(schedule="gpipe"),
 }
 
 

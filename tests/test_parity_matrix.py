@@ -140,13 +140,13 @@ def test_apt_in_a_pipeline(ranks, mesh, case):
     check_pipeline(ranks, mesh, case, deep(), "interleaved")
 
 
-@pytest.mark.parametrize("schedule", ["line", "zero_bubble", "1f1b"])
+@pytest.mark.parametrize("schedule", ["line", "zero_bubble", "1f1b", "gpipe"])
 def test_every_schedule_computes_the_same(ranks, mesh, schedule):
     check_pipeline(ranks, mesh, pipeline("pp2-tp1-cp1-dp1"), deep(), schedule)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["line", "zero_bubble", "1f1b"])
+@pytest.mark.parametrize("schedule", ["line", "zero_bubble", "1f1b", "gpipe"])
 @pytest.mark.parametrize("case", [pytest.param(c, id=c[1]) for c in PIPELINES if c[0] == 4])
 def test_every_schedule_on_four_ranks(ranks, mesh, case, schedule):
     check_pipeline(ranks, mesh, case, deep(), schedule)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_schedule import APT, METHODS_UNDER_TEST, window
 
 from megatron_apt.pipeline.actions import Action
-from megatron_apt.pipeline.build import phases_apart, search
+from megatron_apt.pipeline.build import gpipe, phases_apart, search
 from megatron_apt.pipeline.check import BadSchedule, check_program
 from megatron_apt.pipeline.graph import Cost, Graph
 from megatron_apt.pipeline.policies import start
@@ -46,6 +46,16 @@ def test_phases_apart_run_too(split):
     graph = Graph(window(APT, 4, 6, 2, split=split, apart=True))
     built = phases_apart(graph, 8)
     check_program(lower(graph, built.order, built.timeline), 8)
+
+
+def test_gpipe_runs_all_forwards_of_a_branch_first():
+    graph = Graph(window(METHODS_UNDER_TEST["flow"], 3, 4, 1, split=False, apart=True))
+    built = gpipe(graph)
+    check_program(lower(graph, built.order, built.timeline))
+    for tasks in built.order:
+        kinds = [graph.tasks[task].kind for task in tasks]
+        assert kinds[:4] == ["F"] * 4 and kinds.count("F") == 4
+    assert built.timeline.peak_live == [4, 4, 4] and built.timeline.makespan == (4 + 3 - 1) * 3
 
 
 def test_a_program_is_read_as_it_is_written():

@@ -272,7 +272,12 @@ def _plainly(graph: Graph, cap: float) -> Listed:
     return list_schedule(graph, range(len(graph.tasks)), cap)
 
 
-def _one_forward_one_backward(graph: Graph) -> list[list[int]]:
+def gpipe(graph: Graph) -> Built:
+    """All forwards of a branch, then all that leads back, one branch after the other; the window's `apart` must be set. Memory is what it takes."""
+    return priced(graph, _one_forward_one_backward(graph, forwards_first=True), math.inf)
+
+
+def _one_forward_one_backward(graph: Graph, forwards_first: bool = False) -> list[list[int]]:
     wishes = Wishes(graph)
     due = wishes.due({branch: Wish(offset=0.0, pace=wishes.work[branch]) for branch in wishes.branches})
     turn = {branch: number for number, branch in enumerate(wishes.branches)}
@@ -280,7 +285,9 @@ def _one_forward_one_backward(graph: Graph) -> list[list[int]]:
 
     def when(number: int) -> tuple:
         task = graph.tasks[number]
-        return task.iteration, turn[task.phase, task.branch], round(due[number], 6), number  # rounded, so that what ends at a time frees memory first
+        later = forwards_first and task.kind != "F"
+        # Rounded, so that what ends at a time frees memory first.
+        return task.iteration, turn[task.phase, task.branch], later, round(due[number], 6), number
 
     tasks = sorted(range(len(graph.tasks)), key=when)
     return [[task for task in tasks if graph.rank[task] == rank] for rank in range(graph.window.ranks)]

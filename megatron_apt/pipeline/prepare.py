@@ -1,5 +1,6 @@
 """What a run needs of its pipeline: how each network is cut, and the checked program of every window of iterations."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,7 +11,7 @@ from megatron_apt.config import PipelineConfig
 from megatron_apt.methods.base import Method, Phase
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.build import Built, NoRoom, phases_apart, search
+from megatron_apt.pipeline.build import Built, NoRoom, gpipe, phases_apart, search
 from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.policies import placement, start
@@ -56,6 +57,8 @@ class Pipeline:
         window = Window(phases, self.placement, microbatches, iterations, self._costs, self.config.message)
         if self.config.schedule == "interleaved":
             built = self._interleaved(window, cap)
+        elif self.config.schedule == "gpipe":
+            built, cap = gpipe(Graph(replace(window, split=False, apart=True))), math.inf
         else:
             built = phases_apart(Graph(replace(window, split=self.config.schedule == "zero_bubble", apart=True)), cap)
         program = lower(built.graph, built.order, built.timeline)
