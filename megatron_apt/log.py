@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.config import RunConfig, to_dict
 from megatron_apt.parallel.mesh import Mesh
 
@@ -82,6 +83,32 @@ def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]])
 def read_rows(path: str | Path) -> list[dict[str, float]]:
     """Rows of a log.jsonl, oldest first."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_summary(output: str, iteration: int, correlated: Sequence[tuple[str, str]]) -> None:
+    """OUTPUT/summary.json: means over the last tenth of the run, and the correlations the method asks for."""
+    rows = read_rows(Path(output) / "log.jsonl")
+    last = rows[-max(1, len(rows) // 10) :]
+    means = {name: sum(row[name] for row in last if name in row) / sum(name in row for row in last) for name in last[-1]} if last else {}
+    summary = {"iteration": iteration, "last_tenth": means, "correlation": correlations(rows, correlated)}
+    write_atomically(Path(output) / "summary.json", json.dumps(summary, indent=1))
+
+
+class Means:
+    """Mean of each value over the rows added."""
+
+    def __init__(self):
+        self._totals: dict[str, list[float]] = {}  # sum and count
+
+    def add(self, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            total = self._totals.setdefault(name, [0.0, 0])
+            total[0], total[1] = total[0] + value, total[1] + 1
+
+    def taken(self) -> dict[str, float]:
+        """The means, which begin anew."""
+        totals, self._totals = self._totals, {}
+        return {name: total / count for name, (total, count) in totals.items()}
 
 
 class Pieces:

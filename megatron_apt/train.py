@@ -1,23 +1,22 @@
 """The training loop. It knows phases, not what happens in them."""
 
-import json
+import itertools
+import math
 import signal
 import time
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.resume import check_same_run
+from megatron_apt.checkpoint.resume import check_same_run, warn_of_random_weights
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.guards import BadLoss, Collapse, CollapseAlarm, Signals, Stopped, explain
-from megatron_apt.log import Pieces, RunLog, correlations, read_rows
+from megatron_apt.log import Means, Pieces, RunLog, write_summary
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
@@ -42,9 +41,9 @@ class Trainer:
         self.executor = Executor(self.networks, mesh)
         self.checkpoints = Checkpoints(config.output, mesh, config.retention)
         self.iteration = 0
-        self._totals: dict[str, list[float]] = {}  # sum and count of each value since the last save
+        self._means = Means()  # of each value since the last save
         folder = store.latest(config.output)
-        _warn_of_random_weights(config)
+        warn_of_random_weights(config)
         if folder is None:
             for network in self.networks.values():
                 network.start()
@@ -75,9 +74,8 @@ class Trainer:
             "sources": {name: network.source for name, network in self.networks.items() if network.source},
             "ema": self.networks["generator"].ema is not None,
             "samples_seen": self.iteration * self.config.global_batch,
-            "values": {name: total / count for name, (total, count) in self._totals.items()},
+            "values": self._means.taken(),
         }
-        self._totals = {}
         self.checkpoints.save(self.iteration, tensors, state, prune)
         if not self.config.save_async:
             self.checkpoints.commit()
@@ -105,22 +103,19 @@ class Trainer:
         def step(task: Task) -> None:
             square, lr = self.networks[task.role].update(self.config.iterations)
             pieces.updated(task.iteration, task.role, square, lr)
-            if self.mesh.pp.size == 1 and square != square:
+            if self.mesh.pp.size == 1 and math.isnan(square):
                 raise explain(self.networks[task.role], self.executor, phases[task.phase], batches, self.mesh)
 
         for iteration, metrics in enumerate(self.executor.run(self.pipeline.program(len(self.batches.parts), count), batches, step)):
             pieces.add(iteration, metrics)
         rows = pieces.joined(self.mesh)
-        for row in rows:
-            for phase in self.method.phases:
-                if row[f"{phase.updates}/grad_norm"] != row[f"{phase.updates}/grad_norm"]:
-                    raise explain(self.networks[phase.updates], self.executor, phase, batches, self.mesh)
+        for row, phase in itertools.product(rows, self.method.phases):
+            if math.isnan(row[f"{phase.updates}/grad_norm"]):
+                raise explain(self.networks[phase.updates], self.executor, phase, batches, self.mesh)
         self.iteration += count
         rows = [self.method.summarise(row) for row in rows]
         for row in rows:
-            for name, value in row.items():
-                total = self._totals.setdefault(name, [0.0, 0])
-                total[0], total[1] = total[0] + value, total[1] + 1
+            self._means.add(row)
         return rows
 
 
@@ -185,7 +180,7 @@ def _loop(trainer: Trainer, signals: Signals, report: Report | None) -> int:
     if log and signalled:
         print(f"{config.output}: saved at iteration {trainer.iteration} of {config.iterations} and stopped by {signal.Signals(signalled).name}")
     elif log:
-        _write_summary(config, trainer)
+        write_summary(config.output, trainer.iteration, trainer.method.correlated)
     return signalled
 
 
@@ -203,20 +198,3 @@ def _agreed(mesh: Mesh, *flags: int) -> list[int]:
     largest = torch.tensor(flags, device=mesh.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.world.group)
     return largest.tolist()
-
-
-def _write_summary(config: RunConfig, trainer: Trainer) -> None:
-    """OUTPUT/summary.json: means over the last tenth of the run, and the correlations the method asks for."""
-    rows = read_rows(Path(config.output) / "log.jsonl")
-    last = rows[-max(1, len(rows) // 10) :]
-    means = {name: sum(row[name] for row in last if name in row) / sum(name in row for row in last) for name in last[-1]} if last else {}
-    summary = {"iteration": trainer.iteration, "last_tenth": means, "correlation": correlations(rows, trainer.method.correlated)}
-    store.write_atomically(Path(config.output) / "summary.json", json.dumps(summary, indent=1))
-
-
-def _warn_of_random_weights(config: RunConfig) -> None:
-    """APT and distillation of random weights run, which tests and benchmarks use; nobody else means to."""
-    needed = {"consistency": ("diffusion",), "apt": ("generator", "diffusion")}.get(config.method, ())
-    empty = [f"init.{name}" for name in needed if not getattr(config.init, name)]
-    if empty:
-        warnings.warn(f"{' and '.join(empty)} empty: those weights are random; give checkpoints unless this is a test", stacklevel=3)

@@ -5,6 +5,7 @@ import os
 import warnings
 
 from megatron_apt.checkpoint.store import CheckpointError
+from megatron_apt.config import RunConfig
 
 # Fields, or fields of fields, that may change between an interrupted run and its continuation.
 _FREE = {
@@ -40,3 +41,11 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def warn_of_random_weights(config: RunConfig) -> None:
+    """APT and distillation of random weights run, which tests and benchmarks use; nobody else means to."""
+    needed = {"consistency": ("diffusion",), "apt": ("generator", "diffusion")}.get(config.method, ())
+    empty = [f"init.{name}" for name in needed if not getattr(config.init, name)]
+    if empty:
+        warnings.warn(f"{' and '.join(empty)} empty: those weights are random; give checkpoints unless this is a test", stacklevel=3)
