@@ -238,18 +238,16 @@ class Built:
 
     Attributes:
         bound: no schedule of this window that keeps to its cap is shorter.
-        policy: that it was found from; None where plain alternation gave the due times.
     """
 
     graph: Graph
     order: Order
     timeline: Timeline
     bound: float
-    policy: Policy | None = None
 
 
-def priced(graph: Graph, order: Order, cap: float, policy: Policy | None = None) -> Built:
-    return Built(graph, order, simulate(graph, order), lower_bound(graph, cap), policy)
+def priced(graph: Graph, order: Order, cap: float) -> Built:
+    return Built(graph, order, simulate(graph, order), lower_bound(graph, cap))
 
 
 def phases_apart(graph: Graph, cap: float) -> Built:
@@ -294,12 +292,10 @@ def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: in
     """
     wishes, enough = Wishes(graph), lower_bound(graph, cap) + 1e-9
     tried = _tried(graph, wishes, policies, cap, evaluations, random.Random(seed), enough)
-    finalists: list[tuple[Policy | None, Listed]] = [(None, _plainly(graph, cap))]
-    for makespan in sorted(tried)[: min(4, 1 + evaluations // 20)]:
-        finalists.append((tried[makespan], list_schedule(graph, wishes.due(tried[makespan]), cap)))
-    first = [(policy, justified(graph, listed, cap, 4, enough)) for policy, listed in finalists]
-    policy, listed = min(first, key=lambda found: found[1].makespan)
-    return priced(graph, justified(graph, listed, cap, min(20, evaluations // 5), enough).order, cap, policy)
+    best = [tried[makespan] for makespan in sorted(tried)[: min(4, 1 + evaluations // 20)]]
+    finalists = [_plainly(graph, cap), *(list_schedule(graph, wishes.due(policy), cap) for policy in best)]
+    listed = min((justified(graph, finalist, cap, 4, enough) for finalist in finalists), key=_makespan)
+    return priced(graph, justified(graph, listed, cap, min(20, evaluations // 5), enough).order, cap)
 
 
 def _tried(
