@@ -304,10 +304,14 @@ def test_a_placement_must_load_every_rank_alike():
 
 def test_the_command_writes_figures_lists_and_a_picture(tmp_path, capsys):
     files = {name: str(tmp_path / f"s.{name}") for name in ("json", "txt", "png")}
-    options = ScheduleConfig(ranks=4, microbatches=8, iterations=2, evaluations=20, json=files["json"], dump=files["txt"], picture=files["png"])
+    written = {"json": files["json"], "dump": files["txt"], "picture": files["png"]}
+    options = ScheduleConfig(ranks=4, microbatches=8, iterations=2, evaluations=20, frontier=True, **written)
     schedule(options)
     assert "interleaved" in capsys.readouterr().out
     figures = json.loads(Path(files["json"]).read_text())
+    frontier = figures["frontier"]
+    assert list(frontier) == ["4", "6", "8", "12", "16"] and sorted(frontier.values(), reverse=True) == list(frontier.values())
+    assert frontier["8"] <= figures["bubble"]["interleaved"]
     for figure in ("bubble", "peak_live", "bound"):
         assert figures[figure].keys() == {"apart_1f1b", "apart_zb", "interleaved"}
     assert figures["bubble"]["interleaved"] < figures["bubble"]["apart_zb"] < figures["bubble"]["apart_1f1b"]

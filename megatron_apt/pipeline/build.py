@@ -215,10 +215,10 @@ class _Rank:
             at += 1
 
 
-def justified(graph: Graph, listed: Listed, cap: float, rounds: int, enough: float = 0.0) -> Listed:
+def justified(graph: Graph, listed: Listed, cap: float, turns: int, enough: float = 0.0) -> Listed:
     """The shortest of the schedules that come of running this one backwards and forwards in time, in turn, until one is short enough."""
     best, time = listed, graph.time
-    for turn in range(2 * rounds):
+    for turn in range(turns):
         if best.makespan <= enough:
             break
         backwards = turn % 2 == 0
@@ -238,18 +238,16 @@ class Built:
 
     Attributes:
         bound: no schedule of this window that keeps to its cap is shorter.
-        policy: that it was found from; None where plain alternation gave the due times.
     """
 
     graph: Graph
     order: Order
     timeline: Timeline
     bound: float
-    policy: Policy | None = None
 
 
-def priced(graph: Graph, order: Order, cap: float, policy: Policy | None = None) -> Built:
-    return Built(graph, order, simulate(graph, order), lower_bound(graph, cap), policy)
+def priced(graph: Graph, order: Order, cap: float) -> Built:
+    return Built(graph, order, simulate(graph, order), lower_bound(graph, cap))
 
 
 def phases_apart(graph: Graph, cap: float) -> Built:
@@ -301,18 +299,19 @@ def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: in
     """
     wishes, enough = Wishes(graph), lower_bound(graph, cap) + 1e-9
     tried = _tried(graph, wishes, policies, cap, evaluations, random.Random(seed), enough)
-    finalists: list[tuple[Policy | None, Listed]] = [(None, _plainly(graph, cap))]
-    for makespan in sorted(tried)[: 1 + min(7, evaluations // 25)]:
-        finalists.append((tried[makespan], list_schedule(graph, wishes.due(tried[makespan]), cap)))
-    first = [(policy, justified(graph, listed, cap, 2, enough)) for policy, listed in finalists]
-    policy, listed = min(first, key=lambda found: found[1].makespan)
-    return priced(graph, justified(graph, listed, cap, min(10, evaluations // 10), enough).order, cap, policy)
+    best = [tried[makespan] for makespan in sorted(tried)[: min(4, 1 + evaluations // 20)]]
+    finalists = [_plainly(graph, cap), *(list_schedule(graph, wishes.due(policy), cap) for policy in best)]
+    listed = min((justified(graph, finalist, cap, 4, enough) for finalist in finalists), key=_makespan)
+    return priced(graph, justified(graph, listed, cap, min(20, evaluations // 5), enough).order, cap)
 
 
 def _tried(
     graph: Graph, wishes: Wishes, policies: Sequence[Policy], cap: float, evaluations: int, rng: random.Random, enough: float
 ) -> dict[float, Policy]:
-    """Policies by the makespan of their schedule: those given, a quarter of `evaluations` drawn at random, the rest the best of these, annealed."""
+    """Policies by the makespan of their schedule, once turned: those given, as many as a quarter of `evaluations` drawn at random, the best annealed.
+
+    One turn costs as much as the schedule itself, but what comes of the unturned ones says little about what justification makes of them.
+    """
     tried: dict[float, Policy] = {}
     now, value, given = {}, math.inf, len(policies)
     for number in range(given + evaluations):
@@ -321,11 +320,11 @@ def _tried(
         annealing = bool(now) and number >= given + evaluations // 4
         policy = policies[number] if number < given else _changed(now, rng) if annealing else _drawn(wishes.branches, rng)
         try:
-            found = list_schedule(graph, wishes.due(policy), cap).makespan
+            found = justified(graph, list_schedule(graph, wishes.due(policy), cap), cap, 1, enough).makespan
         except NoRoom:
             continue
         tried.setdefault(found, policy)
-        warmth = 0.002 * max(graph.load) * (1 - (number - given) / evaluations) if annealing else 0.0
+        warmth = 0.001 * max(graph.load) * (1 - (number - given) / evaluations) if annealing else 0.0
         if found <= value or (warmth and rng.random() < math.exp((value - found) / warmth)):
             now, value = policy, found
     return tried
