@@ -21,6 +21,7 @@ from megatron_apt.pipeline.check import BadSchedule, check
 from megatron_apt.pipeline.command import ScheduleConfig, parse_cost, schedule, schedules
 from megatron_apt.pipeline.graph import Cost, Graph, Task, Window
 from megatron_apt.pipeline.policies import placement, start
+from megatron_apt.pipeline.program import read
 from megatron_apt.pipeline.simulate import Stuck, lower_bound, simulate
 
 APT = METHODS["apt"](RunConfig(method="apt"), None).phases
@@ -317,20 +318,9 @@ def test_the_command_writes_figures_lists_and_a_picture(tmp_path, capsys):
     assert figures["bubble"]["interleaved"] < figures["bubble"]["apart_zb"] < figures["bubble"]["apart_1f1b"]
     assert max(figures["peak_live"].values()) <= 8
     built = schedules(options)["interleaved"]
-    lines = Path(files["txt"]).read_text().splitlines()
-    read = [[built.graph.number[Task.parse(line)] for line in part] for part in split_at(lines, "rank")]
-    assert read == built.order
+    written = read(Path(files["txt"]).read_text(), APT, built.graph.window.costs)
+    assert written.order == built.order and written.graph.window.placement == built.graph.window.placement
     assert Path(files["png"]).stat().st_size > 10_000
-
-
-def split_at(lines, heading):
-    parts = []
-    for line in lines:
-        if line.startswith(heading):
-            parts.append([])
-        else:
-            parts[-1].append(line)
-    return parts
 
 
 @pytest.mark.parametrize("cost", ["F=1,I=1,X=2", "F=one", "", "F=0"])

@@ -187,3 +187,36 @@ def test_three_kills_lose_nothing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["identical"] == found["effective"] == found["stopped"] == 3
+
+
+# --- schedules
+
+
+def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
+    from megatron_apt.cli import main
+
+    a, b, broken, picture, figures = (tmp_path / name for name in ("a.txt", "b.txt", "broken.txt", "s.svg", "s.json"))
+    for file, chunks in ((a, 1), (b, 2)):
+        main(
+            [
+                "schedule",
+                "--ranks",
+                "2",
+                "--microbatches",
+                "3",
+                "--iterations",
+                "1",
+                "--evaluations",
+                "0",
+                "--chunks",
+                f"{chunks}",
+                "--dump",
+                f"{file}",
+            ]
+        )
+    done = tool(TOOLS / "show_schedule.py", a, b, "--picture", picture, "--json", figures)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(figures.read_text())["bubble"]) == {str(a), str(b)} and picture.stat().st_size > 10_000
+    broken.write_text("\n".join(line for line in a.read_text().splitlines() if line.strip() != "SEND 1 F generator.0 i0 g/fake.0 m1"))
+    done = tool(TOOLS / "show_schedule.py", broken)
+    assert done.returncode == 1 and "rank 0 never sends F generator.0 i0 g/fake.0 m1 to rank 1" in done.stderr

@@ -1,9 +1,9 @@
 """megatron-apt schedule: what a pipeline would cost, before a cluster is booked; the interleaved schedule beside phases apart."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +12,12 @@ from rich.table import Table
 
 from megatron_apt.config import AptConfig, RunConfig
 from megatron_apt.methods import METHODS
+from megatron_apt.methods.base import Phase
 from megatron_apt.pipeline.build import Built, NoRoom, phases_apart, search
-from megatron_apt.pipeline.check import check
+from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.policies import placement, start
+from megatron_apt.pipeline.program import Program, lower
 
 NAMES = {"apart_1f1b": "phases apart, 1F1B", "apart_zb": "phases apart, zero-bubble", "interleaved": "interleaved"}
 
@@ -82,8 +84,12 @@ def schedules(options: ScheduleConfig) -> dict[str, Built]:
         found["apart_zb"] = search(_graph(options, 1, apart=True), (), cap, options.evaluations, options.seed)
     found["interleaved"] = interleaved(options, cap)
     for built in found.values():
-        check(built.graph, built.order, cap)
+        check_program(program(built), cap)
     return found
+
+
+def program(built: Built) -> Program:
+    return lower(built.graph, built.order, built.timeline)
 
 
 def interleaved(options: ScheduleConfig, cap: float) -> Built:
@@ -98,18 +104,22 @@ def frontier(options: ScheduleConfig) -> dict[float, Built]:
     for cap in (share * options.ranks for share in (1.0, 1.5, 2.0, 3.0, 4.0)):
         with suppress(NoRoom):
             found[cap] = min([*list(found.values())[-1:], interleaved(options, cap)], key=_makespan)  # what fits into less fits into this
-            check(found[cap].graph, found[cap].order, cap)
+            check_program(program(found[cap]), cap)
     return found
 
 
 def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:
     phases = METHODS[options.method](RunConfig(method=options.method, apt=AptConfig()), None).phases
-    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
-    cost = parse_cost(options.cost)
-    other = Cost(*(options.discriminator * value for value in (cost.F, cost.I, cost.W)))
-    costs = {role: other if role == "discriminator" else cost for role in roles}
-    places = dict.fromkeys(roles, placement(options.ranks, chunks))
+    costs = costs_of(phases, parse_cost(options.cost), options.discriminator)
+    places = dict.fromkeys(costs, placement(options.ranks, chunks))
     return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
+
+
+def costs_of(phases: Sequence[Phase], cost: Cost, discriminator: float) -> dict[str, Cost]:
+    """The cost of each role; the discriminator's times are so many times as long."""
+    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
+    other = Cost(*(discriminator * value for value in (cost.F, cost.I, cost.W)))
+    return {role: other if role == "discriminator" else cost for role in roles}
 
 
 def _makespan(built: Built) -> float:
@@ -122,28 +132,35 @@ def bubble_bound(built: Built) -> float:
 
 def schedule(options: ScheduleConfig) -> None:
     found = schedules(options)
+    alone = schedules(replace(options, iterations=1)) if options.iterations > 1 else {}
     by_cap = frontier(options) if options.frontier else {}
     case = f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost}"
     console = Console()
-    console.print(_table(case, "", {NAMES[name]: built for name, built in found.items()}))
+    console.print(table(case, "", {NAMES[name]: built for name, built in found.items()}))
+    if alone:
+        console.print(table("One iteration alone", "", {NAMES[name]: built for name, built in alone.items()}))
     console.print(
         "Least bubble: of any schedule with this placement and cap, from the longest path and from what each rank must do and hold. Peak live: "
         "activations held at once, in microbatches of one rank's part of one network."
     )
     if by_cap:
-        console.print(_table("Interleaved, by most live activations", "cap", {f"{cap:g}": built for cap, built in by_cap.items()}))
+        console.print(table("Interleaved, by most live activations", "cap", {f"{cap:g}": built for cap, built in by_cap.items()}))
     if options.json:
-        numbers = figures(found) | ({"frontier": {f"{cap:g}": built.timeline.bubble for cap, built in by_cap.items()}} if by_cap else {})
+        numbers = (
+            figures(found)
+            | ({"one_iteration": figures(alone)} if alone else {})
+            | ({"frontier": {f"{cap:g}": built.timeline.bubble for cap, built in by_cap.items()}} if by_cap else {})
+        )
         Path(options.json).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     if options.dump:
-        Path(options.dump).write_text(dump(found["interleaved"]), encoding="utf-8")
+        Path(options.dump).write_text(program(found["interleaved"]).text(), encoding="utf-8")
     if options.picture:
         from megatron_apt.pipeline.draw import draw
 
         draw({NAMES[name]: built for name, built in found.items()}, options.picture)
 
 
-def _table(title: str, first: str, found: Mapping[str, Built]) -> Table:
+def table(title: str, first: str, found: Mapping[str, Built]) -> Table:
     table = Table(title=title)
     for heading in (first, "makespan", "bubble", "least bubble", "peak live"):
         table.add_column(heading, justify="left" if heading == first else "right")
@@ -160,11 +177,3 @@ def figures(found: Mapping[str, Built]) -> dict:
         "bound": {name: bubble_bound(built) for name, built in found.items()},
         "makespan": {name: built.timeline.makespan for name, built in found.items()},
     }
-
-
-def dump(built: Built) -> str:
-    """One action a line under the heading of each rank."""
-    lines = []
-    for rank, tasks in enumerate(built.order):
-        lines += [f"rank {rank}", *(f"  {built.graph.tasks[task]}" for task in tasks)]
-    return "\n".join(lines) + "\n"

@@ -70,7 +70,7 @@ def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message:
     except (ValueError, KeyError):
         raise ValueError(f"{head!r} does not begin an action list; one begins `microbatches 16 iterations 4 shared 0 split 1`") from None
     lists: list[list[Action]] = []
-    for line in lines:
+    for line in filter(str.strip, lines):
         if line.startswith("rank"):
             lists.append([])
         elif not lists:
