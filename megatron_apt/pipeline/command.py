@@ -13,7 +13,7 @@ from rich.table import Table
 from megatron_apt.config import AptConfig, RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Phase
-from megatron_apt.pipeline.build import Built, NoRoom, phases_apart, search
+from megatron_apt.pipeline.build import Built, NoRoom, Policy, phases_apart, search
 from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.policies import placement, start
@@ -40,8 +40,8 @@ class ScheduleConfig:
     chunks: Literal[0, 1, 2] = 0
     """Stages of each network on a rank in the interleaved schedule; 2: there and back, a V; 0: the better of both."""
     method: Literal["apt", "flow", "consistency"] = "apt"
-    evaluations: int = 200
-    """Schedules tried in the search."""
+    evaluations: int = -1
+    """Schedules tried in the search; -1: 200, and fewer for windows of many actions, so that the command takes a minute or two."""
     seed: int = 0
     compare: bool = True
     """Show 1F1B and zero-bubble, phase by phase, too."""
@@ -81,7 +81,7 @@ def schedules(options: ScheduleConfig) -> dict[str, Built]:
     found = {}
     if options.compare:
         found["apart_1f1b"] = phases_apart(_graph(options, 1, split=False, apart=True), cap)
-        found["apart_zb"] = search(_graph(options, 1, apart=True), (), cap, options.evaluations, options.seed)
+        found["apart_zb"] = _searched(_graph(options, 1, apart=True), (), cap, options)
     found["interleaved"] = interleaved(options, cap)
     for built in found.values():
         check_program(program(built), cap)
@@ -94,8 +94,12 @@ def program(built: Built) -> Program:
 
 def interleaved(options: ScheduleConfig, cap: float) -> Built:
     graphs = [_graph(options, chunks) for chunks in ((options.chunks,) if options.chunks else (2, 1))]
-    found = [search(graph, start(graph.window.phases), cap, options.evaluations, options.seed) for graph in graphs]
-    return min(found, key=_makespan)
+    return min((_searched(graph, start(graph.window.phases), cap, options) for graph in graphs), key=_makespan)
+
+
+def _searched(graph: Graph, policies: Sequence[Policy], cap: float, options: ScheduleConfig) -> Built:
+    evaluations = options.evaluations if options.evaluations >= 0 else min(200, 2_500_000 // len(graph.tasks))
+    return search(graph, policies, cap, evaluations, options.seed)
 
 
 def frontier(options: ScheduleConfig) -> dict[float, Built]:
