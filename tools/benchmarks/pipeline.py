@@ -1,0 +1,409 @@
+"""One APT iteration over pipeline ranks: interleaved against phases apart, ours and Megatron-Core's, and what the simulator predicts.
+
+    python tools/benchmarks/pipeline.py [--width 256] [--depth 8] [--microbatches 8] [--repeats 5] [--unit 0.01] [--json FILE]
+
+1. Two ranks, real networks, fp32. Before anything is timed, the gradients of every schedule are compared with those of Megatron-Core's.
+2. Four ranks, the same programs and messages, but stages that sleep for the time they would take: nothing else lets four ranks run at once on two
+   cores. What is measured is the order and the messages, not arithmetic. Two ratios of costs.
+
+Both sides of every ratio are timed in turns in one run. Predictions are simulate() of the program that ran, with the median time of each kind of
+action and of a message; those come from runs of their own, so that no run predicts itself.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from megatron_schedule import MegatronSchedule
+from problems import microbatch, model_config, run_config, waken
+from small_run import on_ranks
+
+from megatron_apt.config import AptConfig, ParallelConfig, PipelineConfig, RunConfig
+from megatron_apt.methods import METHODS
+from megatron_apt.methods.base import Method
+from megatron_apt.models import parameters
+from megatron_apt.models.layout import Layout
+from megatron_apt.models.stages import Cut, State
+from megatron_apt.networks import Network
+from megatron_apt.parallel.deferred import current
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.actions import Task
+from megatron_apt.pipeline.execute import Executor, _Run
+from megatron_apt.pipeline.graph import Graph
+from megatron_apt.pipeline.prepare import Pipeline
+from megatron_apt.pipeline.program import Program, messages
+from megatron_apt.pipeline.simulate import Timeline, simulate
+
+# --- stages that sleep
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Seconds that a rank's part of a network takes for one microbatch."""
+
+    F: float
+    I: float  # noqa: E741
+    W: float
+
+
+class _Stage(torch.autograd.Function):
+    """x + weight, slowly."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, seconds: Sleep, weight_gradient: Callable[[Tensor], None] | None):
+        ctx.seconds, ctx.weight_gradient = seconds, weight_gradient
+        time.sleep(seconds.F)
+        return x + weight
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        time.sleep(ctx.seconds.I)
+        if ctx.weight_gradient is not None:
+            ctx.weight_gradient(dy.sum())
+        if ctx.needs_input_grad[1]:
+            time.sleep(ctx.seconds.W)
+        return dy, dy.sum(), None, None
+
+
+class Sleeper(nn.Module):
+    """A network (see models/stages.py) whose blocks add a number to every token, and whose stages sleep.
+
+    Args:
+        samples: of a microbatch; a stage takes longer for several versions of them.
+        logits: returns the sum of each sample's tokens, as a discriminator does, not the tokens.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, cut: Cut, mesh: Mesh, depth: int, samples: int, sleep: Sleep, logits: bool, patch_width: int):
+        super().__init__()
+        self.cut, self.depth, self.samples, self.logits, self.patch_width = cut, depth, samples, logits, patch_width
+        self.share = mesh.pp.size / cut.stages  # of a rank's part in a stage
+        self.sleep = sleep
+        self.entry = self._number() if cut.first else None
+        self.blocks = nn.ParameterDict({str(i): self._number() for i in range(depth) if cut.holds(depth, i)})
+
+    @staticmethod
+    def _number() -> nn.Parameter:
+        return parameters.declare(nn.Parameter(torch.zeros(())), parameters.zeros)
+
+    def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
+        return {"h": x + self.entry}
+
+    def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
+        def weight() -> Tensor:
+            return torch.stack([self.blocks[str(i)] for i in self.cut.blocks(self.depth, stage)]).sum()
+
+        size, store = layout.samples / self.samples * self.share, current()
+        seconds = Sleep(size * self.sleep.F, size * self.sleep.I, size * self.sleep.W)
+        if store is None or not weight().requires_grad:
+            h = _Stage.apply(state["h"], weight(), seconds, None)
+        else:  # as in parallel/deferred.py
+
+            @torch.enable_grad()
+            def put_off(gradient: Tensor) -> None:
+                time.sleep(seconds.W)
+                torch.autograd.backward(weight(), gradient)
+
+            h = _Stage.apply(state["h"], weight().detach(), seconds, lambda gradient: store.later(lambda: put_off(gradient)))
+        if stage < self.cut.stages - 1:
+            return {"h": h}
+        return layout.sample_sum(h) if self.logits else h
+
+    def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
+        return {"h": (self._tokens(layout), True)}
+
+    def output_shape(self, layout: Layout) -> tuple[int, ...]:
+        return (layout.samples,) if self.logits else self._tokens(layout)
+
+    def _tokens(self, layout: Layout) -> tuple[int, ...]:
+        return len(layout.positions), self.patch_width
+
+
+# --- one problem on all schedules
+
+SCHEDULES = {
+    "ours 1F1B, phases apart": (PipelineConfig(schedule="1f1b"), 1),
+    "ours zero-bubble, phases apart": (PipelineConfig(schedule="zero_bubble"), 1),
+    "ours interleaved, line": (PipelineConfig(chunks=1), 1),
+    "ours interleaved, V": (PipelineConfig(chunks=2), 1),
+    "ours interleaved, line, window of 4": (PipelineConfig(chunks=1), 4),
+    "ours interleaved, V, window of 4": (PipelineConfig(chunks=2), 4),
+}
+MEGATRON, APART = "Megatron-Core, phase by phase", "ours 1F1B, phases apart"
+
+
+class Ours:
+    """One of our programs on networks cut as it wants them."""
+
+    def __init__(self, method: Method, mesh: Mesh, config: PipelineConfig, microbatches: int, iterations: int, built: dict):
+        pipeline = Pipeline(config, method, mesh)
+        self.program, self.iterations = pipeline.program(microbatches, iterations), iterations
+        cuts = tuple(pipeline.cut(name) for name in method.roles)
+        if cuts not in built:  # networks are shared by schedules that cut them alike
+            networks = {name: Network(name, role, mesh, pipeline.cut(name)) for name, role in method.roles.items()}
+            waken(networks)
+            built[cuts] = networks, Executor(networks, mesh)
+        self.networks, self.executor = built[cuts]
+
+    def run(self, batches, step: Callable[[str], None]) -> None:
+        self.executor.run(self.program, lambda iteration: batches, lambda task: step(task.role))
+
+
+Key = tuple[str, str, int, str, str, int]
+
+
+def key_of(task: Task) -> Key:
+    return task.kind, task.role, task.stage, task.phase, task.branch, task.segment
+
+
+@contextlib.contextmanager
+def noting(spent: dict[Key, list[float]]) -> Iterator[None]:
+    """Notes how long each action computes. Waiting for its messages does not count: they are taken in before."""
+    compute, run = _Run.compute, Executor.run
+
+    def timed(self, action, at) -> None:
+        for source in self._graph.sources[self._graph.number[action.task]]:
+            self._take_in(self._graph.tasks[source])
+        began = time.perf_counter()
+        compute(self, action, at)
+        spent.setdefault(key_of(action.task), []).append(time.perf_counter() - began)
+
+    def with_steps(self, program, batches, step):
+        def timed_step(task: Task) -> None:
+            began = time.perf_counter()
+            step(task)
+            spent.setdefault(key_of(task), []).append(time.perf_counter() - began)
+
+        return run(self, program, batches, timed_step)
+
+    _Run.compute, Executor.run = timed, with_steps
+    try:
+        yield
+    finally:
+        _Run.compute, Executor.run = compute, run
+
+
+def predicted(program: Program, seconds: Callable[[Task, float], float], message: float) -> Timeline:
+    """The same order with other times. An executor waits for messages only, so the edges that kept phases apart while the order was made are gone."""
+    old = program.graph
+    graph = Graph(replace(old.window, apart=False, message=message))
+    number = [graph.number[task] for task in old.tasks]
+    graph.time = [seconds(task, time) for task, time in zip(graph.tasks, graph.time, strict=True)]
+    return simulate(graph, [[number[task] for task in order] for order in program.order])
+
+
+def message_seconds(mesh: Mesh, shape: tuple[int, ...], rounds: int = 30) -> float:
+    """One way of a tensor between the first two ranks, posted as the executor posts it."""
+    tensor, found = torch.zeros(shape), []
+    if mesh.pp.rank < 2:
+        peer = dist.get_global_rank(mesh.pp.group, 1 - mesh.pp.rank)
+        for _ in range(rounds):
+            began = time.perf_counter()
+            for sends in (mesh.pp.rank == 0, mesh.pp.rank == 1):
+                (work,) = dist.batch_isend_irecv([dist.P2POp(dist.isend if sends else dist.irecv, tensor, peer, mesh.pp.group)])
+                work.wait()
+            found.append((time.perf_counter() - began) / 2)
+    everyone = [0.0] * mesh.pp.size
+    dist.all_gather_object(everyone, statistics.median(found) if found else 0.0)
+    return everyone[0]
+
+
+def gradients(networks: dict[str, Network], run: Callable[[Callable[[str], None]], None]) -> dict[str, dict[str, Tensor]]:
+    """Of each role in an iteration without updates, every stage's."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def note(role: str) -> None:
+        shards = networks[role].shards
+        found[role] = {name: p.main_grad.clone() for name, p in zip(shards.names, shards.parameters, strict=True)}
+        shards.zero_grad()
+
+    run(note)
+    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, found)
+    return {role: {name: value for part in everyone for name, value in part[role].items()} for role in found}
+
+
+def difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Of the whole gradient, relative to its norm."""
+    assert ours.keys() == reference.keys()
+    norm = sum(float(value.double().square().sum()) for value in reference.values()) ** 0.5
+    return sum(float((ours[name].double() - value.double()).square().sum()) for name, value in reference.items()) ** 0.5 / norm
+
+
+def measure(mesh: Mesh, problem: "Problem", repeats: int) -> dict:
+    method, batches = problem.method(mesh), problem.batches(mesh)
+    built: dict = {}
+    variants = {name: Ours(method, mesh, replace(p, **problem.plan), len(batches), window, built) for name, (p, window) in SCHEDULES.items()}
+    line = variants[APART].networks
+    megatron = MegatronSchedule(method.phases, line, mesh, problem.config.model.width)
+    runs = {MEGATRON: lambda step: megatron.run(batches, step)}
+    runs |= {name: lambda step, variant=variant: variant.run(batches, step) for name, variant in variants.items()}
+    networks = {MEGATRON: line} | {name: variant.networks for name, variant in variants.items()}
+
+    once = [name for name in runs if name == MEGATRON or variants[name].iterations == 1]
+    found_gradients = {name: gradients(networks[name], runs[name]) for name in once}
+    differences = {
+        name: {role: difference(found_gradients[name][role], reference) for role, reference in found_gradients[MEGATRON].items()}
+        for name in once
+        if name != MEGATRON
+    }
+    del found_gradients
+
+    def timed(name: str) -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        runs[name](lambda role: networks[name][role].update(10_000))
+        seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        return float(seconds) / (variants[name].iterations if name in variants else 1)
+
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    spent: dict[str, dict[Key, list[float]]] = {name: {} for name in runs}
+    for repeat in range(-1, repeats):
+        for name in runs:
+            if repeat < 0:
+                timed(name)
+                continue
+            wall[name].append(timed(name))
+            if name in variants:
+                with noting(spent[name]):
+                    timed(name)
+    some = batches[0].layout
+    shape = (sum(torch.Size(size).numel() for size, _ in line["generator"].module.carried(0, some).values()),)
+    message = message_seconds(mesh, shape)
+    found: dict = {"gradient_difference": differences, "message": message, "message_bytes": shape[0] * 4, "schedules": {}}
+    for name in runs:
+        found["schedules"][name] = {"seconds": statistics.median(wall[name]), "all": wall[name]}
+        if name not in variants:
+            continue
+        everyone: list[dict] = [{} for _ in range(mesh.pp.size)]
+        dist.all_gather_object(everyone, {key: statistics.median(values) for key, values in spent[name].items()})
+        cost = {key: value for part in everyone for key, value in part.items()}
+        variant = variants[name]
+        foretold = predicted(variant.program, lambda task, _, cost=cost: cost[key_of(task)], message)
+        given = found["schedules"][name]
+        given |= {"predicted": foretold.makespan / variant.iterations, "bubble": foretold.bubble, "messages": len(messages(variant.program.graph))}
+        given["cost"] = {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
+        if problem.sleep:
+            given["planned"] = predicted(variant.program, lambda task, planned: planned * problem.unit, 0.0).makespan / variant.iterations
+    return found
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A run, its samples, and whether its stages sleep.
+
+    Attributes:
+        sleep: seconds of a rank's part of a network; None computes.
+        plan: costs that schedules are made with.
+    """
+
+    config: RunConfig
+    microbatches: int
+    latents: tuple[int, int, int, int]
+    unit: float = 0.0
+    sleep: tuple[float, float, float] | None = None
+
+    @property
+    def plan(self) -> dict[str, float]:
+        return dict(zip(("forward", "input_gradient", "weight_gradient"), self.sleep, strict=True)) if self.sleep else {}
+
+    def method(self, mesh: Mesh) -> Method:
+        method = METHODS["apt"](self.config, mesh)
+        if not self.sleep:
+            return method
+
+        def build(logits: bool):
+            sleep, model = Sleep(*(self.unit * time for time in self.sleep)), self.config.model
+            return lambda cut: Sleeper(cut, mesh, model.depth, self.config.micro_batch, sleep, logits, model.patch_width)
+
+        return replace(method, roles={name: replace(role, build=build(name == "discriminator")) for name, role in method.roles.items()})
+
+    def batches(self, mesh: Mesh) -> list:
+        n, config = self.config.micro_batch, self.config
+        samples = n * self.microbatches
+        return [
+            microbatch(mesh, (self.latents,) * samples, config.model, (8,) * samples, global_batch=samples, rows=range(m * n, (m + 1) * n))
+            for m in range(self.microbatches)
+        ]
+
+
+# --- the tables
+
+
+def report(found: dict) -> None:
+    schedules, apart = found["schedules"], found["schedules"][APART]
+    planned = "planned" in apart
+    heading = f"    {'seconds of an iteration':36} {'measured':>9} {'/ Megatron':>11} {'/ 1F1B':>7}"
+    heading += f" {'predicted':>10} {'error':>7} {'/ 1F1B':>7} {'error':>7}" + (f" {'planned':>9} {'error':>7}" if planned else "")
+    print(heading)
+    for name, one in schedules.items():
+        ratio = one["seconds"] / apart["seconds"]
+        line = f"    {name:36} {one['seconds']:9.3f} {one['seconds'] / schedules[MEGATRON]['seconds']:11.3f} {ratio:7.3f}"
+        if "predicted" in one:
+            error, foretold = one["predicted"] / one["seconds"] - 1, one["predicted"] / apart["predicted"]
+            line += f" {one['predicted']:10.3f} {error:+7.1%} {foretold:7.3f} {foretold / ratio - 1:+7.1%}"
+            one |= {"error": error, "ratio_error": foretold / ratio - 1}
+            if planned:
+                line += f" {one['planned']:9.3f} {one['planned'] / one['seconds'] - 1:+7.1%}"
+        print(line)
+    print(f"    a message of {found['message_bytes']:,} bytes takes {1e3 * found['message']:.2f} ms")
+    print("    whole gradients against those of Megatron-Core's schedules, relative difference:")
+    for name, of_role in found["gradient_difference"].items():
+        print(f"        {name:36} " + ", ".join(f"{role} {value:.1e}" for role, value in of_role.items()))
+    worst = max(value for one in found["gradient_difference"].values() for value in one.values())
+    if not worst <= 1e-5:
+        raise SystemExit(f"gradients differ by {worst:.1e}: the schedules do not compute the same thing, so their times say nothing")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--width", type=int, default=256)
+    arguments.add_argument("--depth", type=int, default=8)
+    arguments.add_argument("--microbatches", type=int, default=8)
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--unit", type=float, default=0.01, help="seconds that a sleeping stage stands for")
+    arguments.add_argument("--part", type=int, choices=(1, 2), help="only the real networks, or only the stand-ins")
+    arguments.add_argument("--json", metavar="FILE")
+    options = arguments.parse_args()
+    found: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, processes of 1 thread, torch {torch.__version__}, gloo"}
+    print(found["machine"])
+    apt = AptConfig(ar1_lambda=10.0, ar1_sigma=0.1)
+    if options.part != 2:
+        model = model_config(depth=options.depth, width=options.width, heads=8)
+        config = replace(run_config("apt", model, apt), micro_batch=2, global_batch=2 * options.microbatches)
+        problem = Problem(config, options.microbatches, (4, 1, 16, 16))
+        print(f"2 ranks, two networks of {options.depth} blocks, width {options.width}, {options.microbatches} microbatches of 2 x 64 tokens, fp32")
+        found["computed"] = on_ranks(measure, 2, ParallelConfig(pp=2), problem, options.repeats)[0]
+        report(found["computed"])
+    if options.part != 1:
+        config = replace(run_config("apt", model_config(depth=8), apt), micro_batch=1, global_batch=options.microbatches)
+        for costs in ((1.0, 1.0, 1.0), (1.0, 1.8, 0.3)):
+            text = "F={}, I={}, W={}".format(*costs)
+            print(
+                f"4 ranks whose stages sleep instead of computing ({os.cpu_count()} cores cannot run 4 at once): {text} x {1e3 * options.unit:g} ms"
+            )
+            problem = Problem(config, options.microbatches, (4, 1, 4, 4), options.unit, costs)
+            found[f"asleep {text}"] = on_ranks(measure, 4, ParallelConfig(pp=4), problem, options.repeats)[0]
+            report(found[f"asleep {text}"])
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
