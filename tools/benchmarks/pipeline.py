@@ -1,6 +1,6 @@
 """One APT iteration over pipeline ranks: interleaved against phases apart, ours and Megatron-Core's, and what the simulator predicts.
 
-    python tools/benchmarks/pipeline.py [--width 256] [--depth 8] [--microbatches 8] [--repeats 5] [--unit 0.01] [--json FILE]
+    python tools/benchmarks/pipeline.py [--width 192] [--depth 8] [--microbatches 8] [--repeats 3] [--unit 0.008] [--json FILE]
 
 1. Two ranks, real networks, fp32. Before anything is timed, the gradients of every schedule are compared with those of Megatron-Core's.
 2. Four ranks, the same programs and messages, but stages that sleep for the time they would take: nothing else lets four ranks run at once on two
@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from megatron_apt.models.stages import Cut, State
 from megatron_apt.networks import Network
 from megatron_apt.parallel.deferred import current
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.actions import Task
+from megatron_apt.pipeline.actions import Action, Task
 from megatron_apt.pipeline.execute import Executor, _Run
 from megatron_apt.pipeline.graph import Graph
 from megatron_apt.pipeline.prepare import Pipeline
@@ -147,6 +147,75 @@ SCHEDULES = {
 MEGATRON, APART = "Megatron-Core, phase by phase", "ours 1F1B, phases apart"
 
 
+Key = tuple[str, str, int, str, str, int]
+
+
+def key_of(task: Task) -> Key:
+    return task.kind, task.role, task.stage, task.phase, task.branch, task.segment
+
+
+class Notes:
+    """What one rank's runs of a program cost.
+
+    Attributes:
+        spent: seconds of every action with starting the sends and receives behind it, by kind. Waiting for its messages does not count.
+        delays: seconds from the end of an action to the arrival of its result on a rank that waited for it by then. All ranks share a clock here.
+    """
+
+    def __init__(self):
+        self.spent: dict[Key, list[float]] = {}
+        self.delays: list[float] = []
+        self._ended: dict[Task, float] = {}  # in the present run
+
+    def add(self, task: Task, began: float) -> None:
+        """It has just ended."""
+        self._ended[task] = time.perf_counter()
+        self.spent.setdefault(key_of(task), []).append(self._ended[task] - began)
+
+    def costs(self) -> tuple[dict[Key, float], float]:
+        """Median time of each kind of action on every rank, and of a message."""
+        everyone: list[Notes] = [self] * dist.get_world_size()
+        dist.all_gather_object(everyone, self)
+        delays = [delay for notes in everyone for delay in notes.delays]
+        spent = {key: statistics.median(values) for notes in everyone for key, values in notes.spent.items()}
+        return spent, max(0.0, statistics.median(delays)) if delays else 0.0
+
+    @contextlib.contextmanager
+    def during(self) -> Iterator[None]:
+        """One run."""
+        compute, post, ended = _Run.compute, _Run.post, self._ended
+        arrived: dict[Task, tuple[float, float]] = {}  # by source: when its result began to be waited for, and came
+        ended.clear()
+
+        def timed_compute(run: _Run, action: Action, at: int) -> None:
+            for number in run._graph.sources[run._graph.number[action.task]]:
+                source, began = run._graph.tasks[number], time.perf_counter()
+                if source in run._incoming:
+                    run._take_in(source)
+                    arrived[source] = began, time.perf_counter()
+            began = time.perf_counter()
+            compute(run, action, at)
+            self.add(action.task, began)
+
+        def timed_post(run: _Run, actions: Sequence[Action]) -> None:
+            began = time.perf_counter()
+            post(run, actions)
+            if ended:
+                last = next(reversed(ended))
+                ended[last] = time.perf_counter()
+                self.spent[key_of(last)][-1] += ended[last] - began
+
+        _Run.compute, _Run.post = timed_compute, timed_post
+        try:
+            yield
+        finally:
+            _Run.compute, _Run.post = compute, post
+        everyone: list[dict[Task, float]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, ended)
+        made = {task: moment for part in everyone for task, moment in part.items()}
+        self.delays += [came - made[source] for source, (waiting, came) in arrived.items() if waiting < made[source]]
+
+
 class Ours:
     """One of our programs on networks cut as it wants them."""
 
@@ -160,42 +229,15 @@ class Ours:
             built[cuts] = networks, Executor(networks, mesh)
         self.networks, self.executor = built[cuts]
 
-    def run(self, batches, step: Callable[[str], None]) -> None:
-        self.executor.run(self.program, lambda iteration: batches, lambda task: step(task.role))
-
-
-Key = tuple[str, str, int, str, str, int]
-
-
-def key_of(task: Task) -> Key:
-    return task.kind, task.role, task.stage, task.phase, task.branch, task.segment
-
-
-@contextlib.contextmanager
-def noting(spent: dict[Key, list[float]]) -> Iterator[None]:
-    """Notes how long each action computes. Waiting for its messages does not count: they are taken in before."""
-    compute, run = _Run.compute, Executor.run
-
-    def timed(self, action, at) -> None:
-        for source in self._graph.sources[self._graph.number[action.task]]:
-            self._take_in(self._graph.tasks[source])
-        began = time.perf_counter()
-        compute(self, action, at)
-        spent.setdefault(key_of(action.task), []).append(time.perf_counter() - began)
-
-    def with_steps(self, program, batches, step):
-        def timed_step(task: Task) -> None:
+    def run(self, batches, step: Callable[[str], None], notes: Notes | None = None) -> None:
+        def update(task: Task) -> None:
             began = time.perf_counter()
-            step(task)
-            spent.setdefault(key_of(task), []).append(time.perf_counter() - began)
+            step(task.role)
+            if notes:
+                notes.add(task, began)
 
-        return run(self, program, batches, timed_step)
-
-    _Run.compute, Executor.run = timed, with_steps
-    try:
-        yield
-    finally:
-        _Run.compute, Executor.run = compute, run
+        with notes.during() if notes else contextlib.nullcontext():
+            self.executor.run(self.program, lambda iteration: batches, update)
 
 
 def predicted(program: Program, seconds: Callable[[Task, float], float], message: float) -> Timeline:
@@ -205,22 +247,6 @@ def predicted(program: Program, seconds: Callable[[Task, float], float], message
     number = [graph.number[task] for task in old.tasks]
     graph.time = [seconds(task, time) for task, time in zip(graph.tasks, graph.time, strict=True)]
     return simulate(graph, [[number[task] for task in order] for order in program.order])
-
-
-def message_seconds(mesh: Mesh, shape: tuple[int, ...], rounds: int = 30) -> float:
-    """One way of a tensor between the first two ranks, posted as the executor posts it."""
-    tensor, found = torch.zeros(shape), []
-    if mesh.pp.rank < 2:
-        peer = dist.get_global_rank(mesh.pp.group, 1 - mesh.pp.rank)
-        for _ in range(rounds):
-            began = time.perf_counter()
-            for sends in (mesh.pp.rank == 0, mesh.pp.rank == 1):
-                (work,) = dist.batch_isend_irecv([dist.P2POp(dist.isend if sends else dist.irecv, tensor, peer, mesh.pp.group)])
-                work.wait()
-            found.append((time.perf_counter() - began) / 2)
-    everyone = [0.0] * mesh.pp.size
-    dist.all_gather_object(everyone, statistics.median(found) if found else 0.0)
-    return everyone[0]
 
 
 def gradients(networks: dict[str, Network], run: Callable[[Callable[[str], None]], None]) -> dict[str, dict[str, Tensor]]:
@@ -252,7 +278,7 @@ def measure(mesh: Mesh, problem: "Problem", repeats: int) -> dict:
     line = variants[APART].networks
     megatron = MegatronSchedule(method.phases, line, mesh, problem.config.model.width)
     runs = {MEGATRON: lambda step: megatron.run(batches, step)}
-    runs |= {name: lambda step, variant=variant: variant.run(batches, step) for name, variant in variants.items()}
+    runs |= {name: lambda step, variant=variant, **notes: variant.run(batches, step, **notes) for name, variant in variants.items()}
     networks = {MEGATRON: line} | {name: variant.networks for name, variant in variants.items()}
 
     once = [name for name in runs if name == MEGATRON or variants[name].iterations == 1]
@@ -264,43 +290,43 @@ def measure(mesh: Mesh, problem: "Problem", repeats: int) -> dict:
     }
     del found_gradients
 
-    def timed(name: str) -> float:
+    def timed(name: str, **notes: Notes) -> float:
         dist.barrier()
         began = time.perf_counter()
-        runs[name](lambda role: networks[name][role].update(10_000))
+        runs[name](lambda role: networks[name][role].update(10_000), **notes)
         seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return float(seconds) / (variants[name].iterations if name in variants else 1)
+        return float(seconds)
 
     wall: dict[str, list[float]] = {name: [] for name in runs}
-    spent: dict[str, dict[Key, list[float]]] = {name: {} for name in runs}
-    for repeat in range(-1, repeats):
+    noted = {name: Notes() for name in variants}
+    for name in once:
+        timed(name)
+    for repeat in range(repeats):
         for name in runs:
-            if repeat < 0:
-                timed(name)
-                continue
-            wall[name].append(timed(name))
-            if name in variants:
-                with noting(spent[name]):
-                    timed(name)
-    some = batches[0].layout
-    shape = (sum(torch.Size(size).numel() for size, _ in line["generator"].module.carried(0, some).values()),)
-    message = message_seconds(mesh, shape)
-    found: dict = {"gradient_difference": differences, "message": message, "message_bytes": shape[0] * 4, "schedules": {}}
+            if name in once or repeat == 0:  # a window is long enough to be run twice only
+                wall[name].append(timed(name))
+                if name in variants and repeat % 2 == 0:
+                    timed(name, notes=noted[name])
+    found: dict = {"gradient_difference": differences, "schedules": {}}
     for name in runs:
-        found["schedules"][name] = {"seconds": statistics.median(wall[name]), "all": wall[name]}
+        iterations = variants[name].iterations if name in variants else 1
+        seconds = [value / iterations for value in wall[name]]
+        given = found["schedules"][name] = {"seconds": statistics.median(seconds), "all": seconds}
         if name not in variants:
             continue
-        everyone: list[dict] = [{} for _ in range(mesh.pp.size)]
-        dist.all_gather_object(everyone, {key: statistics.median(values) for key, values in spent[name].items()})
-        cost = {key: value for part in everyone for key, value in part.items()}
-        variant = variants[name]
-        foretold = predicted(variant.program, lambda task, _, cost=cost: cost[key_of(task)], message)
-        given = found["schedules"][name]
-        given |= {"predicted": foretold.makespan / variant.iterations, "bubble": foretold.bubble, "messages": len(messages(variant.program.graph))}
+        cost, message = noted[name].costs()
+        program = variants[name].program
+        foretold = predicted(program, lambda task, _, cost=cost: cost[key_of(task)], message)
+        given |= {
+            "predicted": foretold.makespan / iterations,
+            "bubble": foretold.bubble,
+            "message": message,
+            "messages": len(messages(program.graph)),
+        }
         given["cost"] = {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
         if problem.sleep:
-            given["planned"] = predicted(variant.program, lambda task, planned: planned * problem.unit, 0.0).makespan / variant.iterations
+            given["asleep"] = predicted(program, lambda task, planned: planned * problem.unit, 0.0).makespan / iterations
     return found
 
 
@@ -348,21 +374,20 @@ class Problem:
 
 def report(found: dict) -> None:
     schedules, apart = found["schedules"], found["schedules"][APART]
-    planned = "planned" in apart
+    asleep = "asleep" in apart
     heading = f"    {'seconds of an iteration':36} {'measured':>9} {'/ Megatron':>11} {'/ 1F1B':>7}"
-    heading += f" {'predicted':>10} {'error':>7} {'/ 1F1B':>7} {'error':>7}" + (f" {'planned':>9} {'error':>7}" if planned else "")
+    heading += f" {'predicted':>10} {'error':>7} {'/ 1F1B':>7} {'error':>7} {'bubble':>7} {'message':>8}" + (f" {'asleep':>7}" if asleep else "")
     print(heading)
     for name, one in schedules.items():
-        ratio = one["seconds"] / apart["seconds"]
-        line = f"    {name:36} {one['seconds']:9.3f} {one['seconds'] / schedules[MEGATRON]['seconds']:11.3f} {ratio:7.3f}"
+        to_megatron, ratio = (statistics.median(a / b for a, b in zip(one["all"], other["all"])) for other in (schedules[MEGATRON], apart))  # noqa: B905
+        one |= {"to_megatron": to_megatron, "to_1f1b": ratio}
+        line = f"    {name:36} {one['seconds']:9.3f} {to_megatron:11.3f} {ratio:7.3f}"
         if "predicted" in one:
             error, foretold = one["predicted"] / one["seconds"] - 1, one["predicted"] / apart["predicted"]
-            line += f" {one['predicted']:10.3f} {error:+7.1%} {foretold:7.3f} {foretold / ratio - 1:+7.1%}"
             one |= {"error": error, "ratio_error": foretold / ratio - 1}
-            if planned:
-                line += f" {one['planned']:9.3f} {one['planned'] / one['seconds'] - 1:+7.1%}"
+            line += f" {one['predicted']:10.3f} {error:+7.1%} {foretold:7.3f} {foretold / ratio - 1:+7.1%} {one['bubble']:7.3f}"
+            line += f" {1e3 * one['message']:5.2f} ms" + (f" {one['asleep']:7.3f}" if asleep else "")
         print(line)
-    print(f"    a message of {found['message_bytes']:,} bytes takes {1e3 * found['message']:.2f} ms")
     print("    whole gradients against those of Megatron-Core's schedules, relative difference:")
     for name, of_role in found["gradient_difference"].items():
         print(f"        {name:36} " + ", ".join(f"{role} {value:.1e}" for role, value in of_role.items()))
@@ -373,16 +398,16 @@ def report(found: dict) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--width", type=int, default=256)
+    arguments.add_argument("--width", type=int, default=192)
     arguments.add_argument("--depth", type=int, default=8)
     arguments.add_argument("--microbatches", type=int, default=8)
-    arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--unit", type=float, default=0.01, help="seconds that a sleeping stage stands for")
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--unit", type=float, default=0.008, help="seconds that a sleeping stage stands for")
     arguments.add_argument("--part", type=int, choices=(1, 2), help="only the real networks, or only the stand-ins")
     arguments.add_argument("--json", metavar="FILE")
     options = arguments.parse_args()
     found: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, processes of 1 thread, torch {torch.__version__}, gloo"}
-    print(found["machine"])
+    print(f"{found['machine']}; load average before {os.getloadavg()[0]:.1f}")
     apt = AptConfig(ar1_lambda=10.0, ar1_sigma=0.1)
     if options.part != 2:
         model = model_config(depth=options.depth, width=options.width, heads=8)
