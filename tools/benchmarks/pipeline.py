@@ -6,9 +6,9 @@
 2. Four ranks, the same programs and messages, but stages that sleep for the time they would take: nothing else lets four ranks run at once on two
    cores. What is measured is the order and the messages, not arithmetic. Two ratios of costs.
 
-Both sides of every ratio are timed in turns in one run. Predictions are simulate() of the program that ran, with the median time of each kind of
-action and of a message; those come from runs of their own, so that no run predicts itself. A
-run that other processes disturb is repeated.
+Both sides of every ratio are timed in turns in one run of this script, and a run that other processes disturb is repeated. A prediction is simulate()
+of the program that ran, with the median time of each kind of action and of a message in that run: whether actions, messages and waiting add up as the
+simulator says.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from megatron_apt.pipeline.actions import Action, Task
 from megatron_apt.pipeline.execute import Executor, _Run
 from megatron_apt.pipeline.graph import Graph
 from megatron_apt.pipeline.prepare import Pipeline
-from megatron_apt.pipeline.program import Program, messages
+from megatron_apt.pipeline.program import Program
 from megatron_apt.pipeline.simulate import Timeline, simulate
 
 # --- stages that sleep
@@ -156,50 +156,44 @@ def key_of(task: Task) -> Key:
 
 
 class Notes:
-    """What one rank's runs of a program cost.
+    """What one run of a program cost on this rank.
 
     Attributes:
         spent: seconds of every action with starting the sends and receives behind it, by kind. Waiting for its messages does not count.
-        delays: seconds from the end of an action to the arrival of its result on a rank that waited for it by then. All ranks share a clock here.
+        ended: when each action did. All ranks share a clock here.
+        arrived: when the result of an action of another rank began to be waited for, and came.
     """
 
     def __init__(self):
         self.spent: dict[Key, list[float]] = {}
-        self.delays: list[float] = []
-        self._ended: dict[Task, float] = {}  # in the present run
+        self.ended: dict[Task, float] = {}
+        self.arrived: dict[Task, tuple[float, float]] = {}
 
     def add(self, task: Task, began: float) -> None:
         """It has just ended."""
-        self._ended[task] = time.perf_counter()
-        self.spent.setdefault(key_of(task), []).append(self._ended[task] - began)
-
-    def take(self, other: "Notes") -> None:
-        """Those of another run too."""
-        for key, values in other.spent.items():
-            self.spent.setdefault(key, []).extend(values)
-        self.delays += other.delays
+        self.ended[task] = time.perf_counter()
+        self.spent.setdefault(key_of(task), []).append(self.ended[task] - began)
 
     def costs(self) -> tuple[dict[Key, float], float]:
-        """Median time of each kind of action on every rank, and of a message."""
+        """Median time of each kind of action on every rank; and of a message, from the end of what made it, where it was waited for by then."""
         everyone: list[Notes] = [self] * dist.get_world_size()
         dist.all_gather_object(everyone, self)
-        delays = [delay for notes in everyone for delay in notes.delays]
+        ended = {task: moment for notes in everyone for task, moment in notes.ended.items()}
+        delays = [came - ended[task] for notes in everyone for task, (waiting, came) in notes.arrived.items() if waiting < ended[task]]
         spent = {key: statistics.median(values) for notes in everyone for key, values in notes.spent.items()}
         return spent, max(0.0, statistics.median(delays)) if delays else 0.0
 
     @contextlib.contextmanager
     def during(self) -> Iterator[None]:
-        """One run."""
-        compute, post, ended = _Run.compute, _Run.post, self._ended
-        arrived: dict[Task, tuple[float, float]] = {}  # by source: when its result began to be waited for, and came
-        ended.clear()
+        """The run; its steps are added by whoever takes them."""
+        compute, post = _Run.compute, _Run.post
 
         def timed_compute(run: _Run, action: Action, at: int) -> None:
             for number in run._graph.sources[run._graph.number[action.task]]:
                 source, began = run._graph.tasks[number], time.perf_counter()
                 if source in run._incoming:
                     run._take_in(source)
-                    arrived[source] = began, time.perf_counter()
+                    self.arrived[source] = began, time.perf_counter()
             began = time.perf_counter()
             compute(run, action, at)
             self.add(action.task, began)
@@ -207,20 +201,16 @@ class Notes:
         def timed_post(run: _Run, actions: Sequence[Action]) -> None:
             began = time.perf_counter()
             post(run, actions)
-            if ended:
-                last = next(reversed(ended))
-                ended[last] = time.perf_counter()
-                self.spent[key_of(last)][-1] += ended[last] - began
+            if self.ended:
+                last = next(reversed(self.ended))
+                self.ended[last] = time.perf_counter()
+                self.spent[key_of(last)][-1] += self.ended[last] - began
 
         _Run.compute, _Run.post = timed_compute, timed_post
         try:
             yield
         finally:
             _Run.compute, _Run.post = compute, post
-        everyone: list[dict[Task, float]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(everyone, ended)
-        made = {task: moment for part in everyone for task, moment in part.items()}
-        self.delays += [came - made[source] for source, (waiting, came) in arrived.items() if waiting < made[source]]
 
 
 class Ours:
@@ -236,15 +226,17 @@ class Ours:
             built[cuts] = networks, Executor(networks, mesh)
         self.networks, self.executor = built[cuts]
 
-    def run(self, batches, step: Callable[[str], None], notes: Notes | None = None) -> None:
+    def run(self, batches, step: Callable[[str], None]) -> Notes:
+        notes = Notes()
+
         def update(task: Task) -> None:
             began = time.perf_counter()
             step(task.role)
-            if notes:
-                notes.add(task, began)
+            notes.add(task, began)
 
-        with notes.during() if notes else contextlib.nullcontext():
+        with notes.during():
             self.executor.run(self.program, lambda iteration: batches, update)
+        return notes
 
 
 def predicted(program: Program, seconds: Callable[[Task, float], float], message: float) -> Timeline:
@@ -294,7 +286,7 @@ def measure(mesh: Mesh, problem: "Problem", repeats: int, patience: float) -> di
     line = variants[APART].networks
     megatron = MegatronSchedule(method.phases, line, mesh, problem.config.model.width)
     runs = {MEGATRON: lambda step: megatron.run(batches, step)}
-    runs |= {name: lambda step, variant=variant, **notes: variant.run(batches, step, **notes) for name, variant in variants.items()}
+    runs |= {name: lambda step, variant=variant: variant.run(batches, step) for name, variant in variants.items()}
     networks = {MEGATRON: line} | {name: variant.networks for name, variant in variants.items()}
 
     once = [name for name in runs if name == MEGATRON or variants[name].iterations == 1]
@@ -306,66 +298,50 @@ def measure(mesh: Mesh, problem: "Problem", repeats: int, patience: float) -> di
     }
     del found_gradients
 
-    def timed(name: str, **notes: Notes) -> tuple[float, float]:
-        """Seconds of one run, and the share of the machine that other processes took meanwhile."""
+    def timed(name: str) -> tuple[float, float, Notes | None]:
+        """The share of the machine that other processes took during a run, its seconds, and what it noted."""
         dist.barrier()
         began, own, everything = time.perf_counter(), time.process_time(), busy_seconds()
-        runs[name](lambda role: networks[name][role].update(10_000), **notes)
+        notes = runs[name](lambda role: networks[name][role].update(10_000))
         seconds = time.perf_counter() - began
         most = torch.tensor((seconds, busy_seconds() - everything), dtype=torch.float64)
         ours = torch.tensor(time.process_time() - own, dtype=torch.float64)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         dist.all_reduce(ours)
-        return float(most[0]), float(most[1] - ours) / (os.cpu_count() * float(most[0]))
+        seconds = float(most[0])
+        return float(most[1] - ours) / (os.cpu_count() * seconds), seconds, notes
 
-    left = [patience]
-
-    def undisturbed(name: str, **notes: Notes) -> float:
-        """Runs again while others take the machine and there is patience left. The first to be quiet counts, or else the quietest."""
-        quietest = (2.0, 0.0, {})
-        while True:
-            fresh = {key: Notes() for key in notes}
-            seconds, others = timed(name, **fresh)
-            quietest = min(quietest, (others, seconds, fresh), key=lambda one: one[0])
-            if others < QUIET or left[0] <= 0:
-                break
-            left[0] -= seconds
-        for key, of_run in quietest[2].items():
-            notes[key].take(of_run)
-        disturbance.append(quietest[0])
-        return quietest[1]
-
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    noted = {name: Notes() for name in variants}
-    disturbance: list[float] = []
+    left, disturbance = patience, []
+    schedules = {name: {"all": [], "all_predicted": []} for name in runs}
     for name in once:
         timed(name)
     for repeat in range(repeats):
-        for name in runs:
-            if name in once or repeat == 0:  # a window is long enough to be run twice only
-                wall[name].append(undisturbed(name))
-                if name in variants and repeat % 2 == 0:
-                    undisturbed(name, notes=noted[name])
-    found: dict = {"gradient_difference": differences, "others": statistics.mean(disturbance), "most_others": max(disturbance), "schedules": {}}
-    for name in runs:
-        iterations = variants[name].iterations if name in variants else 1
-        seconds = [value / iterations for value in wall[name]]
-        given = found["schedules"][name] = {"seconds": statistics.median(seconds), "all": seconds}
-        if name not in variants:
-            continue
-        cost, message = noted[name].costs()
-        program = variants[name].program
-        foretold = predicted(program, lambda task, _, cost=cost: cost[key_of(task)], message)
-        given |= {
-            "predicted": foretold.makespan / iterations,
-            "bubble": foretold.bubble,
-            "message": message,
-            "messages": len(messages(program.graph)),
-        }
-        given["cost"] = {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
-        if problem.sleep:
-            given["asleep"] = predicted(program, lambda task, planned: planned * problem.unit, 0.0).makespan / iterations
-    return found
+        for name, given in schedules.items():
+            if name not in once and repeat % 2:  # a window is long enough to be run less often
+                continue
+            tries = [timed(name)]
+            while tries[-1][0] > QUIET and left > 0:
+                left -= tries[-1][1]
+                tries.append(timed(name))
+            others, seconds, notes = min(tries, key=lambda one: one[0])
+            disturbance.append(others)
+            iterations = variants[name].iterations if notes else 1
+            given["all"].append(seconds / iterations)
+            if notes:
+                cost, given["message"] = notes.costs()
+                foretold = predicted(variants[name].program, lambda task, _, cost=cost: cost[key_of(task)], given["message"])
+                given["all_predicted"].append(foretold.makespan / iterations)
+                given["bubble"], given["cost"] = foretold.bubble, {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
+    for name, given in schedules.items():
+        given["seconds"] = statistics.median(given["all"])
+        if given["all_predicted"]:
+            given["predicted"] = statistics.median(given["all_predicted"])
+            given["error"] = statistics.median(p / s - 1 for p, s in zip(given["all_predicted"], given["all"], strict=True))
+        if name in variants and problem.sleep:
+            asleep = predicted(variants[name].program, lambda task, planned: planned * problem.unit, 0.0)
+            given["asleep"] = asleep.makespan / variants[name].iterations
+    others = {"mean": statistics.mean(disturbance), "most": max(disturbance)}
+    return {"gradient_difference": differences, "others": others, "schedules": schedules}
 
 
 @dataclass(frozen=True)
@@ -421,12 +397,14 @@ def report(found: dict) -> None:
         one |= {"to_megatron": to_megatron, "to_1f1b": ratio}
         line = f"    {name:36} {one['seconds']:9.3f} {to_megatron:11.3f} {ratio:7.3f}"
         if "predicted" in one:
-            error, foretold = one["predicted"] / one["seconds"] - 1, one["predicted"] / apart["predicted"]
-            one |= {"error": error, "ratio_error": foretold / ratio - 1}
-            line += f" {one['predicted']:10.3f} {error:+7.1%} {foretold:7.3f} {foretold / ratio - 1:+7.1%} {one['bubble']:7.3f}"
+            foretold = statistics.median(a / b for a, b in zip(one["all_predicted"], apart["all_predicted"]))  # noqa: B905
+            one["ratio_error"] = foretold / ratio - 1
+            line += f" {one['predicted']:10.3f} {one['error']:+7.1%} {foretold:7.3f} {foretold / ratio - 1:+7.1%} {one['bubble']:7.3f}"
             line += f" {1e3 * one['message']:5.2f} ms" + (f" {one['asleep']:7.3f}" if asleep else "")
         print(line)
-    print(f"    other processes took {found['others']:.1%} of the machine during these runs, {found['most_others']:.1%} during one of them")
+    print(
+        f"    other processes took {found['others']['mean']:.1%} of the machine during these runs, {found['others']['most']:.1%} during one of them"
+    )
     print("    whole gradients against those of Megatron-Core's schedules, relative difference:")
     for name, of_role in found["gradient_difference"].items():
         print(f"        {name:36} " + ", ".join(f"{role} {value:.1e}" for role, value in of_role.items()))
