@@ -10,6 +10,11 @@
 Both sides of every ratio are timed in turns in one run of this script, and a run that other processes disturb is repeated. A prediction is simulate()
 of the program that ran, with the median time of each kind of action and of a message in that run: whether actions, messages and waiting add up as the
 simulator says.
+
+    / Megatron, / 1F1B   the median over repeats of a run's seconds against those of the same repeat
+    error                prediction / measurement - 1, of the seconds and of the ratio to 1F1B
+    bubble, message      idle share of the predicted timeline; from the end of an action to its result on a rank that waits for it
+    asleep               what sleeping alone would take: the rest is the executor's own work
 """
 
 import argparse
