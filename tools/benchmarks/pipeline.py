@@ -326,7 +326,7 @@ def measure(mesh: Mesh, problem: "Problem", repeats: int, patience: float) -> di
         timed(name)
     for repeat in range(repeats):
         for name, given in schedules.items():
-            if name not in once and repeat % 2:  # a window is long enough to be run less often
+            if name not in once and repeat > 1:  # a window is long enough to be run twice only
                 continue
             tries = [timed(name)]
             while tries[-1][0] > QUIET and left > 0:
