@@ -1,0 +1,458 @@
+"""One APT iteration over pipeline ranks: interleaved against phases apart, ours and Megatron-Core's, and what the simulator predicts.
+
+    python tools/benchmarks/pipeline.py [--width 192] [--depth 8] [--microbatches 8] [--repeats 3] [--unit 0.008]
+        [--patience 30] [--part 1|2] [--json FILE]
+
+1. Two ranks, real networks, fp32. Before anything is timed, the gradients of every schedule are compared with those of Megatron-Core's.
+2. Four ranks, the same programs and messages, but stages that sleep for the time they would take: nothing else lets four ranks run at once on two
+   cores. What is measured is the order and the messages, not arithmetic. Two ratios of costs.
+
+Both sides of every ratio are timed in turns in one run of this script, and a run that other processes disturb is repeated. A prediction is simulate()
+of the program that ran, with the median time of each kind of action and of a message in that run: whether actions, messages and waiting add up as the
+simulator says.
+
+    / Megatron, / 1F1B   the median over repeats of a run's seconds against those of the same repeat
+    error                prediction / measurement - 1, of the seconds and of the ratio to 1F1B
+    bubble, message      idle share of the predicted timeline; from the end of an action to its result on a rank that waits for it
+    asleep               what sleeping alone would take: the rest is the executor's own work
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+from megatron_schedule import MegatronSchedule
+from problems import microbatch, model_config, run_config, waken
+from small_run import on_ranks
+
+from megatron_apt.config import AptConfig, ParallelConfig, PipelineConfig, RunConfig
+from megatron_apt.methods import METHODS
+from megatron_apt.methods.base import Method
+from megatron_apt.models import parameters
+from megatron_apt.models.layout import Layout
+from megatron_apt.models.stages import Cut, State
+from megatron_apt.networks import Network
+from megatron_apt.parallel.deferred import current
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline.actions import Action, Task
+from megatron_apt.pipeline.execute import Executor, _Run
+from megatron_apt.pipeline.graph import Graph
+from megatron_apt.pipeline.prepare import Pipeline
+from megatron_apt.pipeline.program import Program
+from megatron_apt.pipeline.simulate import Timeline, simulate
+
+# --- stages that sleep
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Seconds that a rank's part of a network takes for one microbatch."""
+
+    F: float
+    I: float  # noqa: E741
+    W: float
+
+
+class _Stage(torch.autograd.Function):
+    """x + weight, slowly."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, seconds: Sleep, weight_gradient: Callable[[Tensor], None] | None):
+        ctx.seconds, ctx.weight_gradient = seconds, weight_gradient
+        time.sleep(seconds.F)
+        return x + weight
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        time.sleep(ctx.seconds.I)
+        if ctx.weight_gradient is not None:
+            ctx.weight_gradient(dy.sum())
+        if ctx.needs_input_grad[1]:
+            time.sleep(ctx.seconds.W)
+        return dy, dy.sum(), None, None
+
+
+class Sleeper(nn.Module):
+    """A network (see models/stages.py) whose blocks add a number to every token, and whose stages sleep.
+
+    Args:
+        samples: of a microbatch; a stage takes longer for several versions of them.
+        logits: returns the sum of each sample's tokens, as a discriminator does, not the tokens.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, cut: Cut, mesh: Mesh, depth: int, samples: int, sleep: Sleep, logits: bool, patch_width: int):
+        super().__init__()
+        self.cut, self.depth, self.samples, self.logits, self.patch_width = cut, depth, samples, logits, patch_width
+        self.share = mesh.pp.size / cut.stages  # of a rank's part in a stage
+        self.sleep = sleep
+        self.entry = self._number() if cut.first else None
+        self.blocks = nn.ParameterDict({str(i): self._number() for i in range(depth) if cut.holds(depth, i)})
+
+    @staticmethod
+    def _number() -> nn.Parameter:
+        return parameters.declare(nn.Parameter(torch.zeros(())), parameters.zeros)
+
+    def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
+        return {"h": x + self.entry}
+
+    def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
+        def weight() -> Tensor:
+            return torch.stack([self.blocks[str(i)] for i in self.cut.blocks(self.depth, stage)]).sum()
+
+        size, store = layout.samples / self.samples * self.share, current()
+        seconds = Sleep(size * self.sleep.F, size * self.sleep.I, size * self.sleep.W)
+        if store is None or not weight().requires_grad:
+            h = _Stage.apply(state["h"], weight(), seconds, None)
+        else:  # as in parallel/deferred.py
+
+            @torch.enable_grad()
+            def put_off(gradient: Tensor) -> None:
+                time.sleep(seconds.W)
+                torch.autograd.backward(weight(), gradient)
+
+            h = _Stage.apply(state["h"], weight().detach(), seconds, lambda gradient: store.later(lambda: put_off(gradient)))
+        if stage < self.cut.stages - 1:
+            return {"h": h}
+        return layout.sample_sum(h) if self.logits else h
+
+    def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
+        return {"h": (self._tokens(layout), True)}
+
+    def output_shape(self, layout: Layout) -> tuple[int, ...]:
+        return (layout.samples,) if self.logits else self._tokens(layout)
+
+    def _tokens(self, layout: Layout) -> tuple[int, ...]:
+        return len(layout.positions), self.patch_width
+
+
+# --- one problem on all schedules
+
+SCHEDULES = {
+    "ours 1F1B, phases apart": (PipelineConfig(schedule="1f1b"), 1),
+    "ours zero-bubble, phases apart": (PipelineConfig(schedule="zero_bubble"), 1),
+    "ours interleaved, line": (PipelineConfig(chunks=1), 1),
+    "ours interleaved, V": (PipelineConfig(chunks=2), 1),
+    "ours interleaved, line, window of 4": (PipelineConfig(chunks=1), 4),
+    "ours interleaved, V, window of 4": (PipelineConfig(chunks=2), 4),
+}
+MEGATRON, APART = "Megatron-Core, phase by phase", "ours 1F1B, phases apart"
+
+
+Key = tuple[str, str, int, str, str, int]
+
+
+def key_of(task: Task) -> Key:
+    return task.kind, task.role, task.stage, task.phase, task.branch, task.segment
+
+
+class Notes:
+    """What one run of a program cost on this rank.
+
+    Attributes:
+        spent: seconds of every action with starting the sends and receives behind it, by kind. Waiting for its messages does not count.
+        ended: when each action did. All ranks share a clock here.
+        arrived: when the result of an action of another rank began to be waited for, and came.
+    """
+
+    def __init__(self):
+        self.spent: dict[Key, list[float]] = {}
+        self.ended: dict[Task, float] = {}
+        self.arrived: dict[Task, tuple[float, float]] = {}
+
+    def add(self, task: Task, began: float) -> None:
+        """It has just ended."""
+        self.ended[task] = time.perf_counter()
+        self.spent.setdefault(key_of(task), []).append(self.ended[task] - began)
+
+    def costs(self) -> tuple[dict[Key, float], float]:
+        """Median time of each kind of action on every rank; and of a message, from the end of what made it, where it was waited for by then."""
+        everyone: list[Notes] = [self] * dist.get_world_size()
+        dist.all_gather_object(everyone, self)
+        ended = {task: moment for notes in everyone for task, moment in notes.ended.items()}
+        delays = [came - ended[task] for notes in everyone for task, (waiting, came) in notes.arrived.items() if waiting < ended[task]]
+        spent = {key: statistics.median(values) for notes in everyone for key, values in notes.spent.items()}
+        return spent, max(0.0, statistics.median(delays)) if delays else 0.0
+
+    @contextlib.contextmanager
+    def during(self) -> Iterator[None]:
+        """The run; its steps are added by whoever takes them."""
+        compute, post = _Run.compute, _Run.post
+
+        def timed_compute(run: _Run, action: Action, at: int) -> None:
+            for number in run._graph.sources[run._graph.number[action.task]]:
+                source, began = run._graph.tasks[number], time.perf_counter()
+                if source in run._incoming:
+                    run._take_in(source)
+                    self.arrived[source] = began, time.perf_counter()
+            began = time.perf_counter()
+            compute(run, action, at)
+            self.add(action.task, began)
+
+        def timed_post(run: _Run, actions: Sequence[Action]) -> None:
+            began = time.perf_counter()
+            post(run, actions)
+            if self.ended:
+                last = next(reversed(self.ended))
+                self.ended[last] = time.perf_counter()
+                self.spent[key_of(last)][-1] += self.ended[last] - began
+
+        _Run.compute, _Run.post = timed_compute, timed_post
+        try:
+            yield
+        finally:
+            _Run.compute, _Run.post = compute, post
+
+
+class Ours:
+    """One of our programs on networks cut as it wants them."""
+
+    def __init__(self, method: Method, mesh: Mesh, config: PipelineConfig, microbatches: int, iterations: int, built: dict):
+        pipeline = Pipeline(config, method, mesh)
+        self.program, self.iterations = pipeline.program(microbatches, iterations), iterations
+        cuts = tuple(pipeline.cut(name) for name in method.roles)
+        if cuts not in built:  # networks are shared by schedules that cut them alike
+            networks = {name: Network(name, role, mesh, pipeline.cut(name)) for name, role in method.roles.items()}
+            waken(networks)
+            built[cuts] = networks, Executor(networks, mesh)
+        self.networks, self.executor = built[cuts]
+
+    def run(self, batches, step: Callable[[str], None]) -> Notes:
+        notes = Notes()
+
+        def update(task: Task) -> None:
+            began = time.perf_counter()
+            step(task.role)
+            notes.add(task, began)
+
+        with notes.during():
+            self.executor.run(self.program, lambda iteration: batches, update)
+        return notes
+
+
+def predicted(program: Program, seconds: Callable[[Task, float], float], message: float) -> Timeline:
+    """The same order with other times. An executor waits for messages only, so the edges that kept phases apart while the order was made are gone."""
+    old = program.graph
+    graph = Graph(replace(old.window, apart=False, message=message))
+    number = [graph.number[task] for task in old.tasks]
+    graph.time = [seconds(task, time) for task, time in zip(graph.tasks, graph.time, strict=True)]
+    return simulate(graph, [[number[task] for task in order] for order in program.order])
+
+
+def gradients(networks: dict[str, Network], run: Callable[[Callable[[str], None]], None]) -> dict[str, dict[str, Tensor]]:
+    """Of each role in an iteration without updates, every stage's."""
+    found: dict[str, dict[str, Tensor]] = {}
+
+    def note(role: str) -> None:
+        shards = networks[role].shards
+        found[role] = {name: p.main_grad.clone() for name, p in zip(shards.names, shards.parameters, strict=True)}
+        shards.zero_grad()
+
+    run(note)
+    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, found)
+    return {role: {name: value for part in everyone for name, value in part[role].items()} for role in found}
+
+
+def difference(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Of the whole gradient, relative to its norm."""
+    assert ours.keys() == reference.keys()
+    norm = sum(float(value.double().square().sum()) for value in reference.values()) ** 0.5
+    return sum(float((ours[name].double() - value.double()).square().sum()) for name, value in reference.items()) ** 0.5 / norm
+
+
+QUIET = 0.05  # share of the machine that other processes may take during a run
+
+
+def busy_seconds() -> float:
+    """That this machine's cores have worked since it started, for anyone."""
+    times = [float(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    return (sum(times) - times[3] - times[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for disks
+
+
+def measure(mesh: Mesh, problem: "Problem", repeats: int, patience: float) -> dict:
+    method, batches = problem.method(mesh), problem.batches(mesh)
+    built: dict = {}
+    variants = {name: Ours(method, mesh, replace(p, **problem.plan), len(batches), window, built) for name, (p, window) in SCHEDULES.items()}
+    line = variants[APART].networks
+    megatron = MegatronSchedule(method.phases, line, mesh, problem.config.model.width)
+    runs = {MEGATRON: lambda step: megatron.run(batches, step)}
+    runs |= {name: lambda step, variant=variant: variant.run(batches, step) for name, variant in variants.items()}
+    networks = {MEGATRON: line} | {name: variant.networks for name, variant in variants.items()}
+
+    once = [name for name in runs if name == MEGATRON or variants[name].iterations == 1]
+    found_gradients = {name: gradients(networks[name], runs[name]) for name in once}
+    differences = {
+        name: {role: difference(found_gradients[name][role], reference) for role, reference in found_gradients[MEGATRON].items()}
+        for name in once
+        if name != MEGATRON
+    }
+    del found_gradients
+    worst = max(value for one in differences.values() for value in one.values())
+    if not worst <= 1e-5:
+        raise RuntimeError(f"gradients differ by {worst:.1e}: the schedules do not compute the same thing, so their times would say nothing")
+
+    def timed(name: str) -> tuple[float, float, Notes | None]:
+        """The share of the machine that other processes took during a run, its seconds, and what it noted."""
+        dist.barrier()
+        began, own, everything = time.perf_counter(), time.process_time(), busy_seconds()
+        notes = runs[name](lambda role: networks[name][role].update(10_000))
+        seconds = time.perf_counter() - began
+        most = torch.tensor((seconds, busy_seconds() - everything), dtype=torch.float64)
+        ours = torch.tensor(time.process_time() - own, dtype=torch.float64)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        dist.all_reduce(ours)
+        seconds = float(most[0])
+        return max(0.0, float(most[1] - ours) / (os.cpu_count() * seconds)), seconds, notes
+
+    left, disturbance = patience, []
+    schedules = {name: {"all": [], "all_predicted": []} for name in runs}
+    for name in once:
+        timed(name)
+    for repeat in range(repeats):
+        for name, given in schedules.items():
+            if name not in once and repeat > 1:  # a window is long enough to be run twice only
+                continue
+            tries = [timed(name)]
+            while tries[-1][0] > QUIET and left > 0:
+                left -= tries[-1][1]
+                tries.append(timed(name))
+            others, seconds, notes = min(tries, key=lambda one: one[0])
+            disturbance.append(others)
+            iterations = variants[name].iterations if notes else 1
+            given["all"].append(seconds / iterations)
+            if notes:
+                cost, given["message"] = notes.costs()
+                foretold = predicted(variants[name].program, lambda task, _, cost=cost: cost[key_of(task)], given["message"])
+                given["all_predicted"].append(foretold.makespan / iterations)
+                given["bubble"], given["cost"] = foretold.bubble, {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
+    for name, given in schedules.items():
+        given["seconds"] = statistics.median(given["all"])
+        if given["all_predicted"]:
+            given["predicted"] = statistics.median(given["all_predicted"])
+            given["error"] = statistics.median(p / s - 1 for p, s in zip(given["all_predicted"], given["all"], strict=True))
+        if name in variants and problem.sleep:
+            asleep = predicted(variants[name].program, lambda task, planned: planned * problem.unit, 0.0)
+            given["asleep"] = asleep.makespan / variants[name].iterations
+    others = {"mean": statistics.mean(disturbance), "most": max(disturbance)}
+    return {"gradient_difference": differences, "others": others, "schedules": schedules}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A run, its samples, and whether its stages sleep.
+
+    Attributes:
+        sleep: seconds of a rank's part of a network; None computes.
+        plan: costs that schedules are made with.
+    """
+
+    config: RunConfig
+    microbatches: int
+    latents: tuple[int, int, int, int]
+    unit: float = 0.0
+    sleep: tuple[float, float, float] | None = None
+
+    @property
+    def plan(self) -> dict[str, float]:
+        return dict(zip(("forward", "input_gradient", "weight_gradient"), self.sleep, strict=True)) if self.sleep else {}
+
+    def method(self, mesh: Mesh) -> Method:
+        method = METHODS["apt"](self.config, mesh)
+        if not self.sleep:
+            return method
+
+        def build(logits: bool):
+            sleep, model = Sleep(*(self.unit * time for time in self.sleep)), self.config.model
+            return lambda cut: Sleeper(cut, mesh, model.depth, self.config.micro_batch, sleep, logits, model.patch_width)
+
+        return replace(method, roles={name: replace(role, build=build(name == "discriminator")) for name, role in method.roles.items()})
+
+    def batches(self, mesh: Mesh) -> list:
+        n, config = self.config.micro_batch, self.config
+        samples = n * self.microbatches
+        return [
+            microbatch(mesh, (self.latents,) * samples, config.model, (8,) * samples, global_batch=samples, rows=range(m * n, (m + 1) * n))
+            for m in range(self.microbatches)
+        ]
+
+
+# --- the tables
+
+
+def report(found: dict) -> None:
+    schedules, apart = found["schedules"], found["schedules"][APART]
+    asleep = "asleep" in apart
+    heading = f"    {'seconds of an iteration':36} {'measured':>9} {'/ Megatron':>11} {'/ 1F1B':>7}"
+    heading += f" {'predicted':>10} {'error':>7} {'/ 1F1B':>7} {'error':>7} {'bubble':>7} {'message':>8}" + (f" {'asleep':>7}" if asleep else "")
+    print(heading)
+    for name, one in schedules.items():
+        to_megatron, ratio = (statistics.median(a / b for a, b in zip(one["all"], other["all"])) for other in (schedules[MEGATRON], apart))  # noqa: B905
+        one |= {"to_megatron": to_megatron, "to_1f1b": ratio}
+        line = f"    {name:36} {one['seconds']:9.3f} {to_megatron:11.3f} {ratio:7.3f}"
+        if "predicted" in one:
+            foretold = statistics.median(a / b for a, b in zip(one["all_predicted"], apart["all_predicted"]))  # noqa: B905
+            one["ratio_error"] = foretold / ratio - 1
+            line += f" {one['predicted']:10.3f} {one['error']:+7.1%} {foretold:7.3f} {foretold / ratio - 1:+7.1%} {one['bubble']:7.3f}"
+            line += f" {1e3 * one['message']:5.2f} ms" + (f" {one['asleep']:7.3f}" if asleep else "")
+        print(line)
+    print(
+        f"    other processes took {found['others']['mean']:.1%} of the machine during these runs, {found['others']['most']:.1%} during one of them"
+    )
+    print("    whole gradients against those of Megatron-Core's schedules, relative difference:")
+    for name, of_role in found["gradient_difference"].items():
+        print(f"        {name:36} " + ", ".join(f"{role} {value:.1e}" for role, value in of_role.items()))
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--width", type=int, default=192)
+    arguments.add_argument("--depth", type=int, default=8)
+    arguments.add_argument("--microbatches", type=int, default=8)
+    arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--unit", type=float, default=0.008, help="seconds that a sleeping stage stands for")
+    arguments.add_argument("--patience", type=float, default=30.0, help="seconds for repeating runs that other processes disturbed, in each table")
+    arguments.add_argument("--part", type=int, choices=(1, 2), help="only the real networks, or only the stand-ins")
+    arguments.add_argument("--json", metavar="FILE")
+    options = arguments.parse_args()
+    found: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, processes of 1 thread, torch {torch.__version__}, gloo"}
+    print(f"{found['machine']}; load average before {os.getloadavg()[0]:.1f}")
+    apt = AptConfig(ar1_lambda=10.0, ar1_sigma=0.1)
+    if options.part != 2:
+        model = model_config(depth=options.depth, width=options.width, heads=8)
+        config = replace(run_config("apt", model, apt), micro_batch=2, global_batch=2 * options.microbatches)
+        problem = Problem(config, options.microbatches, (4, 1, 16, 16))
+        print(f"2 ranks, two networks of {options.depth} blocks, width {options.width}, {options.microbatches} microbatches of 2 x 64 tokens, fp32")
+        found["computed"] = on_ranks(measure, 2, ParallelConfig(pp=2), problem, options.repeats, options.patience)[0]
+        report(found["computed"])
+    if options.part != 1:
+        config = replace(run_config("apt", model_config(depth=8), apt), micro_batch=1, global_batch=options.microbatches)
+        for costs in ((1.0, 1.0, 1.0), (1.0, 1.8, 0.3)):
+            text = "F={}, I={}, W={}".format(*costs)
+            print(
+                f"4 ranks whose stages sleep instead of computing ({os.cpu_count()} cores cannot run 4 at once): {text} x {1e3 * options.unit:g} ms"
+            )
+            problem = Problem(config, options.microbatches, (4, 1, 4, 4), options.unit, costs)
+            found[f"asleep {text}"] = on_ranks(measure, 4, ParallelConfig(pp=4), problem, options.repeats, options.patience)[0]
+            report(found[f"asleep {text}"])
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
