@@ -18,7 +18,7 @@ from megatron_apt.models.stages import State
 from megatron_apt.parallel.deferred import WeightGradients, deferring
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
-from megatron_apt.pipeline.mail import Mail
+from megatron_apt.pipeline.mail import Expected, Mail
 from megatron_apt.pipeline.program import Program
 
 if TYPE_CHECKING:
@@ -63,8 +63,12 @@ class _Chain:
     outputs: dict[int, Tensor] = field(default_factory=dict)  # of segments, for those that read them and for the loss
     gradients: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # of what a stage made
 
+    layouts: dict[int, Layout] = field(default_factory=dict)  # of segments
+
     def layout(self, segment: int) -> Layout:
-        return self.batch.layout_for(self.branch.segments[segment].condition(self.batch))
+        if segment not in self.layouts:
+            self.layouts[segment] = self.batch.layout_for(self.branch.segments[segment].condition(self.batch))
+        return self.layouts[segment]
 
     def add_gradients(self, segment: int, stage: int, values: Mapping[str, Tensor]) -> None:
         present = self.gradients.setdefault((segment, stage), {})
@@ -130,7 +134,7 @@ class _Run:
         self.metrics: list[Metrics] = [{} for _ in range(self._window.iterations)]
         self._chains: dict[tuple, _Chain] = {}
         self._loaded: dict[int, Sequence[Microbatch]] = {}
-        self.mail = Mail(self._mesh, lambda task: [(shape, dtype) for _, shape, dtype, _ in self._specification(task)])
+        self.mail = Mail(self._mesh, self._expected)
         self._repeats = {phase.name: phase.repeats for phase in self._window.phases}
         mine = [action.task for action in program.lists[self._rank] if action.kind in ("F", "I", "W")]
         self._left = Counter(self._key(task) for task in mine)
@@ -217,12 +221,11 @@ class _Run:
         s, stage, network = task.segment, task.stage, self._executor.networks[segment.role]
         store = WeightGradients() if self._defers and segment.grad == "full" else None
         with self._context(segment), deferring(store):
-            condition = segment.condition(chain.batch)
-            layout = chain.batch.layout_for(condition)
+            layout = chain.layout(s)
             if stage == 0:
                 read = {str(r): chain.outputs[r] for r in segment.reads}
                 x, t = segment.feed(chain.batch, chain.outputs)
-                state = network.enter(x, t, condition, layout)
+                state = network.enter(x, t, segment.condition(chain.batch), layout)
             else:
                 read = state = chain.states.pop((s, stage))
             made = network.run_stage(stage, state, layout)
@@ -303,47 +306,46 @@ class _Run:
         else:
             self.mail.write(task, rank, list(values.values()))
 
-    def _specification(self, source: Task) -> list[tuple[object, tuple[int, ...], torch.dtype, bool]]:
-        """Name, shape and dtype of each tensor of a message, and whether a gradient goes back; from what sender and receiver both know."""
+    def _expected(self, source: Task) -> list[Expected]:
+        """The tensors in the message with an action's result."""
         chain = self._chain(source)
         segment, samples = chain.branch.segments[source.segment], chain.batch.x.dtype
         network = self._executor.networks[segment.role]
-        last = self._last_stage(segment.role)
-        if source.kind == "F" and source.stage == last:
-            return [(_OUTPUT, network.output_shape(chain.layout(source.segment)), samples, segment.grad != "none")]
+        if source.kind == "F" and source.stage == self._last_stage(segment.role):
+            return [Expected(_OUTPUT, network.output_shape(chain.layout(source.segment)), samples, segment.grad != "none")]
         if source.kind == "F" or source.stage:
             stage = source.stage if source.kind == "F" else source.stage - 1
-            carried = network.carried(stage, chain.layout(source.segment)).items()
-            specification = [
-                (name, shape, network.dtype, segment.grad == "full" or (through and segment.grad == "input")) for name, (shape, through) in carried
-            ]
-            return specification if source.kind == "F" else [entry for entry in specification if entry[-1]]
+            found = []
+            for name, (shape, through) in network.carried(stage, chain.layout(source.segment)).items():
+                differentiated = segment.grad == "full" or (through and segment.grad == "input")
+                if source.kind == "F" or differentiated:
+                    found.append(Expected(name, shape, network.dtype, differentiated))
+            return found
         found = []
         for r in self._differentiated(chain.branch, segment):
-            producer = chain.branch.segments[r]
-            if self._rank_of(producer.role, self._last_stage(producer.role)) == self._rank:
-                found.append((r, self._executor.networks[producer.role].output_shape(chain.layout(r)), samples, False))
+            producer = chain.branch.segments[r].role
+            if self._rank_of(producer, self._last_stage(producer)) == self._rank:
+                found.append(Expected(r, self._executor.networks[producer].output_shape(chain.layout(r)), samples, False))
         return found
 
     def _take_in(self, source: Task) -> None:
         """Waits for the message with the result of an action of another rank, if it has not been waited for yet."""
-        tensors = self.mail.take(source)
-        if not tensors:
+        message = self.mail.take(source)
+        if not message:
             return
         chain = self._chain(source)
-        names = [(name, differentiated) for name, _, _, differentiated in self._specification(source)]
         if source.kind == "F":
-            values = {name: tensor.requires_grad_(flag) for (name, flag), tensor in zip(names, tensors, strict=True)}
+            values = {one.name: tensor.requires_grad_(one.differentiated) for one, tensor in message}
             if _OUTPUT in values:
                 chain.outputs[source.segment] = values[_OUTPUT]
             else:
                 chain.states[source.segment, source.stage + 1] = values
             return
-        for (name, _), tensor in zip(names, tensors, strict=True):
+        for one, tensor in message:
             if source.stage:
-                chain.add_gradients(source.segment, source.stage - 1, {name: tensor})
+                chain.add_gradients(source.segment, source.stage - 1, {one.name: tensor})
             else:
-                chain.add_gradients(name, self._last_stage(chain.branch.segments[name].role), {_OUTPUT: tensor})
+                chain.add_gradients(one.name, self._last_stage(chain.branch.segments[one.name].role), {_OUTPUT: tensor})
 
 
 def _gradient(leaf: Tensor) -> Tensor:

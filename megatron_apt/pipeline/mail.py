@@ -1,6 +1,7 @@
 """Messages between the ranks of a pipeline: started together where they stand together in the list, waited for where they are used."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,21 +10,28 @@ from torch import Tensor
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
 
-Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+
+class Expected(NamedTuple):
+    """One tensor of a message."""
+
+    name: object  # what the receiver knows it by
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    differentiated: bool  # a gradient goes back
 
 
 class Mail:
     """The messages of one rank.
 
     Args:
-        expected: shape and dtype of each tensor in the message with an action's result. Sender and receiver know them without asking.
+        expected: the tensors in the message with an action's result. Sender and receiver know them without asking.
     """
 
-    def __init__(self, mesh: Mesh, expected: Callable[[Task], Shapes]):
+    def __init__(self, mesh: Mesh, expected: Callable[[Task], list[Expected]]):
         self._mesh, self._expected = mesh, expected
         self._written: dict[tuple[Task, int], list[Tensor]] = {}  # to be sent
         self._sending: list[tuple[list, list[Tensor]]] = []  # tensors stay until they are gone
-        self._coming: dict[Task, tuple[list, list[Tensor]]] = {}
+        self._coming: dict[Task, tuple[list, list[tuple[Expected, Tensor]]]] = {}
 
     def write(self, task: Task, rank: int, tensors: Sequence[Tensor]) -> None:
         """Adds tensors to the message with a task's result for a rank."""
@@ -36,27 +44,28 @@ class Mail:
             peer = dist.get_global_rank(self._mesh.pp.group, action.peer)
             if action.kind == "SEND":
                 tensors, operation = [tensor.detach().contiguous() for tensor in self._written.pop((action.task, action.peer))], dist.isend
+                expected = []
             else:
                 expected, operation = self._expected(action.task), dist.irecv
-                tensors = [torch.empty(shape, dtype=dtype, device=self._mesh.device) for shape, dtype in expected]
-            of_action.append((action, tensors, len(operations)))
+                tensors = [torch.empty(one.shape, dtype=one.dtype, device=self._mesh.device) for one in expected]
+            of_action.append((action, tensors, expected, len(operations)))
             operations += [dist.P2POp(operation, tensor, peer, self._mesh.pp.group) for tensor in tensors]
         works = dist.batch_isend_irecv(operations)
-        for action, tensors, first in of_action:
+        for action, tensors, expected, first in of_action:
             # NCCL returns one work for the whole batch, gloo one for each tensor.
             own = works[first : first + len(tensors)] if len(works) == len(operations) else works
             if action.kind == "SEND":
                 self._sending.append((own, tensors))
             else:
-                self._coming[action.task] = own, tensors
+                self._coming[action.task] = own, list(zip(expected, tensors, strict=True))
         self._sending = [(own, tensors) for own, tensors in self._sending if not all(work.is_completed() for work in own)]
 
-    def take(self, task: Task) -> list[Tensor]:
-        """Waits for the message with a task's result; empty if it has been taken already or needs none."""
-        works, tensors = self._coming.pop(task, ((), []))
+    def take(self, task: Task) -> list[tuple[Expected, Tensor]]:
+        """Waits for the message with a task's result; empty if it has been taken already or none was needed."""
+        works, found = self._coming.pop(task, ((), []))
         for work in works:
             work.wait()
-        return tensors
+        return found
 
     def finish(self) -> None:
         """Waits for the last sends."""

@@ -51,6 +51,7 @@ from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
 from megatron_apt.pipeline.execute import Executor, _Run
 from megatron_apt.pipeline.graph import Graph
+from megatron_apt.pipeline.mail import Mail
 from megatron_apt.pipeline.prepare import Pipeline
 from megatron_apt.pipeline.program import Program
 from megatron_apt.pipeline.simulate import Timeline, simulate
@@ -192,31 +193,31 @@ class Notes:
     @contextlib.contextmanager
     def during(self) -> Iterator[None]:
         """The run; its steps are added by whoever takes them."""
-        compute, post = _Run.compute, _Run.post
+        compute, post = _Run.compute, Mail.post
 
         def timed_compute(run: _Run, action: Action, at: int) -> None:
             for number in run._graph.sources[run._graph.number[action.task]]:
                 source, began = run._graph.tasks[number], time.perf_counter()
-                if source in run._incoming:
+                if source in run.mail._coming:
                     run._take_in(source)
                     self.arrived[source] = began, time.perf_counter()
             began = time.perf_counter()
             compute(run, action, at)
             self.add(action.task, began)
 
-        def timed_post(run: _Run, actions: Sequence[Action]) -> None:
+        def timed_post(mail: Mail, actions: Sequence[Action]) -> None:
             began = time.perf_counter()
-            post(run, actions)
+            post(mail, actions)
             if self.ended:
                 last = next(reversed(self.ended))
                 self.ended[last] = time.perf_counter()
                 self.spent[key_of(last)][-1] += self.ended[last] - began
 
-        _Run.compute, _Run.post = timed_compute, timed_post
+        _Run.compute, Mail.post = timed_compute, timed_post
         try:
             yield
         finally:
-            _Run.compute, _Run.post = compute, post
+            _Run.compute, Mail.post = compute, post
 
 
 class Ours:
