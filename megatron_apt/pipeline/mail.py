@@ -1,5 +1,6 @@
 """Messages between the ranks of a pipeline: started together where they stand together in the list, waited for where they are used."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
+
+_UNDER_WAY = 8  # messages that a rank keeps until they are received
 
 
 class Expected(NamedTuple):
@@ -30,7 +33,7 @@ class Mail:
     def __init__(self, mesh: Mesh, expected: Callable[[Task], list[Expected]]):
         self._mesh, self._expected = mesh, expected
         self._written: dict[tuple[Task, int], list[Tensor]] = {}  # to be sent
-        self._sending: list[tuple[list, list[Tensor]]] = []  # tensors stay until they are gone
+        self._sending: deque[tuple[list, list[Tensor]]] = deque()  # tensors stay until they are gone
         self._coming: dict[Task, tuple[list, list[tuple[Expected, Tensor]]]] = {}
 
     def write(self, task: Task, rank: int, tensors: Sequence[Tensor]) -> None:
@@ -58,7 +61,9 @@ class Mail:
                 self._sending.append((own, tensors))
             else:
                 self._coming[action.task] = own, list(zip(expected, tensors, strict=True))
-        self._sending = [(own, tensors) for own, tensors in self._sending if not all(work.is_completed() for work in own)]
+        # Gloo does not say whether a send is complete, so the oldest is waited for. That cannot lock ranks: the schedule runs even if all sends wait.
+        while len(self._sending) > _UNDER_WAY:
+            self._wait_for_oldest()
 
     def take(self, task: Task) -> list[tuple[Expected, Tensor]]:
         """Waits for the message with a task's result; empty if it has been taken already or none was needed."""
@@ -69,7 +74,10 @@ class Mail:
 
     def finish(self) -> None:
         """Waits for the last sends."""
-        for works, _ in self._sending:
-            for work in works:
-                work.wait()
-        self._sending = []
+        while self._sending:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        works, _ = self._sending.popleft()
+        for work in works:
+            work.wait()
