@@ -131,7 +131,7 @@ def stopped(mesh, run, where):
 
     def spoiled_run(self, count):
         weights = dict(self.networks["discriminator"].module.named_parameters())
-        name = "backbone.blocks.3.visual.linear_fc1.weight"
+        name = "backbone.blocks.3.visual.linear_fc1.bias"
         if name in weights:
             weights[name].register_hook(lambda grad: grad * float("nan"))
         return trainer_step(self, count)
@@ -154,7 +154,7 @@ def stopped(mesh, run, where):
         ("loss", r"BadLoss: loss of phase ., branch \w+, microbatch 0 on rank 1 is .*; its samples: "),
         (
             "gradient",
-            r"BadGradient: the gradient of discriminator\.backbone\.blocks\.3\.visual\.linear_fc1\.weight .*is not finite in phase d on rank 1",
+            r"BadGradient: the gradient of discriminator\.backbone\.blocks\.3\.visual\.linear_fc1\.bias .*is not finite in phase d on rank 1",
         ),
     ],
 )

@@ -1,7 +1,8 @@
 """Weight gradients put off: a backward pass computes what the stage before waits for, the rest when the schedule says so (zero-bubble pipelines).
 
-While a backward runs inside `deferring`, linear layers only park their input and output gradient; `WeightGradients.run` does the products later. The
-gradients enter autograd at the weight itself, so whatever listens there (gradient buffers, overlapped reductions) sees no difference.
+While a backward runs inside `deferring`, linear layers only park their input and output gradient; `WeightGradients.run` does the products later,
+straight into the gradient buffer where that has their dtype. Otherwise a gradient enters autograd at its parameter, as in any backward pass. A
+reduction overlapped by autograd hooks would miss the former: a pipeline starts its reductions itself (the REDUCE action).
 """
 
 import contextlib
@@ -67,7 +68,11 @@ class _Linear(torch.autograd.Function):
         def weight_gradient() -> None:
             rows = (_gathered(x, group) if gather else x).flatten(0, -2)
             columns = dy.flatten(0, -2)
-            _deliver(weight, columns.t() @ rows)
+            buffer = getattr(weight, "main_grad", None)
+            if buffer is not None and buffer.dtype == rows.dtype:
+                buffer.addmm_(columns.t(), rows)  # one pass over the weight's gradient instead of three
+            else:
+                _deliver(weight, columns.t() @ rows)
             if bias is not None and bias.requires_grad:
                 _deliver(bias, columns.sum(0))
 
