@@ -53,8 +53,16 @@ class _Delayed:
     def forward(self, x):
         store = deferred.current()
         if store is not None and self.weight.requires_grad and self.config.delay_wgrad_compute:
-            store.later(self.backward_dw)
+            store.later(self._weight_gradient)
         return super().forward(x)
+
+    @torch.no_grad()
+    def _weight_gradient(self) -> None:
+        self.backward_dw()
+        for parameter in (self.weight, self.bias):
+            if parameter.grad is not None:  # this late, no hook of Megatron-Core's buffers has seen it
+                parameter.main_grad.add_(parameter.grad)
+                parameter.grad = None
 
 
 def _delayed(linear: type) -> type:
