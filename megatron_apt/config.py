@@ -52,15 +52,15 @@ class PipelineConfig:
     chunks: Literal[0, 1, 2] = 0
     """Stages of each network on a rank; 2: there and back, a V; 0: a V where the networks are deep enough."""
     cap: float = 0.0
-    """Most live activations on a rank, in microbatches of its part of one network; 0: as many as 1F1B phase by phase needs,
-    which for APT is twice the ranks."""
+    """Most live activations on a rank, in microbatches of its part of one network; 0: twice the ranks, which 1F1B phase by phase
+    needs for APT, and more where a method stacks more than two versions of a sample. gpipe takes what it needs."""
     forward: float = 1.0
     """Time of a rank's part of the deepest network, in any unit, for the schedule to be planned with; likewise the next three."""
     input_gradient: float = 1.0
     weight_gradient: float = 1.0
     message: float = 0.0
     evaluations: int = 0
-    """Schedules tried in the search at start-up; 0 takes the best known one for such pipelines."""
+    """Schedules tried in the search at start-up; 0 only improves what long searches found for APT, and for other methods plain order."""
 
     def __post_init__(self):
         _check(self.window >= 1, "pipeline.window", self.window, "must be at least 1")
@@ -105,7 +105,8 @@ class OptimizerConfig:
     ema: float = 0.995
     """Decay of the fp32 moving average of the generator; 0 turns it off."""
     overlap: bool = True
-    """Reduce-scatters each bucket of gradients while the last microbatch's backward still runs."""
+    """Reduce-scatters each bucket of gradients while the last microbatch's backward still runs; in a pipeline all of a network's buckets once its
+    last weight gradient on the rank is there, while other actions run."""
     bucket_size: int | None = None
     """Weights of one bucket; None: 40 million, or a million for each data-parallel rank if that is more."""
 

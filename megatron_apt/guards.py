@@ -10,7 +10,7 @@ from megatron_apt.config import GuardConfig
 from megatron_apt.methods.base import Method, Phase, Values
 from megatron_apt.networks import BadGradient, Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.execute import Batches, Executor
+from megatron_apt.pipeline.execute import Executor, Load
 from megatron_apt.pipeline.prepare import one_rank, without_update
 
 
@@ -65,11 +65,11 @@ class Signals:
         self.received = number
 
 
-def explain(network: Network, executor: Executor, phase: Phase, batches: Batches, mesh: Mesh) -> Exception:
+def explain(network: Network, executor: Executor, phase: Phase, batches: Load, mesh: Mesh) -> Exception:
     """The error to raise for a gradient of this phase that is not finite: the same on every rank, all of which call it."""
-    bad = _first(executor.bad_loss, mesh)
-    if bad:
-        return BadLoss(bad)
+    losses = [found for found in _gathered(executor.bad_loss, mesh) if found]
+    if losses:
+        return BadLoss(min(losses)[1])  # of the earliest iteration
     here = f"phase {phase.name} on rank {mesh.world.rank}"
     if mesh.pp.size > 1:  # other stages have stepped since, so it cannot be computed again
         found = _first(f"the gradient of {_named(network, network.bad)} is not finite in {here}" if network.bad else "", mesh)
@@ -84,22 +84,28 @@ def _named(network: Network, parameters: Sequence[str]) -> str:
 
 def _first(message: str, mesh: Mesh) -> str:
     """The message of the first rank that has one."""
-    everyone = [""] * mesh.world.size
-    dist.all_gather_object(everyone, message)
-    return next(filter(None, everyone), "")
+    return next(filter(None, _gathered(message, mesh)), "")
 
 
-def _locate(network: Network, executor: Executor, phase: Phase, batches: Batches, mesh: Mesh) -> str:
+def _gathered(value, mesh: Mesh) -> list:
+    """Every rank's value."""
+    everyone = [None] * mesh.world.size
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _locate(network: Network, executor: Executor, phase: Phase, batches: Load, mesh: Mesh) -> str:
     """Where the gradient came from.
 
     The reduced gradient no longer says, so the phase is run again one microbatch at a time, without reduction and from the same weights: every
     draw is keyed, so it computes the same.
     """
     found, program = "", without_update(one_rank((phase,), 1))
-    for m, batch in enumerate(batches(0)):
+    loaded = {iteration: batches(iteration) for iteration in ((0, -1) if phase.repeats else (0,))}
+    for m, batch in enumerate((phase.repeats and loaded[-1]) or loaded[0]):
         network.shards.zero_grad()
         with network.accumulating(last=False):
-            executor.run(program, lambda iteration, m=m: batches(iteration)[m : m + 1], lambda task: None)
+            executor.run(program, lambda iteration, m=m: loaded[iteration][m : m + 1], lambda task: None)
         # Every microbatch runs on every rank, because others may wait in its collectives; the first find counts.
         if not found and (names := network.shards.bad_gradients()):
             found = (

@@ -144,7 +144,7 @@ class Pieces:
                 for role, square in own.items():
                     squares[role] += square
             norms = {f"{role}/grad_norm": math.sqrt(square) for role, square in squares.items()}
-            rows.append(row | norms | {f"{role}/lr": lr for role, lr in rates.items()})
+            rows.append({**row, **norms, **{f"{role}/lr": lr for role, lr in rates.items()}})
         return rows
 
 
@@ -152,7 +152,8 @@ def _summed(contributions: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]
     """Adds up the contributions of every rank of this stage with one call."""
     if not contributions:
         return {}
-    values = torch.stack([value.detach().double() for value in contributions.values()])
+    names = sorted(contributions)  # data-parallel ranks of a pipeline may run their branches in different orders
+    values = torch.stack([contributions[name].detach().double() for name in names])
     if mesh.dp_cp.size > 1:
         dist.all_reduce(values, group=mesh.dp_cp.group)
-    return dict(zip(contributions, values.tolist(), strict=True))
+    return dict(zip(names, values.tolist(), strict=True))

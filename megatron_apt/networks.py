@@ -70,7 +70,7 @@ class Network:
             self.shards.reduce_gradients()
             square = self.shards.grad_square()
             if square != square:
-                self.bad = self.bad or self.shards.bad_gradients() or ["a sum over ranks"]
+                self.bad = self.bad or self.shards.bad_gradients()
                 return square, lr
             self.optimizer.step(lr)
             self.shards.publish()

@@ -78,7 +78,7 @@ def role_memory(name: str, numbers: Mapping[torch.dtype, int], frozen: int, shar
 
 
 def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[RoleMemory]:
-    """Memory of each role on the one of `ranks` ranks that holds most of it; `optimizer` counts another one's states.
+    """Memory of each role on the one of `ranks` ranks that holds most; `optimizer` counts another one's states.
 
     Raises:
         ValueError: ranks that the recipe's tp x cp x pp does not divide.
@@ -91,10 +91,8 @@ def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[
     method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
     stages = [replace(mesh, pp=Axis(parallel.pp, rank, None)) for rank in range(parallel.pp)]
     pipelines = [Pipeline(config.pipeline, method, stage) for stage in stages]
-    return [
-        max((_held(name, role, pipeline.cut(name), config, mesh, ranks, optimizer) for pipeline in pipelines), key=lambda found: found.total)
-        for name, role in method.roles.items()
-    ]
+    held = ([_held(name, role, pipeline.cut(name), config, mesh, ranks, optimizer) for name, role in method.roles.items()] for pipeline in pipelines)
+    return max(held, key=lambda roles: sum(role.total for role in roles))
 
 
 def _held(name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks: int, optimizer: str | None) -> RoleMemory:

@@ -97,7 +97,7 @@ class Trainer:
             loaded = self.batches.iteration(first + iteration) if first + iteration >= 0 else []
             if iteration >= 0 and self.method.check_every and (first + iteration) % self.method.check_every == 0:
                 for batch in loaded:
-                    pieces.add(iteration, self.method.check(self.executor.networks, batch))
+                    pieces.add(iteration, self.method.check(self.executor.modules, batch))
             return loaded
 
         def step(task: Task) -> None:

@@ -204,8 +204,11 @@ def differing(mesh, run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pipeline": PipelineConfig(chunks=2)}, "a network of 3 blocks does not split into 4 pipeline stages"),
-        ({"pipeline": PipelineConfig(cap=1.0)}, "never find room in 1 activations"),
+        (
+            {"pipeline": PipelineConfig(chunks=2)},
+            "the generator has 3 blocks, which do not make 4 pipeline stages (parallel.pp=2, 2 on each); use a smaller parallel.pp or",
+        ),
+        ({"pipeline": PipelineConfig(cap=1.0)}, "pipeline.cap=1: "),
     ],
 )
 def test_what_does_not_fit_is_said(ranks, datasets, tmp_path, change, message):

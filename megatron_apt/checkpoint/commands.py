@@ -11,7 +11,7 @@ import tyro
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.save import Checkpoints
-from megatron_apt.config import ParallelConfig, RetentionConfig, RunConfig, check_fits
+from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def reshard(command: Reshard) -> None:
         store.verify(folder, mesh)
         state = store.read_state(folder)
         config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
+        config = replace(config, pipeline=PipelineConfig(chunks=1), apt=replace(config.apt, exact_r1_every=0))  # nothing is trained here
         check_fits(config)
         tensors = {}
         method = METHODS[config.method](config, mesh)

@@ -5,7 +5,7 @@ import os
 import warnings
 
 from megatron_apt.checkpoint.store import CheckpointError
-from megatron_apt.config import RunConfig
+from megatron_apt.config import RunConfig, to_dict
 
 # Fields, or fields of fields, that may change between an interrupted run and its continuation.
 _FREE = {
@@ -21,6 +21,7 @@ def check_same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
     Raises:
         CheckpointError: naming the first field that may not change and has.
     """
+    stored = _filled(stored, _plain(to_dict(RunConfig())))  # a field that is missing is younger than the checkpoint
     for name in itertools.chain(stored, wanted):
         if name not in _FREE and _comparable(name, stored.get(name)) != _comparable(name, wanted.get(name)):
             raise CheckpointError(
@@ -29,6 +30,14 @@ def check_same_run(stored: dict, wanted: dict, folder: os.PathLike) -> None:
             )
     if stored["iterations"] != wanted["iterations"] and wanted["optimizer"]["decay"] == "cosine":
         warnings.warn(f"{folder}: {wanted['iterations']} iterations instead of {stored['iterations']} change the cosine decay", stacklevel=2)
+
+
+def _filled(stored: dict, defaults: dict) -> dict:
+    filled = {}
+    for name, default in defaults.items():
+        value = stored.get(name, default)
+        filled[name] = {**default, **value} if isinstance(default, dict) else value
+    return stored | filled
 
 
 def _comparable(name: str, value):

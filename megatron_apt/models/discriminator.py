@@ -17,7 +17,7 @@ from megatron_apt.models.layout import Layout
 from megatron_apt.models.mmdit import Condition, MMDiT, RMSNorm
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
-from megatron_apt.models.stages import WHOLE, Cut, State
+from megatron_apt.models.stages import WHOLE, Cut, State, run_all
 from megatron_apt.parallel.collectives import max_over, sum_over
 from megatron_apt.parallel.mesh import Mesh
 
@@ -105,10 +105,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
         """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank. Arguments as in MMDiT.forward."""
-        state = self.enter(x, t, condition, layout)
-        for stage in range(self.cut.stages):
-            state = self.run_stage(stage, state, layout)
-        return state
+        return run_all(self, x, t, condition, layout)
 
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
         return self.backbone.enter(x, t, condition, layout)

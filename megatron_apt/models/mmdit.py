@@ -23,7 +23,7 @@ from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rota
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
-from megatron_apt.models.stages import WHOLE, Cut, State
+from megatron_apt.models.stages import WHOLE, Cut, State, run_all
 from megatron_apt.parallel.context import joint_attention
 from megatron_apt.parallel.mesh import Mesh
 
@@ -198,10 +198,7 @@ class MMDiT(nn.Module):
         Returns:
             (T_visual, C * patch), in x's dtype.
         """
-        state = self.enter(x, t, condition, layout)
-        for stage in range(self.cut.stages):
-            state = self.run_stage(stage, state, layout)
-        return state.to(x.dtype)
+        return run_all(self, x, t, condition, layout).to(x.dtype)
 
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
         """Embeddings: hidden states of both streams, the condition vector c (n, D) and, with modulation "single", the shared (n, 6 D) vectors."""

@@ -48,21 +48,18 @@ class LocalRowParallelLinear(_FusedBias, RowParallelLinear):
 
 
 class _Delayed:
-    """Transformer Engine's linear with its own delayed weight gradient, which the pass's store calls. Never run: there was no GPU to run it on."""
+    """Transformer Engine's linear with its own delayed weight gradient, which the pass's store calls. Never run: there was no GPU to run it on.
+
+    Its queue gives out products first in, first out, so the W of one microbatch may do another's. Both go into the same STEP, which waits for all.
+    """
 
     def forward(self, x):
         store = deferred.current()
         if store is not None and self.weight.requires_grad and self.config.delay_wgrad_compute:
-            store.later(self._weight_gradient)
+            output, bias = super().forward(x)
+            output.register_hook(lambda _: store.later(self.backward_dw))  # a layer whose output gets no gradient has nothing to do later
+            return output, bias
         return super().forward(x)
-
-    @torch.no_grad()
-    def _weight_gradient(self) -> None:
-        self.backward_dw()
-        for parameter in (self.weight, self.bias):
-            if parameter.grad is not None:  # this late, no hook of Megatron-Core's buffers has seen it
-                parameter.main_grad.add_(parameter.grad)
-                parameter.grad = None
 
 
 def _delayed(linear: type) -> type:

@@ -24,16 +24,7 @@ class Cut:
     mine: tuple[int, ...] = (0,)
 
     def blocks(self, depth: int, stage: int) -> range:
-        """Blocks (from 0) of a stage of a network `depth` blocks deep.
-
-        Raises:
-            ValueError: a stage would have none.
-        """
-        if depth < self.stages:
-            raise ValueError(
-                f"a network of {depth} blocks does not split into {self.stages} pipeline stages; use fewer ranks (parallel.pp), "
-                "or one stage of it on each (pipeline.chunks 1)"
-            )
+        """Blocks (from 0) of a stage of a network `depth` blocks deep."""
         return range(*chunk(depth, self.stages, stage))
 
     def holds(self, depth: int, block: int) -> bool:
@@ -67,3 +58,11 @@ class Staged(Protocol):
         """Shape of each tensor that leaves a stage other than the last, and whether it depends on the network's input (not on weights alone)."""
 
     def output_shape(self, layout: Layout) -> tuple[int, ...]: ...
+
+
+def run_all(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout) -> Tensor:
+    """The output of a network that this rank holds whole."""
+    state = network.enter(x, t, condition, layout)
+    for stage in range(network.cut.stages):
+        state = network.run_stage(stage, state, layout)
+    return state

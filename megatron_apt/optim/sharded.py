@@ -288,6 +288,8 @@ def _distributed(module: nn.Module, mesh: Mesh, config: OptimizerConfig, reduce_
             grad_reduce_in_fp32=reduce_in_fp32,
             overlap_grad_reduce=config.overlap and mesh.dp_cp.size > 1,
             use_distributed_optimizer=True,
+            # Transformer Engine's delayed gradients (models/spec.py) come in backward_dw, where the buffer's hook must then be.
+            delay_wgrad_compute=mesh.pp.size > 1 and mesh.device.type == "cuda",
             bucket_size=config.bucket_size,
         ),
         module,

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from megatron_apt.pipeline.graph import Graph, Task
+from megatron_apt.pipeline.actions import Task
+from megatron_apt.pipeline.graph import Graph
 from megatron_apt.pipeline.simulate import Order, Timeline, lower_bound, peak, simulate
 
 

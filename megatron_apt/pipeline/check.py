@@ -2,6 +2,9 @@
 
 The graph holds what plain alternation demands, so a schedule that keeps every edge of it computes the same gradients; what is left to prove is that
 the lists hold each action once, on its rank, can be run without a deadlock, and stay within memory.
+
+Not proved: that data-parallel ranks, whose programs may differ, reduce in one order. They do where each phase's gradients need the step of the phase
+before it, as in every method here.
 """
 
 from collections import Counter

@@ -57,6 +57,11 @@ class ScheduleConfig:
         for field in ("ranks", "microbatches", "iterations"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        for field in ("cap", "message"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
+        if self.discriminator <= 0:
+            raise ValueError(f"discriminator={self.discriminator} must be above 0: its cost as a multiple of the generator's")
 
 
 def parse_cost(text: str) -> Cost:
@@ -68,7 +73,7 @@ def parse_cost(text: str) -> Cost:
     try:
         values = {key.strip(): float(value) for key, value in (part.split("=") for part in text.split(","))}
         cost = Cost(**values)
-        if min(cost.F, cost.I, cost.W) <= 0:
+        if not set(values) <= {"F", "I", "W"} or min(values.values()) <= 0:
             raise ValueError
     except (ValueError, TypeError):
         raise ValueError(f"cost {text!r}: give times above 0 as F=1,I=1.8,W=0.3") from None

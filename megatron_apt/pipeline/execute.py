@@ -1,4 +1,4 @@
-"""Runs a program: the only code that calls the networks of a method during training."""
+"""Runs a program: the only code that calls the networks of a method during training, besides a method's own check."""
 
 import contextlib
 from collections import Counter
@@ -24,7 +24,7 @@ from megatron_apt.pipeline.program import Program
 if TYPE_CHECKING:
     from megatron_apt.networks import Network
 
-Batches = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window; of -1, the one before it, none if there was none
+Load = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window; of -1, the one before it, none if there was none
 _OUTPUT = "output"  # name of a segment's output beside the names of a state
 
 
@@ -85,10 +85,10 @@ class Executor:
 
     def __init__(self, networks: "dict[str, Network]", mesh: Mesh):
         self._networks, self.mesh = networks, mesh
-        self.networks: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
-        self.bad_loss = ""  # where the first loss of this rank that was not finite arose
+        self.modules: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
+        self.bad_loss: tuple[int, str] | None = None  # iteration of the first loss of this rank that was not finite, and where it arose
 
-    def run(self, program: Program, batches: Batches, step: Callable[[Task], None]) -> list[Metrics]:
+    def run(self, program: Program, batches: Load, step: Callable[[Task], None]) -> list[Metrics]:
         """Runs this rank's list; returns for each iteration the sum of its metric contributions on this rank.
 
         A loss that is not finite is noted in `bad_loss` and its gradient made so too: the update then stops every rank, not this one alone.
@@ -124,7 +124,7 @@ class Executor:
 class _Run:
     """One run of one program on one rank."""
 
-    def __init__(self, executor: Executor, program: Program, batches: Batches):
+    def __init__(self, executor: Executor, program: Program, batches: Load):
         self._executor, self._networks, self._program, self._batches = executor, executor._networks, program, batches
         self._mesh, self._rank = executor.mesh, executor.mesh.pp.rank
         self._window, self._graph = program.graph.window, program.graph
@@ -153,8 +153,11 @@ class _Run:
 
     @cached_property
     def _has_past(self) -> bool:
-        """Whether the run had an iteration before this window."""
-        return bool(self._batches(-1))
+        """Whether the run had an iteration before this window; its microbatches are kept for the tasks that take them again."""
+        before = self._batches(-1)
+        if before:
+            self._loaded[-1] = before
+        return bool(before)
 
     @cached_property
     def _closing(self) -> set[int]:
@@ -215,10 +218,10 @@ class _Run:
     def _context(self, segment: Segment):
         if segment.grad == "none":
             return torch.no_grad()
-        return frozen(self._executor.networks[segment.role]) if segment.grad == "input" else contextlib.nullcontext()
+        return frozen(self._executor.modules[segment.role]) if segment.grad == "input" else contextlib.nullcontext()
 
     def _forward(self, task: Task, segment: Segment, chain: _Chain) -> None:
-        s, stage, network = task.segment, task.stage, self._executor.networks[segment.role]
+        s, stage, network = task.segment, task.stage, self._executor.modules[segment.role]
         store = WeightGradients() if self._defers and segment.grad == "full" else None
         with self._context(segment), deferring(store):
             layout = chain.layout(s)
@@ -246,10 +249,10 @@ class _Run:
     def _loss(self, task: Task, chain: _Chain) -> None:
         output = chain.outputs[task.segment]
         loss, metrics = chain.branch.loss(chain.batch, {r: value.detach() for r, value in chain.outputs.items()} | {task.segment: output})
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss):  # the host waits for one number; a bad loss found only at the update could not be named
             where = f"phase {task.phase}, branch {task.branch}, microbatch {task.microbatch} on rank {self._mesh.world.rank}"
-            bad = f"loss of {where} is {loss.item()}; its samples: {chain.batch.named_samples()}"
-            self._executor.bad_loss = self._executor.bad_loss or bad
+            bad = f"loss of {where} is {loss.item()} in iteration {task.iteration} of the window; its samples: {chain.batch.named_samples()}"
+            self._executor.bad_loss = self._executor.bad_loss or (task.iteration, bad)
             loss = loss * float("nan")
         if loss.requires_grad:
             loss.backward()
@@ -310,7 +313,7 @@ class _Run:
         """The tensors in the message with an action's result."""
         chain = self._chain(source)
         segment, samples = chain.branch.segments[source.segment], chain.batch.x.dtype
-        network = self._executor.networks[segment.role]
+        network = self._executor.modules[segment.role]
         if source.kind == "F" and source.stage == self._last_stage(segment.role):
             return [Expected(_OUTPUT, network.output_shape(chain.layout(source.segment)), samples, segment.grad != "none")]
         if source.kind == "F" or source.stage:
@@ -325,7 +328,7 @@ class _Run:
         for r in self._differentiated(chain.branch, segment):
             producer = chain.branch.segments[r].role
             if self._rank_of(producer, self._last_stage(producer)) == self._rank:
-                found.append(Expected(r, self._executor.networks[producer].output_shape(chain.layout(r)), samples, False))
+                found.append(Expected(r, self._executor.modules[producer].output_shape(chain.layout(r)), samples, False))
         return found
 
     def _take_in(self, source: Task) -> None:

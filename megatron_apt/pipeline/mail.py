@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
 
-_UNDER_WAY = 8  # messages that a rank keeps until they are received
+_UNDER_WAY = 8  # messages that a rank keeps until they are received: small beside activations, enough that it rarely waits
 
 
 class Expected(NamedTuple):
@@ -41,7 +41,10 @@ class Mail:
         self._written.setdefault((task, rank), []).extend(tensors)
 
     def post(self, actions: Sequence[Action]) -> None:
-        """Starts neighbouring sends and receives together, and lets go of what has been sent."""
+        """Starts neighbouring sends and receives together, and lets go of what has been sent.
+
+        With NCCL a `take` then waits for all of them. Ranks cannot lock by that: the checker has each one wait for its counterpart alone and in turn.
+        """
         operations, of_action = [], []
         for action in actions:
             peer = dist.get_global_rank(self._mesh.pp.group, action.peer)

@@ -29,7 +29,14 @@ class Pipeline:
         self.config, self.method, self.mesh = config, method, mesh
         ranks, depths = mesh.pp.size, {name: role.depth for name, role in method.roles.items()}
         # A V wants two stages of every network on each rank; the apart schedules are a line by nature.
-        chunks = config.chunks or (2 if ranks > 1 and config.schedule == "interleaved" and min(depths.values()) >= 2 * ranks else 1)
+        chunks = config.chunks or (2 if config.schedule == "interleaved" and min(depths.values()) >= 2 * ranks else 1)
+        chunks = chunks if ranks > 1 else 1
+        for name, depth in depths.items():
+            if depth < chunks * ranks:
+                remedy = "use a smaller parallel.pp" + (" or pipeline.chunks 1" if chunks > 1 else "")
+                raise ValueError(
+                    f"the {name} has {depth} blocks, which do not make {chunks * ranks} pipeline stages (parallel.pp={ranks}, {chunks} on each); {remedy}"
+                )
         self.placement = dict.fromkeys(depths, placement(ranks, chunks))
         unit = Cost(config.forward, config.input_gradient, config.weight_gradient)  # of the deepest network's share of a rank
         share = max(depths.values()) / ranks
@@ -55,12 +62,12 @@ class Pipeline:
             return one_rank(phases, microbatches, iterations)
         cap = self.config.cap or memory_of_1f1b(phases, ranks)
         window = Window(phases, self.placement, microbatches, iterations, self._costs, self.config.message)
-        if self.config.schedule == "interleaved":
-            built = self._interleaved(window, cap)
-        elif self.config.schedule == "gpipe":
-            built, cap = gpipe(Graph(replace(window, split=False, apart=True))), math.inf
-        else:
-            built = phases_apart(Graph(replace(window, split=self.config.schedule == "zero_bubble", apart=True)), cap)
+        try:
+            built = self._built(window, cap)
+        except NoRoom as error:
+            raise NoRoom(f"pipeline.cap={cap:g}: {error}; allow more, or 0 for the default") from None
+        if self.config.schedule == "gpipe":
+            cap = math.inf
         program = lower(built.graph, built.order, built.timeline)
         check_program(program, cap)
         digests: list[int] = [0] * ranks
@@ -69,17 +76,24 @@ class Pipeline:
             raise ValueError(f"pipeline ranks made different schedules (digests {digests}); start all of them with one configuration and one version")
         return program
 
+    def _built(self, window: Window, cap: float) -> Built:
+        if self.config.schedule == "interleaved":
+            return self._interleaved(window, cap)
+        if self.config.schedule == "gpipe":
+            return gpipe(Graph(replace(window, split=False, apart=True)))
+        return phases_apart(Graph(replace(window, split=self.config.schedule == "zero_bubble", apart=True)), cap)
+
     def _interleaved(self, window: Window, cap: float) -> Built:
         """Where forwards can be run once for two iterations, as many of them as pays: each holds its activations across the step between them."""
         best = search(Graph(window), start(window.phases), cap, self.config.evaluations)
-        if any(segment.ahead for phase in window.phases for branch in phase.branches for segment in branch.segments):
-            for share in (0.125, 0.25, 0.5, 1.0):
-                graph = Graph(replace(window, shared=min(window.microbatches, int(share * cap))))
-                try:
-                    found = search(graph, start(window.phases), cap, self.config.evaluations)
-                except NoRoom:
-                    break
-                best = min(best, found, key=lambda built: built.timeline.makespan)
+        ahead = any(segment.ahead for phase in window.phases for branch in phase.branches for segment in branch.segments)
+        counts = {min(window.microbatches, int(share * cap)) for share in (0.125, 0.25, 0.5, 1.0)} if ahead and window.iterations > 1 else set()
+        for count in sorted(counts - {0}):
+            try:
+                found = search(Graph(replace(window, shared=count)), start(window.phases), cap, self.config.evaluations)
+            except NoRoom:
+                break
+            best = min(best, found, key=lambda built: built.timeline.makespan)
         return best
 
 

@@ -66,12 +66,14 @@ def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message:
     words = head.split()
     try:
         sizes = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        if set(sizes) != {"microbatches", "iterations", "shared", "split"}:
+            raise ValueError
         split = bool(sizes.pop("split"))
-    except (ValueError, KeyError):
+    except ValueError:
         raise ValueError(f"{head!r} does not begin an action list; one begins `microbatches 16 iterations 4 shared 0 split 1`") from None
     lists: list[list[Action]] = []
     for line in filter(str.strip, lines):
-        if line.startswith("rank"):
+        if line.strip() == f"rank {len(lists)}":
             lists.append([])
         elif not lists:
             raise ValueError(f"{line!r} stands before the first `rank 0`")
