@@ -32,10 +32,11 @@ class Pipeline:
         chunks = config.chunks or (2 if config.schedule == "interleaved" and min(depths.values()) >= 2 * ranks else 1)
         chunks = chunks if ranks > 1 else 1
         for name, depth in depths.items():
-            if depth < chunks * ranks:
+            stages = chunks * ranks
+            if depth < stages:
                 remedy = "use a smaller parallel.pp" + (" or pipeline.chunks 1" if chunks > 1 else "")
                 raise ValueError(
-                    f"the {name} has {depth} blocks, which do not make {chunks * ranks} pipeline stages (parallel.pp={ranks}, {chunks} on each); {remedy}"
+                    f"the {name} has {depth} blocks, which do not make {stages} pipeline stages (parallel.pp={ranks}, {chunks} on each); {remedy}"
                 )
         self.placement = dict.fromkeys(depths, placement(ranks, chunks))
         unit = Cost(config.forward, config.input_gradient, config.weight_gradient)  # of the deepest network's share of a rank
