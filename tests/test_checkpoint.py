@@ -16,8 +16,9 @@ from test_train import SMOOTH, config, rows, state
 from megatron_apt.checkpoint import save as saving
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import Inspect, Reshard, Verify, from_dict, inspect, run
+from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
-from megatron_apt.config import GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
+from megatron_apt.config import AptConfig, GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
 from megatron_apt.guards import Collapse
 from megatron_apt.train import Trainer, train
 
@@ -324,3 +325,13 @@ def test_half_a_removed_checkpoint_has_no_checkpoints_name(tmp_path, mesh, datas
     monkeypatch.setattr(saving.shutil, "rmtree", removed)
     train(run_config, mesh)
     assert seen and all(name.startswith(".iteration-") for name in seen)
+
+
+def test_a_checkpoint_without_a_younger_field_continues_with_its_default(datasets, tmp_path):
+    wanted = to_dict(config(datasets, tmp_path))
+    older = json.loads(json.dumps(wanted))
+    del older["apt"]["reuse_fakes"], older["pipeline"]
+    check_same_run(older, wanted, tmp_path)
+    changed = to_dict(config(datasets, tmp_path, apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, reuse_fakes=True)))
+    with pytest.raises(store.CheckpointError, match="was trained with apt="):
+        check_same_run(older, changed, tmp_path)
