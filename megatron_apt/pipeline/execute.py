@@ -251,7 +251,7 @@ class _Run:
         loss, metrics = chain.branch.loss(chain.batch, {r: value.detach() for r, value in chain.outputs.items()} | {task.segment: output})
         if not torch.isfinite(loss):  # the host waits for one number; a bad loss found only at the update could not be named
             where = f"phase {task.phase}, branch {task.branch}, microbatch {task.microbatch} on rank {self._mesh.world.rank}"
-            bad = f"loss of {where} is {loss.item()} in iteration {task.iteration} of the window; its samples: {chain.batch.named_samples()}"
+            bad = f"loss of {where} is {loss.item()} in iteration {chain.batch.iteration + 1}; its samples: {chain.batch.named_samples()}"
             self._executor.bad_loss = self._executor.bad_loss or (task.iteration, bad)
             loss = loss * float("nan")
         if loss.requires_grad:
