@@ -5,7 +5,7 @@ Branch(name, segments, loss)  a chain of segments that ends in a loss; runs once
 Phase(name, branches, updates)   the optimiser step of one role closes it
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -94,6 +94,11 @@ class Phase:
     branches: tuple[Branch, ...]
     updates: str
     repeats: str = ""
+
+
+def roles_of(phases: Iterable[Phase]) -> list[str]:
+    """Names of the networks that the phases run, each once."""
+    return sorted({segment.role for phase in phases for branch in phase.branches for segment in branch.segments})
 
 
 @dataclass(frozen=True)

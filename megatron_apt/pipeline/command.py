@@ -10,13 +10,14 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from megatron_apt.config import AptConfig, RunConfig
+from megatron_apt.config import RunConfig
 from megatron_apt.methods import METHODS
-from megatron_apt.methods.base import Phase
+from megatron_apt.methods.base import Phase, roles_of
 from megatron_apt.pipeline.build import Built, NoRoom, Policy, phases_apart, search
 from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
 from megatron_apt.pipeline.policies import placement, start
+from megatron_apt.pipeline.prepare import memory_of_1f1b
 from megatron_apt.pipeline.program import Program, lower
 
 NAMES = {"apart_1f1b": "phases apart, 1F1B", "apart_zb": "phases apart, zero-bubble", "interleaved": "interleaved"}
@@ -82,7 +83,7 @@ def parse_cost(text: str) -> Cost:
 
 def schedules(options: ScheduleConfig) -> dict[str, Built]:
     """The schedules to show, each checked."""
-    cap = options.cap or 2.0 * options.ranks
+    cap = options.cap or memory_of_1f1b(_phases(options), options.ranks)
     found = {}
     if options.compare:
         found["apart_1f1b"] = phases_apart(_graph(options, 1, split=False, apart=True), cap)
@@ -117,8 +118,12 @@ def frontier(options: ScheduleConfig) -> dict[float, Built]:
     return found
 
 
+def _phases(options: ScheduleConfig) -> tuple[Phase, ...]:
+    return METHODS[options.method](RunConfig(method=options.method), None).phases
+
+
 def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:
-    phases = METHODS[options.method](RunConfig(method=options.method, apt=AptConfig()), None).phases
+    phases = _phases(options)
     costs = costs_of(phases, parse_cost(options.cost), options.discriminator)
     places = dict.fromkeys(costs, placement(options.ranks, chunks))
     return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
@@ -126,9 +131,8 @@ def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:
 
 def costs_of(phases: Sequence[Phase], cost: Cost, discriminator: float) -> dict[str, Cost]:
     """The cost of each role; the discriminator's times are so many times as long."""
-    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
     other = Cost(*(discriminator * value for value in (cost.F, cost.I, cost.W)))
-    return {role: other if role == "discriminator" else cost for role in roles}
+    return {role: other if role == "discriminator" else cost for role in roles_of(phases)}
 
 
 def _makespan(built: Built) -> float:

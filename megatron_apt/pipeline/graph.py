@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_apt.methods.base import Branch, Phase
+from megatron_apt.methods.base import Branch, Phase, roles_of
 from megatron_apt.pipeline.actions import Task
 
 
@@ -56,7 +56,7 @@ class Window:
     shared: int = 0
 
     def __post_init__(self) -> None:
-        for role in {segment.role for phase in self.phases for branch in phase.branches for segment in branch.segments}:
+        for role in roles_of(self.phases):
             if role not in self.placement or role not in self.costs:
                 raise ValueError(f"role {role!r} of the method has no placement or no cost")
             held = [self.placement[role].count(rank) for rank in range(self.ranks)]

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch.distributed as dist
 
 from megatron_apt.config import PipelineConfig
-from megatron_apt.methods.base import Method, Phase
+from megatron_apt.methods.base import Method, Phase, roles_of
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.build import Built, NoRoom, gpipe, phases_apart, search
@@ -107,7 +107,7 @@ def memory_of_1f1b(phases: Sequence[Phase], ranks: int) -> float:
 
 def one_rank(phases: Sequence[Phase], microbatches: int, iterations: int = 1) -> Program:
     """Plain alternation on one rank: phase by phase, each microbatch through all of its branches."""
-    roles = {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
+    roles = roles_of(phases)
     graph = Graph(Window(tuple(phases), dict.fromkeys(roles, (0,)), microbatches, iterations, dict.fromkeys(roles, Cost()), split=False))
     number = {phase.name: i for i, phase in enumerate(phases)}
 
