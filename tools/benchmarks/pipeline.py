@@ -31,22 +31,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from megatron_schedule import MegatronSchedule
 from problems import microbatch, model_config, run_config, waken
+from sleepers import Sleep, Sleeper
 from small_run import on_ranks
 
 from megatron_apt.config import AptConfig, ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Method
-from megatron_apt.models import parameters
-from megatron_apt.models.layout import Layout
-from megatron_apt.models.stages import Cut, State
 from megatron_apt.networks import Network
-from megatron_apt.parallel.deferred import current
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.actions import Action, Task
 from megatron_apt.pipeline.execute import Executor, _Run
@@ -55,92 +52,6 @@ from megatron_apt.pipeline.mail import Mail
 from megatron_apt.pipeline.prepare import Pipeline
 from megatron_apt.pipeline.program import Program
 from megatron_apt.pipeline.simulate import Timeline, simulate
-
-# --- stages that sleep
-
-
-@dataclass(frozen=True)
-class Sleep:
-    """Seconds that a rank's part of a network takes for one microbatch."""
-
-    F: float
-    I: float  # noqa: E741
-    W: float
-
-
-class _Stage(torch.autograd.Function):
-    """x + weight, slowly."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, seconds: Sleep, weight_gradient: Callable[[Tensor], None] | None):
-        ctx.seconds, ctx.weight_gradient = seconds, weight_gradient
-        time.sleep(seconds.F)
-        return x + weight
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        time.sleep(ctx.seconds.I)
-        if ctx.weight_gradient is not None:
-            ctx.weight_gradient(dy.sum())
-        if ctx.needs_input_grad[1]:
-            time.sleep(ctx.seconds.W)
-        return dy, dy.sum(), None, None
-
-
-class Sleeper(nn.Module):
-    """A network (see models/stages.py) whose blocks add a number to every token, and whose stages sleep.
-
-    Args:
-        samples: of a microbatch; a stage takes longer for several versions of them.
-        logits: returns the sum of each sample's tokens, as a discriminator does, not the tokens.
-    """
-
-    dtype = torch.float32
-
-    def __init__(self, cut: Cut, mesh: Mesh, depth: int, samples: int, sleep: Sleep, logits: bool, patch_width: int):
-        super().__init__()
-        self.cut, self.depth, self.samples, self.logits, self.patch_width = cut, depth, samples, logits, patch_width
-        self.share = mesh.pp.size / cut.stages  # of a rank's part in a stage
-        self.sleep = sleep
-        self.entry = self._number() if cut.first else None
-        self.blocks = nn.ParameterDict({str(i): self._number() for i in range(depth) if cut.holds(depth, i)})
-
-    @staticmethod
-    def _number() -> nn.Parameter:
-        return parameters.declare(nn.Parameter(torch.zeros(())), parameters.zeros)
-
-    def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
-        return {"h": x + self.entry}
-
-    def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
-        def weight() -> Tensor:
-            return torch.stack([self.blocks[str(i)] for i in self.cut.blocks(self.depth, stage)]).sum()
-
-        size, store = layout.samples / self.samples * self.share, current()
-        seconds = Sleep(size * self.sleep.F, size * self.sleep.I, size * self.sleep.W)
-        if store is None or not weight().requires_grad:
-            h = _Stage.apply(state["h"], weight(), seconds, None)
-        else:  # as in parallel/deferred.py
-
-            @torch.enable_grad()
-            def put_off(gradient: Tensor) -> None:
-                time.sleep(seconds.W)
-                torch.autograd.backward(weight(), gradient)
-
-            h = _Stage.apply(state["h"], weight().detach(), seconds, lambda gradient: store.later(lambda: put_off(gradient)))
-        if stage < self.cut.stages - 1:
-            return {"h": h}
-        return layout.sample_sum(h) if self.logits else h
-
-    def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
-        return {"h": (self._tokens(layout), True)}
-
-    def output_shape(self, layout: Layout) -> tuple[int, ...]:
-        return (layout.samples,) if self.logits else self._tokens(layout)
-
-    def _tokens(self, layout: Layout) -> tuple[int, ...]:
-        return len(layout.positions), self.patch_width
-
 
 # --- one problem on all schedules
 
@@ -286,72 +197,99 @@ def busy_seconds() -> float:
     return (sum(times) - times[3] - times[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for disks
 
 
-def measure(mesh: Mesh, problem: "Problem", repeats: int, patience: float) -> dict:
-    method, batches = problem.method(mesh), problem.batches(mesh)
-    built: dict = {}
-    variants = {name: Ours(method, mesh, replace(p, **problem.plan), len(batches), window, built) for name, (p, window) in SCHEDULES.items()}
-    line = variants[APART].networks
-    megatron = MegatronSchedule(method.phases, line, mesh, problem.config.model.width)
-    runs = {MEGATRON: lambda step: megatron.run(batches, step)}
-    runs |= {name: lambda step, variant=variant: variant.run(batches, step) for name, variant in variants.items()}
-    networks = {MEGATRON: line} | {name: variant.networks for name, variant in variants.items()}
+class Contest:
+    """All schedules of one problem on this rank, run in turns.
 
-    once = [name for name in runs if name == MEGATRON or variants[name].iterations == 1]
-    found_gradients = {name: gradients(networks[name], runs[name]) for name in once}
-    differences = {
-        name: {role: difference(found_gradients[name][role], reference) for role, reference in found_gradients[MEGATRON].items()}
-        for name in once
-        if name != MEGATRON
-    }
-    del found_gradients
-    worst = max(value for one in differences.values() for value in one.values())
-    if not worst <= 1e-5:
-        raise RuntimeError(f"gradients differ by {worst:.1e}: the schedules do not compute the same thing, so their times would say nothing")
+    Attributes:
+        once: names of those that run one iteration at a time.
+        schedules: what has been measured of each.
+    """
 
-    def timed(name: str) -> tuple[float, float, Notes | None]:
+    def __init__(self, mesh: Mesh, problem: "Problem"):
+        method, self.batches, self.problem = problem.method(mesh), problem.batches(mesh), problem
+        built: dict = {}
+        self.ours = {name: Ours(method, mesh, replace(p, **problem.plan), len(self.batches), n, built) for name, (p, n) in SCHEDULES.items()}
+        line = self.ours[APART].networks
+        self.megatron = MegatronSchedule(method.phases, line, mesh, problem.config.model.width)
+        self.networks = {MEGATRON: line} | {name: one.networks for name, one in self.ours.items()}
+        self.once = [name for name in self.networks if self._iterations(name) == 1]
+        self.schedules: dict[str, dict] = {name: {"all": [], "all_predicted": []} for name in self.networks}
+
+    def _iterations(self, name: str) -> int:
+        return self.ours[name].iterations if name in self.ours else 1
+
+    def _run(self, name: str, step: Callable[[str], None]) -> Notes | None:
+        return self.ours[name].run(self.batches, step) if name in self.ours else self.megatron.run(self.batches, step)
+
+    def gradient_differences(self) -> dict[str, dict[str, float]]:
+        """Of each schedule's gradients from Megatron-Core's, by role.
+
+        Raises:
+            RuntimeError: they are not the same.
+        """
+        found = {name: gradients(self.networks[name], lambda step, name=name: self._run(name, step)) for name in self.once}
+        reference = found.pop(MEGATRON)
+        differences = {name: {role: difference(own[role], whole) for role, whole in reference.items()} for name, own in found.items()}
+        worst = max(value for one in differences.values() for value in one.values())
+        if not worst <= 1e-5:
+            raise RuntimeError(f"gradients differ by {worst:.1e}: the schedules do not compute the same thing, so their times would say nothing")
+        return differences
+
+    def timed(self, name: str) -> tuple[float, float, Notes | None]:
         """The share of the machine that other processes took during a run, its seconds, and what it noted."""
         dist.barrier()
         began, own, everything = time.perf_counter(), time.process_time(), busy_seconds()
-        notes = runs[name](lambda role: networks[name][role].update(10_000))
-        seconds = time.perf_counter() - began
-        most = torch.tensor((seconds, busy_seconds() - everything), dtype=torch.float64)
+        notes = self._run(name, lambda role: self.networks[name][role].update(10_000))
+        most = torch.tensor((time.perf_counter() - began, busy_seconds() - everything), dtype=torch.float64)
         ours = torch.tensor(time.process_time() - own, dtype=torch.float64)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         dist.all_reduce(ours)
         seconds = float(most[0])
         return max(0.0, float(most[1] - ours) / (os.cpu_count() * seconds)), seconds, notes
 
-    left, disturbance = patience, []
-    schedules = {name: {"all": [], "all_predicted": []} for name in runs}
-    for name in once:
-        timed(name)
+    def quietest(self, name: str, patience: float) -> tuple[tuple[float, float, Notes | None], float]:
+        """The least disturbed of as many runs as patience allows until one is quiet, and the patience left."""
+        tries = [self.timed(name)]
+        while tries[-1][0] > QUIET and patience > 0:
+            patience -= tries[-1][1]
+            tries.append(self.timed(name))
+        return min(tries, key=lambda one: one[0]), patience
+
+    def note(self, name: str, seconds: float, notes: Notes | None) -> None:
+        """Adds a run, and what the simulator makes of its own costs."""
+        given, iterations = self.schedules[name], self._iterations(name)
+        given["all"].append(seconds / iterations)
+        if notes:
+            cost, given["message"] = notes.costs()
+            foretold = predicted(self.ours[name].program, lambda task, _: cost[key_of(task)], given["message"])
+            given["all_predicted"].append(foretold.makespan / iterations)
+            given["bubble"], given["cost"] = foretold.bubble, {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
+
+    def summarise(self) -> None:
+        for name, given in self.schedules.items():
+            given["seconds"] = statistics.median(given["all"])
+            if given["all_predicted"]:
+                given["predicted"] = statistics.median(given["all_predicted"])
+                given["error"] = statistics.median(p / s - 1 for p, s in zip(given["all_predicted"], given["all"], strict=True))
+            if name in self.ours and self.problem.sleep:
+                asleep = predicted(self.ours[name].program, lambda task, planned: planned * self.problem.unit, 0.0)
+                given["asleep"] = asleep.makespan / self._iterations(name)
+
+
+def measure(mesh: Mesh, problem: "Problem", repeats: int, patience: float) -> dict:
+    contest, disturbance = Contest(mesh, problem), []
+    differences = contest.gradient_differences()
+    for name in contest.once:
+        contest.timed(name)  # warms up
     for repeat in range(repeats):
-        for name, given in schedules.items():
-            if name not in once and repeat > 1:  # a window is long enough to be run twice only
-                continue
-            tries = [timed(name)]
-            while tries[-1][0] > QUIET and left > 0:
-                left -= tries[-1][1]
-                tries.append(timed(name))
-            others, seconds, notes = min(tries, key=lambda one: one[0])
-            disturbance.append(others)
-            iterations = variants[name].iterations if notes else 1
-            given["all"].append(seconds / iterations)
-            if notes:
-                cost, given["message"] = notes.costs()
-                foretold = predicted(variants[name].program, lambda task, _, cost=cost: cost[key_of(task)], given["message"])
-                given["all_predicted"].append(foretold.makespan / iterations)
-                given["bubble"], given["cost"] = foretold.bubble, {" ".join(map(str, key)): value for key, value in sorted(cost.items())}
-    for name, given in schedules.items():
-        given["seconds"] = statistics.median(given["all"])
-        if given["all_predicted"]:
-            given["predicted"] = statistics.median(given["all_predicted"])
-            given["error"] = statistics.median(p / s - 1 for p, s in zip(given["all_predicted"], given["all"], strict=True))
-        if name in variants and problem.sleep:
-            asleep = predicted(variants[name].program, lambda task, planned: planned * problem.unit, 0.0)
-            given["asleep"] = asleep.makespan / variants[name].iterations
+        for name in contest.schedules:
+            if name in contest.once or repeat < 2:  # a window is long enough to be run twice only
+                (others, seconds, notes), patience = contest.quietest(name, patience)
+                disturbance.append(others)
+                contest.note(name, seconds, notes)
+    contest.summarise()
     others = {"mean": statistics.mean(disturbance), "most": max(disturbance)}
-    return {"gradient_difference": differences, "others": others, "schedules": schedules}
+    return {"gradient_difference": differences, "others": others, "schedules": contest.schedules}
 
 
 @dataclass(frozen=True)
@@ -359,7 +297,8 @@ class Problem:
     """A run, its samples, and whether its stages sleep.
 
     Attributes:
-        sleep: seconds of a rank's part of a network; None computes.
+        sleep: F, I and W of a rank's part of a network, in units; None computes.
+        unit: seconds.
         plan: costs that schedules are made with.
     """
 
