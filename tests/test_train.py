@@ -233,7 +233,7 @@ def test_nan_in_the_data_stops_training_and_keeps_the_checkpoint(mesh, datasets,
     trainer = Trainer(replace(run, iterations=2), mesh)
     with torch.no_grad():
         trainer.networks["discriminator"].module.logit.weight.fill_(float("nan"))
-    with pytest.raises(BadLoss, match=r"phase g, branch fake, microbatch 0 on rank 0 is nan; its samples: \d+"):
+    with pytest.raises(BadLoss, match=r"phase g, branch fake, microbatch 0 on rank 0 is nan in iteration 3; its samples: \d+"):
         trainer.step()
     assert store.latest(run.output).name == "iteration-00000002"
 

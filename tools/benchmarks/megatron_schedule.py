@@ -151,7 +151,7 @@ class MegatronSchedule:
             num_attention_heads=1,
             pipeline_model_parallel_size=self.mesh.pp.size,
             virtual_pipeline_model_parallel_size=chunks if several else None,
-            pipeline_dtype=torch.float32,
+            pipeline_dtype=next(iter(self.networks.values())).module.dtype,
             # Sends and receives beside the computation. Batched ones would meet the wrong partner where the next rank is the previous one too.
             overlap_p2p_comm=several,
             batch_p2p_comm=False,

@@ -381,7 +381,7 @@ def main() -> None:
         found["computed"] = on_ranks(measure, 2, ParallelConfig(pp=2), problem, options.repeats, options.patience)[0]
         report(found["computed"])
     if options.part != 1:
-        config = replace(run_config("apt", model_config(depth=8), apt), micro_batch=1, global_batch=options.microbatches)
+        config = replace(run_config("apt", model_config(depth=8, dtype="float64"), apt), micro_batch=1, global_batch=options.microbatches)
         for costs in ((1.0, 1.0, 1.0), (1.0, 1.8, 0.3)):
             text = "F={}, I={}, W={}".format(*costs)
             print(

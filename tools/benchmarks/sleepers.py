@@ -50,7 +50,7 @@ class Sleeper(nn.Module):
         logits: returns the sum of each sample's tokens, as a discriminator does, not the tokens.
     """
 
-    dtype = torch.float32
+    dtype = torch.float64  # its few sums cancel almost wholly, and gradients of two schedules are compared at 1e-5
 
     def __init__(self, cut: Cut, mesh: Mesh, depth: int, samples: int, sleep: Sleep, logits: bool, patch_width: int):
         super().__init__()
@@ -62,7 +62,7 @@ class Sleeper(nn.Module):
 
     @staticmethod
     def _number() -> nn.Parameter:
-        return parameters.declare(nn.Parameter(torch.zeros(())), parameters.zeros)
+        return parameters.declare(nn.Parameter(torch.zeros((), dtype=Sleeper.dtype)), parameters.zeros)
 
     def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
         return {"h": x + self.entry}
