@@ -5,6 +5,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # must stand before the first import of triton
+
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
 from megatron_apt.config import ParallelConfig
 from megatron_apt.parallel.startup import start
