@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from megatron_apt.kernels.gated_residual import gated_residual
+from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
@@ -76,11 +78,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without affine part, which AdaLN supplies."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
 class Modulation(nn.Module):
     """AdaLN vectors of one place: (n, count * D) from the condition c, as `count` tensors (n, D).
 
@@ -126,19 +123,19 @@ class BlockStream(nn.Module):
 
     def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream, rotary: Tensor | None):
         """x (a, b, D) -> (qk (a, b, H, 2, K) normalised and rotated, v (a, b, H, 1, K)) and the vectors for `after_attention`."""
-        shift, scale, *rest = (stream.per_token(v) for v in self.modulation(c, shared))
-        qkv = self.linear_qkv(torch.addcmul(shift, layer_norm(x), 1 + scale))[0].unflatten(-1, (self.heads, 3, self.head_size))
+        shift, scale, *rest = self.modulation(c, shared)
+        qkv = self.linear_qkv(modulated_norm(x, shift, scale, stream.rows))[0].unflatten(-1, (self.heads, 3, self.head_size))
         qk, v = qkv.split((2, 1), dim=-2)
         qk = self.qk_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
         return (qk, v), rest
 
-    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor]) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor], stream: Stream) -> Tensor:
         gate, shift_mlp, scale_mlp, gate_mlp = vectors
-        x = torch.addcmul(x, gate, self.linear_proj(attended)[0])
-        h = self.linear_fc1(torch.addcmul(shift_mlp, layer_norm(x), 1 + scale_mlp))[0]
-        return torch.addcmul(x, gate_mlp, self.linear_fc2(F.gelu(h, approximate="tanh"))[0])
+        x = gated_residual(x, gate, self.linear_proj(attended)[0], stream.rows)
+        h = self.linear_fc1(modulated_norm(x, shift_mlp, scale_mlp, stream.rows))[0]
+        return gated_residual(x, gate_mlp, self.linear_fc2(F.gelu(h, approximate="tanh"))[0], stream.rows)
 
 
 class Block(nn.Module):
@@ -155,8 +152,8 @@ class Block(nn.Module):
         visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
         caption, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
         text_out, visual_out = joint_attention(caption, visual, layout, self.mesh, self.attention)
-        x = self.visual.after_attention(x, visual_out, visual_vectors)
-        return x, self.text.after_attention(text, text_out, text_vectors) if self.text.update else text
+        x = self.visual.after_attention(x, visual_out, visual_vectors, layout.visual)
+        return x, self.text.after_attention(text, text_out, text_vectors, layout.text) if self.text.update else text
 
 
 class MMDiT(nn.Module):
@@ -262,5 +259,4 @@ class FinalLayer(nn.Module):
         self.linear = linear(model.width, model.patch_width, DTYPES[model.dtype], parameters.zeros, tp_partial=mesh.sequence_parallel)
 
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | None, layout: Layout) -> Tensor:
-        shift, scale = (layout.visual.per_token(v) for v in self.modulation(c, shared))
-        return self.linear(torch.addcmul(shift, layer_norm(x), 1 + scale))
+        return self.linear(modulated_norm(x, *self.modulation(c, shared), layout.visual.rows))
