@@ -31,7 +31,7 @@ class Stream:
     index: Tensor  # (T,) position of each local token in the whole packed sequence
     sample: Tensor  # (T,) sample of each local token
     uniform: bool
-    padding: int  # rows added at the end of the packed form so that it splits over the tensor-parallel ranks
+    padding: int  # rows added at the end of the packed form so that it splits over the tensor-parallel ranks in multiples of mesh.row_multiple
     rows: Rows  # of this rank's (sequence-parallel) part of the folded form; padding counts to the last sample
 
     def fold(self, x: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
     index = torch.cat([torch.arange(starts[i] + a, starts[i] + b) for i, (a, b) in enumerate(ranges)])
     sample = torch.repeat_interleave(torch.arange(n), torch.tensor(counts))
     # The uniform form splits over tensor-parallel ranks by whole samples. Every rank must choose the same form, hence lengths, not counts.
-    uniform = len(set(lengths)) == 1 and lengths[0] % mesh.cp.size == 0 and n % tp == 0
-    padding = 0 if uniform else -len(index) % tp
+    uniform = len(set(lengths)) == 1 and lengths[0] % mesh.cp.size == 0 and n % tp == 0 and n // tp * counts[0] % mesh.row_multiple == 0
+    padding = 0 if uniform else -len(index) % (tp * mesh.row_multiple)
     rows = _rows(counts, uniform, padding, mesh.tp.rank if tp > 1 else 0, tp, mesh.device)
     return Stream(lengths, counts, index.to(mesh.device), sample.to(mesh.device), uniform, padding, rows)
 

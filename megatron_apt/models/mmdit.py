@@ -22,6 +22,7 @@ from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate
+from megatron_apt.models.fp8 import Fp8Blocks
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
@@ -182,6 +183,7 @@ class MMDiT(nn.Module):
         held = [i for i in range(self.depth) if cut.holds(self.depth, i)]
         self.blocks = nn.ModuleDict({str(i): Block(model, mesh, spec, i + 1, last_text[i]) for i in held})
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
+        self.fp8 = Fp8Blocks(model.fp8, self.depth, mesh.device)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
         """Velocity of every local visual token.
@@ -226,7 +228,7 @@ class MMDiT(nn.Module):
         rotary = rotary_table(layout, self.model.head_size, self.model.rope_theta, h.dtype)
         tapped = {}
         for i in self.cut.blocks(self.depth, stage):
-            h, text = self._run(self.blocks[str(i)], h, text, c, shared, layout, rotary)
+            h, text = self._run(i, h, text, c, shared, layout, rotary)
             if i + 1 in taps:
                 tapped[i + 1] = h
         return state | {"visual": h, "text": text}, tapped
@@ -244,10 +246,14 @@ class MMDiT(nn.Module):
     def output_shape(self, layout: Layout) -> tuple[int, ...]:
         return len(layout.positions), self.model.patch_width
 
-    def _run(self, block: Block, h, text, c, shared, layout, rotary):
+    def _run(self, i: int, h, text, c, shared, layout, rotary):
+        def block(h, text, c, shared):
+            with self.fp8.products(i):
+                return self.blocks[str(i)](h, text, c, shared, layout, rotary)
+
         if self.model.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(lambda h, text, c, shared: block(h, text, c, shared, layout, rotary), False, h, text, c, shared)
-        return block(h, text, c, shared, layout, rotary)
+            return checkpoint(block, False, h, text, c, shared)
+        return block(h, text, c, shared)
 
 
 class FinalLayer(nn.Module):
