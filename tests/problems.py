@@ -67,7 +67,6 @@ def microbatch(
 def waken(networks: dict[str, Network], seed: int = 1) -> None:
     """Random values where initialisation puts zeros (modulation, last layer), so that every gradient is alive. Equal on every mesh."""
     from megatron_apt.kernels.keyed_noise import derive_key
-
     from megatron_apt.models.parameters import full_shape
 
     for network in networks.values():

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
 from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config, run_phase
 
 from megatron_apt.config import AptConfig
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
 from megatron_apt.models.discriminator import head_blocks
 from megatron_apt.pipeline.execute import frozen
 
