@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # not on Linux, say; references serve
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=int)  # of the language, definitions of kernels need its annotation alone
 
 Implementation = Literal["auto", "kernels", "reference"]
 

@@ -1,5 +1,8 @@
 """The kernels of keyed_noise against its references; in the interpreter without a GPU."""
 
+import itertools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -59,14 +62,21 @@ def test_any_cut_of_a_stream_gives_the_whole():
     cuts = [0, 1, 2, 7, 8, 30, 541, 546, 1200]
     with implementation("kernels"):
         for draw in (keyed_uniform, keyed_normal):
-            parts = [draw(9, ids, stop - start, start) for start, stop in zip(cuts, cuts[1:], strict=False)]
+            parts = [draw(9, ids, stop - start, start) for start, stop in itertools.pairwise(cuts)]
             assert torch.equal(torch.cat(parts, 1), draw(9, ids, cuts[-1]))
 
 
-def batches(mesh, shapes, cp, rank, dtype="float32"):
+def test_references_serve_where_triton_is_missing():
+    lines = "import sys; sys.modules['triton'] = None; import torch; from megatron_apt.kernels import modulated_norm, rmsprop_ema, keyed_noise"
+    draw = "print(keyed_noise.keyed_normal(5, torch.tensor([1]), 3).tolist())"
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", f"{lines}; {draw}"], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(keyed_normal_reference(5, torch.tensor([1]), 3).tolist())
+
+
+def share(mesh, shapes, cp, rank):
     """The samples as one of `cp` context-parallel ranks has them."""
     part = replace(mesh, cp=Axis(cp, rank, None))
-    batch = microbatch(part, shapes, model_config(dtype=dtype)).for_phase("d")
+    batch = microbatch(part, shapes, model_config()).for_phase("d")
     on = lambda t: t.to(DEVICE)  # noqa: E731
     return replace(batch, x=on(batch.x), positions=on(batch.positions + 2**32))
 
@@ -74,7 +84,7 @@ def batches(mesh, shapes, cp, rank, dtype="float32"):
 @pytest.mark.parametrize("cp, rank", [(1, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("shapes", [IMAGES, VIDEOS, MIXED], ids=["images", "videos", "mixed"])
 def test_tokens(mesh, shapes, cp, rank):
-    batch = batches(mesh, shapes, cp, rank)
+    batch = share(mesh, shapes, cp, rank)
     want = batch.noise("z")
     fresh = replace(batch, drawn={})
     with implementation("kernels"):
@@ -96,7 +106,7 @@ def test_patches_of_other_sizes(mesh, patch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shapes", [VIDEOS, MIXED], ids=["videos", "mixed"])
 def test_forms_with_noise_in_them(mesh, shapes, dtype):
-    batch = batches(mesh, shapes, 2, 1)
+    batch = share(mesh, shapes, 2, 1)
     batch = replace(batch, x=batch.x.to(dtype))
     t = torch.tensor([0.0, 0.3, 0.7, 1.0], device=DEVICE)
     with implementation("kernels"):
@@ -120,7 +130,6 @@ def test_a_gradient_goes_through_the_perturbation(mesh):
 
 
 def test_one_rank_draws_its_own_tokens_of_one_video(mesh):
-    """46,800 tokens in the size of a product would take the interpreter minutes; here one rank's share of a shorter one, against the whole."""
     model = model_config()
     shapes = ((4, 5, 12, 20),)
     whole = microbatch(mesh, shapes, model, (3,))

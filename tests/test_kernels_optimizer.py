@@ -16,6 +16,7 @@ CASES = {
     "chunk": [(0, 0, 2048, 0.1)],
     "aligned": [(0, 16, 4100, 1.0), (4112, 12, 2048, 3.0), (6160, 64, 5, 0.0)],
 }
+DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # gradients, parameters
 LR, ALPHA, EPS, DECAY = 1e-2, 0.9, 1e-8, 0.98
 
 
@@ -33,9 +34,7 @@ def buffers(case, grad_dtype, weights_dtype) -> tuple[dict[str, torch.Tensor], S
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-@pytest.mark.parametrize(
-    "grad_dtype, weights_dtype", [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
-)
+@pytest.mark.parametrize("grad_dtype, weights_dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps(case, grad_dtype, weights_dtype, averaged):
     ours, stretches = buffers(CASES[case], grad_dtype, weights_dtype)
