@@ -11,9 +11,10 @@ from kernel_checks import DEVICE, TOLERANCE, difference
 from megatron_apt.kernels import keyed_noise
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal, keyed_normal_reference, keyed_uniform, keyed_uniform_reference
 from megatron_apt.kernels.launch import implementation, jit, launch, tl
-from problems import IMAGES, MIXED, VIDEOS, microbatch, model_config
+from problems import IMAGES, MIXED, VIDEOS, microbatch, model_config, run_config
 
 from megatron_apt.conventions import interpolate
+from megatron_apt.methods import METHODS
 from megatron_apt.parallel.mesh import Axis
 
 KEYS = [derive_key("a"), 2**63 + 12345, 2**64 - 1, 0, 1, 2**32 - 16]
@@ -136,3 +137,17 @@ def test_one_rank_draws_its_own_tokens_of_one_video(mesh):
     part = microbatch(replace(mesh, cp=Axis(7, 4, None)), shapes, model, (3,))
     with implementation("kernels"):
         assert torch.equal(part.noise("z"), whole.noise("z")[part.layout.visual.index])
+
+
+@pytest.mark.parametrize("kind", ["flow", "consistency", "apt"])
+def test_what_the_methods_feed_their_networks(mesh, kind):
+    config = run_config(kind)
+    method = METHODS[kind](config, mesh)
+    for phase in method.phases:
+        for branch in phase.branches:
+            feed, fed = branch.segments[0].feed, []
+            for choice in ("kernels", "reference"):
+                with implementation(choice):
+                    fed.append(feed(microbatch(mesh, MIXED, config.model).for_phase(phase.name), {}))
+            for got, want in zip(*fed, strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
