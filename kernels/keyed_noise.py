@@ -19,8 +19,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from megatron_apt.kernels.launch import DTYPES, jit, launch, tl, use_kernels
 from torch import Tensor
+
+from megatron_apt.kernels.launch import DTYPES, jit, launch, tl, use_kernels
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from megatron_apt.kernels.launch import jit, launch, tl, use_kernels
 from torch import Tensor
+
+from megatron_apt.kernels.launch import jit, launch, tl, use_kernels
 
 _CHUNK = 1024
 

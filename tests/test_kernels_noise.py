@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_checks import DEVICE, TOLERANCE, difference
-from megatron_apt.kernels import keyed_noise
-from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal, keyed_normal_reference, keyed_uniform, keyed_uniform_reference
-from megatron_apt.kernels.launch import implementation, jit, launch, tl
 from problems import IMAGES, MIXED, VIDEOS, microbatch, model_config, run_config
 
 from megatron_apt.conventions import interpolate
+from megatron_apt.kernels import keyed_noise
+from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal, keyed_normal_reference, keyed_uniform, keyed_uniform_reference
+from megatron_apt.kernels.launch import implementation, jit, launch, tl
 from megatron_apt.methods import METHODS
 from megatron_apt.parallel.mesh import Axis
 

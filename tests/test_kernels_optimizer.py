@@ -3,11 +3,11 @@
 import pytest
 import torch
 from kernel_checks import DEVICE, TOLERANCE, difference, random
-from megatron_apt.kernels.launch import implementation
-from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
 from problems import IMAGES, build, microbatch, run_config, run_phase
 
 from megatron_apt.config import AptConfig
+from megatron_apt.kernels.launch import implementation
+from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
 
 # (place in the shard, gap before it among the weights, length, lr_scale) of each stretch: one element, odd lengths and places, more than a chunk.
 CASES = {
