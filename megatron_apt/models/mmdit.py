@@ -16,10 +16,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate
+from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
@@ -66,14 +65,11 @@ class Condition:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension with a learned scale; statistics in at least fp32."""
+    """Learned scale of a root-mean-square norm, which `joint_attention` applies."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, tp_partial: bool):
         super().__init__()
         self.weight = declare(nn.Parameter(torch.empty(shape, dtype=dtype)), parameters.ones, tp_partial=tp_partial)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -124,15 +120,11 @@ class BlockStream(nn.Module):
             self.linear_fc1 = column_linear(parts.linear_fc1, d, model.mlp_ratio * d, config, mesh)
             self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp_ratio * d, d, config, mesh)
 
-    def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream, rotary: Tensor | None):
-        """x (a, b, D) -> (qk (a, b, H, 2, K) normalised and rotated, v (a, b, H, 1, K)) and the vectors for `after_attention`."""
+    def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream):
+        """x (a, b, D) -> q, k and v (a, b, H, 3, K), not yet normalised, and the vectors for `after_attention`."""
         shift, scale, *rest = (stream.per_token(v) for v in self.modulation(c, shared))
         qkv = self.linear_qkv(torch.addcmul(shift, layer_norm(x), 1 + scale))[0].unflatten(-1, (self.heads, 3, self.head_size))
-        qk, v = qkv.split((2, 1), dim=-2)
-        qk = self.qk_norm(qk)
-        if rotary is not None:
-            qk = rotate(qk, rotary)
-        return (qk, v), rest
+        return qkv, rest
 
     def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor]) -> Tensor:
         gate, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -152,9 +144,10 @@ class Block(nn.Module):
         self.attention = parts.core_attention(transformer_config(model, mesh), layer_number, mesh)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
-        caption, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
-        text_out, visual_out = joint_attention(caption, visual, layout, self.mesh, self.attention)
+        visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual)
+        caption, text_vectors = self.text.before_attention(text, c, shared, layout.text)
+        norms = self.text.qk_norm.weight, self.visual.qk_norm.weight
+        text_out, visual_out = joint_attention(caption, visual, norms, rotary, layout, self.mesh, self.attention)
         x = self.visual.after_attention(x, visual_out, visual_vectors)
         return x, self.text.after_attention(text, text_out, text_vectors) if self.text.update else text
 

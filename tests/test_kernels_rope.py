@@ -1,0 +1,105 @@
+"""joint_qkv against its reference, in the interpreter without a GPU, alone and inside a model."""
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_checks import DEVICE, compare, difference, random
+from megatron_apt.kernels import qk_norm_rope
+from megatron_apt.kernels.launch import implementation
+from megatron_apt.kernels.qk_norm_rope import joint_qkv, joint_qkv_reference
+from problems import IMAGES, MIXED, build, microbatch, model_config, run_config
+
+DTYPES = [torch.float32, torch.bfloat16]
+# A rotation of gradients that were rounded (half a unit in the last place), then cut off by the interpreter (one).
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5 * 2**-7}
+# (samples, text tokens, visual tokens, heads, head size): one token, odd sizes, no text, more tokens than a tile, one head.
+CASES = [(1, 1, 1, 1, 8), (2, 5, 63, 3, 24), (3, 7, 63, 2, 40), (2, 0, 9, 1, 64), (1, 63, 1000, 1, 128), (2, 1, 33, 3, 96)]
+
+
+def phases(tokens: int, width: int, seed: int = 50) -> torch.Tensor:
+    """(tokens, 1, 1, K / 2) unit complex64 numbers, without structure."""
+    angles = random(tokens, 1, 1, width // 2, seed=seed, scale=3.0)
+    return torch.polar(torch.ones_like(angles), angles).to(DEVICE, torch.complex64)
+
+
+def tensors(text: tuple[int, int], visual: tuple[int, int], heads: int, width: int) -> list[torch.Tensor]:
+    """Both projections, some heads larger than others, and both scales."""
+    x = [random(*ab, heads, 3, width, seed=i) * 10.0 ** random(*ab, heads, 3, 1, seed=5 + i).clamp(-0.5, 0.5) for i, ab in enumerate((text, visual))]
+    return [*x, *(1 + 0.3 * random(2, width, seed=10 + i) for i in range(2))]
+
+
+def check(inputs: list[torch.Tensor], dtype: torch.dtype, *arguments, after=lambda outputs: outputs) -> None:
+    compare(lambda *x: after(joint_qkv(*x, *arguments)), lambda *x: after(joint_qkv_reference(*x, *arguments)), inputs, dtype, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, l_text, l_visual, heads, width", CASES)
+def test_samples_of_one_length(n, l_text, l_visual, heads, width, dtype):
+    inputs = tensors((n, l_text), (n, l_visual), heads, width)
+    shared, own = phases(l_visual, width)[None], phases(n * l_visual, width).unflatten(0, (n, -1))
+    for rotary in (shared, own) if n > 1 else (shared,):
+        check(inputs, dtype, rotary)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form, ranks, heads", [("apart", 1, 3), ("keys_values", 1, 2), ("by_rank", 2, 4), ("by_rank", 3, 3)])
+def test_packed_samples(form, ranks, heads, dtype):
+    """With padding rows, whose gradient is zero, without, and from streams whose own form is uniform."""
+    for text, visual, tokens, period in [((13, 1), (101, 1), (11, 98), 101), ((13, 1), (70, 1), (13, 70), 70), ((2, 5), (2, 33), (10, 66), 33)]:
+        rotary = phases(period, 24)[:, None] if visual[1] == 1 else phases(period, 24)[None]
+        check(tensors(text, visual, heads, 24), dtype, rotary, tokens, form, ranks)
+
+
+def test_without_rotation():
+    check(tensors((2, 3), (2, 5), 2, 16), torch.float32, None)
+
+
+def test_gradients_of_any_strides():
+    """As attention returns them (heads before tokens), expanded from one number, with the head size not innermost; and both streams transposed."""
+    inputs = tensors((4, 2), (9, 2), 3, 24)
+
+    def call(f, text, visual, *weights):
+        q, k, v = f(text.transpose(0, 1), visual.transpose(0, 1), *weights, phases(9, 24)[None])
+        return q.transpose(1, 2), k.sum(), v.transpose(-1, -2)
+
+    compare(partial(call, joint_qkv), partial(call, joint_qkv_reference), inputs, torch.float32)
+
+
+def test_a_video_of_46800_tokens():
+    check(tensors((1, 256), (1, 46800), 2, 8), torch.float32, phases(46800, 8)[None])
+
+
+@pytest.mark.parametrize("programs", [1, 7, 100])
+def test_any_split_of_the_heads(programs, monkeypatch):
+    """A program may take all heads, some of them, or one; 5 heads do not split evenly."""
+    monkeypatch.setattr(qk_norm_rope, "_PROGRAMS", programs)
+    check(tensors((2, 3), (2, 150), 5, 32), torch.float32, phases(150, 32)[None])
+
+
+def test_the_order_of_sums_is_fixed():
+    inputs = [x.to(DEVICE, torch.float32).requires_grad_() for x in tensors((2, 3), (2, 200), 3, 40)]
+    with implementation("kernels"):
+        runs = [torch.autograd.grad(sum(y.square().sum() for y in joint_qkv(*inputs, phases(200, 40)[None])), inputs) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("shapes", [IMAGES, MIXED], ids=["uniform", "packed"])
+def test_a_model_with_kernels_equals_one_with_references(mesh, shapes, recompute):
+    """Output and every parameter's gradient of a small MMDiT in fp32."""
+    config = run_config("flow", model=model_config(dtype="float32", recompute=recompute))
+    _, networks, _ = build(config, mesh)
+    network = networks["generator"]
+    batch = microbatch(mesh, shapes, config.model).for_phase("g")
+    results = []
+    for choice in ("reference", "kernels"):
+        with implementation(choice):
+            for parameter in network.module.parameters():
+                parameter.grad = None
+            network.shards.zero_grad()
+            v = network.module(batch.x, batch.times(0.5), batch.condition, batch.layout)
+            v.square().mean().backward()
+        results.append({"v": v.detach()} | {name: p.main_grad.clone() for name, p in network.module.named_parameters()})
+    for name, want in results[0].items():
+        assert difference(results[1][name], want) < 1e-5, name
