@@ -178,7 +178,7 @@ def _views(tensors: tuple[Tensor, ...], form: Form) -> list[Tensor]:
 def _grid(samples: int, length: int, heads: int, width: int) -> tuple[tuple[int, int, int], int, dict[str, int]]:
     """The grid (tiles of tokens, parts of the heads, samples), heads of a part, and the tile."""
     tile = 1 << (width - 1).bit_length()
-    rows = max(2048 // tile, 1)
+    rows = max(1024 // tile, 1)
     tiles = -(-length // rows)
     parts = min(-(-_PROGRAMS // max(tiles * samples, 1)), heads)
     each = -(-heads // parts)

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table
@@ -65,11 +66,14 @@ class Condition:
 
 
 class RMSNorm(nn.Module):
-    """Learned scale of a root-mean-square norm, which `joint_attention` applies."""
+    """Root-mean-square norm over the last dimension with a learned scale; statistics in at least fp32."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, tp_partial: bool):
         super().__init__()
         self.weight = declare(nn.Parameter(torch.empty(shape, dtype=dtype)), parameters.ones, tp_partial=tp_partial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight)
 
 
 def layer_norm(x: Tensor) -> Tensor:
