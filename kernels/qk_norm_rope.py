@@ -7,8 +7,8 @@ With x the K numbers of a head, w the learned scale, n = x r, r = 1 / sqrt(mean(
 
 Letters: n samples, l tokens of one of them, T tokens of all, H local heads, K head size, G ranks that exchange heads. Statistics, rotation and sums
 in fp32.
-Bytes at e bytes a number, T tokens of both streams: forward 6 T H K e (q, k, v in and out), backward 9 T H K e (their gradients and x in, dx out),
-and the table of phases, 4 K a visual token, once for every program that shares its heads. Only x is kept; r is computed again.
+Bytes at e bytes a number, T tokens of both streams: forward 6 T H K e (q, k, v in and out), backward 8 T H K e (their gradients, q and k in, the
+projections' gradients out), and the phases, 4 K for each visual token. Only the projections are kept; r is computed again.
 A program takes a few tokens of one sample: it loads their phases once, walks over heads, and keeps the sums for dw in registers; the sums of
 programs are added in a fixed order.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 Form = Literal["apart", "keys_values", "by_rank"]
 
+_NUMBERS = 1024  # of a tile: one load of 16 bytes of bf16 a thread for each of q, k and v
 _PROGRAMS = 2048  # wanted of a launch: a few times what a GPU holds at once; more would only load more phases
 
 
@@ -178,7 +179,7 @@ def _views(tensors: tuple[Tensor, ...], form: Form) -> list[Tensor]:
 def _grid(samples: int, length: int, heads: int, width: int) -> tuple[tuple[int, int, int], int, dict[str, int]]:
     """The grid (tiles of tokens, parts of the heads, samples), heads of a part, and the tile."""
     tile = 1 << (width - 1).bit_length()
-    rows = max(1024 // tile, 1)
+    rows = max(_NUMBERS // tile, 1)
     tiles = -(-length // rows)
     parts = min(-(-_PROGRAMS // max(tiles * samples, 1)), heads)
     each = -(-heads // parts)
