@@ -55,13 +55,18 @@ def test_without_rotation():
     check(tensors((2, 3), (2, 5), 2, 16), torch.float32, None)
 
 
-def test_gradients_of_any_strides():
-    """As attention returns them (heads before tokens), expanded over the head, with the head size not innermost; and both streams transposed."""
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda q, k, v: (q.transpose(1, 2), k.permute(2, 0, 1, 3), v.transpose(0, 1)),  # heads before tokens, as attention has them, and others
+        lambda q, k, v: (q.sum(2), k.sum(-1), v.transpose(-1, -2)),  # expanded over heads, over the head's numbers; those not innermost
+    ],
+)
+def test_operands_and_gradients_of_any_strides(after):
     inputs = tensors((4, 2), (9, 2), 3, 24)
 
     def call(f, text, visual, *weights):
-        q, k, v = f(text.transpose(0, 1), visual.transpose(0, 1), *weights, phases(9, 24)[None])
-        return q.transpose(1, 2), k.sum(-1), v.transpose(-1, -2)
+        return after(*f(text.transpose(0, 1), visual.transpose(0, 1), *weights, phases(9, 24)[None]))
 
     compare(partial(call, joint_qkv), partial(call, joint_qkv_reference), inputs, torch.float32)
 
