@@ -18,6 +18,7 @@ from megatron_apt.kernels.gated_residual import gated_residual, gated_residual_r
 from megatron_apt.kernels.keyed_noise import Tokens, keyed_normal, keyed_normal_reference, keyed_uniform, token_mix
 from megatron_apt.kernels.launch import Launch, recording, triton
 from megatron_apt.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from megatron_apt.kernels.qk_norm_rope import joint_qkv, joint_qkv_reference
 from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
 from megatron_apt.kernels.rows import Rows
 
@@ -84,6 +85,29 @@ def pointwise(dtype: torch.dtype, tokens: int = TOKENS, samples: int = 1) -> lis
     return [*norms, residual]
 
 
+def joint(dtype: torch.dtype, text: int = 256) -> Case:
+    tables: dict[torch.device, Tensor] = {}
+
+    def inputs(device):
+        streams = [_normal(device, dtype, 1, length, HEADS, 3, HEAD_SIZE) for length in (text, TOKENS)]
+        return [*streams, *(_normal(device, dtype, 2, HEAD_SIZE) for _ in range(2))]
+
+    def table(device) -> Tensor:
+        if device not in tables:
+            phases = torch.rand(1, TOKENS, 1, 1, HEAD_SIZE // 2, device=device)
+            tables[device] = torch.complex(phases.cos(), phases.sin())
+        return tables[device]
+
+    size, phases = (TOKENS + text) * WIDTH * dtype.itemsize, 4 * HEAD_SIZE * TOKENS
+    return Case(
+        "qk_norm_rope",
+        inputs,
+        lambda *x: joint_qkv(*x, table(x[0].device)),
+        lambda *x: joint_qkv_reference(*x, table(x[0].device)),
+        (6 * size + phases, 8 * size + phases),
+    )
+
+
 def update(dtype: torch.dtype, weights: int = 2**26) -> Case:
     """Weights of `dtype` with fp32 gradients, masters, state and average."""
     made: dict[int, Stretches] = {}
@@ -142,7 +166,7 @@ def noise(dtype: torch.dtype) -> list[Case]:
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    return [*pointwise(dtype), update(dtype), *noise(dtype)]
+    return [*pointwise(dtype), joint(dtype), update(dtype), *noise(dtype)]
 
 
 # --- without a GPU

@@ -18,12 +18,13 @@ def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def outputs_and_gradients(call: Callable, inputs: list[Tensor]) -> list[Tensor]:
+def outputs_and_gradients(call: Callable, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Of a sum of the outputs with random weights of this dtype."""
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
     outputs = call(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     smooth = [out for out in outputs if out.requires_grad]
-    weights = [random(*out.shape, seed=100 + i).to(out) for i, out in enumerate(smooth)]
+    weights = [random(*out.shape, seed=100 + i).to(dtype).to(out) for i, out in enumerate(smooth)]
     torch.autograd.backward(smooth, weights)
     return [out.detach() for out in outputs] + [leaf.grad for leaf in leaves if leaf.requires_grad]
 
@@ -42,9 +43,9 @@ def difference(got: Tensor, want: Tensor) -> float:
 def compare(call: Callable, reference: Callable, inputs: list[Tensor], dtype: torch.dtype, tolerance: float | None = None) -> None:
     """Asserts that `call` with kernels equals `reference` in float64, on float inputs rounded to dtype."""
     low = [t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE) for t in inputs]
-    want = outputs_and_gradients(reference, [t.double() if t.is_floating_point() else t for t in low])
+    want = outputs_and_gradients(reference, [t.double() if t.is_floating_point() else t for t in low], dtype)
     with implementation("kernels"):
-        got = outputs_and_gradients(call, low)
+        got = outputs_and_gradients(call, low, dtype)
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.shape == b.shape, f"number {i}: shape {tuple(a.shape)}, not {tuple(b.shape)}"

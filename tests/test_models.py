@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import IMAGES, MIXED, build, microbatch, model_config, run_config
 
+from megatron_apt.kernels.qk_norm_rope import rotate
 from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig, seaweed_8b, tiny
-from megatron_apt.models.embeddings import patchify, rotary_split, rotate, unpatchify
+from megatron_apt.models.embeddings import patchify, rotary_split, unpatchify
 from megatron_apt.models.layout import build_layout, chunk
 from megatron_apt.models.mmdit import Condition, MMDiT
 from megatron_apt.parallel.mesh import Axis

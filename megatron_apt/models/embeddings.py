@@ -51,12 +51,6 @@ def rotary_table(layout: Layout, head_size: int, theta: float, dtype: torch.dtyp
     return table[:, :, None, None]
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates consecutive pairs of the last dimension of x (a, b, ..., K) by a `rotary_table`."""
-    pairs = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
-
-
 def patchify(latents: Tensor, patch: Grid) -> Tensor:
     """(n, C, F, H, W) -> (n * tokens, C * pf * ph * pw), tokens in frame, row, column order.
 

@@ -21,7 +21,7 @@ from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate
+from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table
 from megatron_apt.models.fp8 import Fp8Blocks
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
@@ -122,15 +122,10 @@ class BlockStream(nn.Module):
             self.linear_fc1 = column_linear(parts.linear_fc1, d, model.mlp_ratio * d, config, mesh)
             self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp_ratio * d, d, config, mesh)
 
-    def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream, rotary: Tensor | None):
-        """x (a, b, D) -> (qk (a, b, H, 2, K) normalised and rotated, v (a, b, H, 1, K)) and the vectors for `after_attention`."""
+    def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream):
+        """x (a, b, D) -> q, k and v (a, b, H, 3, K), not yet normalised, and the vectors for `after_attention`."""
         shift, scale, *rest = self.modulation(c, shared)
-        qkv = self.linear_qkv(modulated_norm(x, shift, scale, stream.rows))[0].unflatten(-1, (self.heads, 3, self.head_size))
-        qk, v = qkv.split((2, 1), dim=-2)
-        qk = self.qk_norm(qk)
-        if rotary is not None:
-            qk = rotate(qk, rotary)
-        return (qk, v), rest
+        return self.linear_qkv(modulated_norm(x, shift, scale, stream.rows))[0].unflatten(-1, (self.heads, 3, self.head_size)), rest
 
     def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor], stream: Stream) -> Tensor:
         gate, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -150,9 +145,10 @@ class Block(nn.Module):
         self.attention = parts.core_attention(transformer_config(model, mesh), layer_number, mesh)
 
     def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
-        caption, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
-        text_out, visual_out = joint_attention(caption, visual, layout, self.mesh, self.attention)
+        visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual)
+        caption, text_vectors = self.text.before_attention(text, c, shared, layout.text)
+        norms = self.text.qk_norm.weight, self.visual.qk_norm.weight
+        text_out, visual_out = joint_attention(caption, visual, norms, rotary, layout, self.mesh, self.attention)
         x = self.visual.after_attention(x, visual_out, visual_vectors, layout.visual)
         return x, self.text.after_attention(text, text_out, text_vectors, layout.text) if self.text.update else text
 

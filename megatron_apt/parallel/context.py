@@ -6,11 +6,13 @@ keys and values inside its attention (models/spec.py) and need even chunks.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
+from megatron_apt.kernels.qk_norm_rope import joint_qkv
 from megatron_apt.models.layout import Layout
 from megatron_apt.parallel.collectives import gather_rows
 from megatron_apt.parallel.mesh import Mesh
@@ -19,19 +21,27 @@ RINGS = ("p2p", "a2a+p2p")
 
 
 def joint_attention(
-    text: tuple[Tensor, Tensor], visual: tuple[Tensor, Tensor], layout: Layout, mesh: Mesh, attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    text: Tensor,
+    visual: Tensor,
+    norms: tuple[Tensor, Tensor],
+    rotary: Tensor,
+    layout: Layout,
+    mesh: Mesh,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Attention of each sample over its own text and visual tokens.
 
     Args:
-        text, visual: (qk (a, b, H, 2, K), v (a, b, H, 1, K)) in the layout's folded form, this rank's tokens and heads.
+        text, visual: (a, b, H, 3, K) projections to q, k and v in the layout's folded form, this rank's tokens and heads.
+        norms: (2, K) scales of the text's and of the visual tokens' queries and keys.
+        rotary: `rotary_table` of the visual tokens.
         attention: (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K).
 
     Returns:
         Text and visual outputs, (a, b, H * K), in the same folded form.
     """
     ring = mesh.cp.size > 1 and mesh.context_parallel in RINGS
-    tokens = text[0].shape[1] + visual[0].shape[1]
+    tokens = text.shape[1] + visual.shape[1]
     if ring and not (layout.text.uniform and layout.visual.uniform and tokens % 2 == 0):
         raise ValueError(
             f"parallel.context_parallel={mesh.context_parallel!r} needs samples and captions of one length, whole ones for the {mesh.tp.size} "
@@ -39,19 +49,19 @@ def joint_attention(
             "or use ulysses or all_gather"
         )
     if layout.batched or ring:
-        qk, v = (torch.cat(pair, dim=1) for pair in zip(text, visual, strict=True))
-        out = attention(*qk.unbind(3), v.squeeze(3)).flatten(2)
-        return out.split((text[0].shape[1], visual[0].shape[1]), dim=1)
-    text_qkv, visual_qkv = layout.text.unfold(torch.cat(text, dim=3)), layout.visual.unfold(torch.cat(visual, dim=3))
-    qkv = torch.cat((text_qkv, visual_qkv))
+        out = attention(*joint_qkv(text, visual, *norms, rotary)).flatten(2)
+        return out.split((text.shape[1], visual.shape[1]), dim=1)
+    counts = len(layout.text.index), len(layout.visual.index)
+    qkv = partial(joint_qkv, text, visual, *norms, rotary, counts)
     if mesh.cp.size == 1:
-        out = _attend_groups(*qkv.unbind(2), layout, attention)
+        out = _attend_groups(*qkv(), layout, attention)
     elif mesh.context_parallel == "ulysses":
-        out = _ulysses(qkv, layout, mesh, attention)
+        out = _ulysses(*qkv("by_rank", mesh.cp.size), layout, mesh, attention)
     else:
-        keys_values = gather_rows(qkv[:, :, 1:], list(layout.token_counts), mesh.cp)
-        out = _attend_groups(qkv[:, :, 0], *keys_values.unbind(2), layout, attention)
-    text_out, visual_out = out.flatten(1).split((len(text_qkv), len(visual_qkv)))
+        q, keys_values = qkv("keys_values")
+        keys_values = gather_rows(keys_values, list(layout.token_counts), mesh.cp)
+        out = _attend_groups(q, *keys_values.unbind(2), layout, attention)
+    text_out, visual_out = out.flatten(1).split(counts)
     return layout.text.fold(text_out), layout.visual.fold(visual_out)
 
 
@@ -61,10 +71,10 @@ def _attend_groups(q: Tensor, k: Tensor, v: Tensor, layout: Layout, attention) -
 
 
 def _ulysses(qkv: Tensor, layout: Layout, mesh: Mesh, attention) -> Tensor:
-    """(T, H, 3, K) -> (T, H, K), with each rank attending for H / cp heads over all tokens in between."""
-    cp, tokens = mesh.cp.size, len(qkv)
+    """(cp, T, H / cp, 3, K) -> (T, H, K), with each rank attending for H / cp heads over all tokens in between."""
+    cp, tokens = qkv.shape[:2]
     sizes = list(layout.token_counts)
-    sent = qkv.unflatten(1, (cp, -1)).transpose(0, 1).reshape(cp * tokens, -1)
+    sent = qkv.reshape(cp * tokens, -1)
     gathered = all_to_all(mesh.cp.group, sent, sizes, [tokens] * cp).view(sum(sizes), -1, 3, qkv.shape[-1])
     out = _attend_groups(*gathered.unbind(2), layout, attention)
     back = all_to_all(mesh.cp.group, out.reshape(sum(sizes), -1), [tokens] * cp, sizes)
