@@ -8,15 +8,17 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, _grad_accum_fusion_available
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_te_version, is_te_min_version
 
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
 
+OLDEST = "2.3.0"  # the first Transformer Engine with delayed weight gradients
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -47,13 +49,22 @@ class LocalRowParallelLinear(_FusedBias, RowParallelLinear):
         return super().forward(input_)
 
 
-class _Delayed:
-    """Transformer Engine's linear with its own delayed weight gradient, which the pass's store calls. Never run: there was no GPU to run it on.
+class _Layer:
+    """Transformer Engine's linear among several networks and branches. Never run: there was no GPU to run it on.
 
-    Its queue gives out products first in, first out, so the W of one microbatch may do another's. Both go into the same STEP, which waits for all.
+    Weight gradients: its own delayed ones, which the pass's store calls. Its queue gives out products first in, first out, so the W of one microbatch
+    may do another's. Both go into the same STEP, which waits for all.
+
+    FP8 copies of the weight: kept from one STEP to the next (models/fp8.py). It never hears of a first microbatch, at which it would also overwrite
+    the weight's gradient; and a pass without gradients keeps no copy, because the one it makes lacks the layout that backward passes need.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.is_first_microbatch = False
+
     def forward(self, x):
+        self.disable_parameter_transpose_cache = not (torch.is_grad_enabled() and x.requires_grad)
         store = deferred.current()
         if store is not None and self.weight.requires_grad and self.config.delay_wgrad_compute:
             output, bias = super().forward(x)
@@ -62,8 +73,8 @@ class _Delayed:
         return super().forward(x)
 
 
-def _delayed(linear: type) -> type:
-    return type(f"Delayed{linear.__name__}", (_Delayed, linear), {}) if te.HAVE_TE else linear
+def _layer(linear: type) -> type:
+    return type(f"Apt{linear.__name__}", (_Layer, linear), {}) if te.HAVE_TE else linear
 
 
 class LocalAttention(torch.nn.Module):
@@ -128,8 +139,8 @@ class LocalBackend:
 
 
 class TransformerEngineBackend:
-    column_parallel_linear: type = _delayed(te.TEColumnParallelLinear)
-    row_parallel_linear: type = _delayed(te.TERowParallelLinear)
+    column_parallel_linear: type = _layer(te.TEColumnParallelLinear)
+    row_parallel_linear: type = _layer(te.TERowParallelLinear)
     core_attention: type = TransformerEngineAttention
 
 
@@ -138,11 +149,10 @@ def choose_backend(device_type: str) -> Backend:
     """Transformer Engine where it can run; otherwise torch, with one warning if that wastes a GPU."""
     if device_type != "cuda":
         return LocalBackend()
-    if te.HAVE_TE:  # without it the classes are mocks that build silently
+    if te.HAVE_TE and is_te_min_version(OLDEST):  # without it the classes are mocks that build silently
         return TransformerEngineBackend()
-    warnings.warn(
-        "Transformer Engine is not installed: using torch layers on CUDA. `pip install megatron_apt[gpu]` for its kernels and FP8.", stacklevel=2
-    )
+    problem = f"{get_te_version()} is too old ({OLDEST} is needed)" if te.HAVE_TE else "is not installed"
+    warnings.warn(f"Transformer Engine {problem}: using torch layers on CUDA. `pip install megatron_apt[gpu]` for its kernels and FP8.", stacklevel=2)
     return LocalBackend()
 
 
@@ -193,7 +203,8 @@ def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool |
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        gradient_accumulation_fusion=False,
+        # On CUDA the weight gradient's product adds into the fp32 buffer, where Transformer Engine or Apex can.
+        gradient_accumulation_fusion=mesh.device.type == "cuda" and (te.HAVE_TE or _grad_accum_fusion_available),
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
     )

@@ -56,6 +56,12 @@ def free() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def buffers(network: torch.nn.Module) -> None:
+    """The fp32 gradients that training has, into which the weight gradients' products add."""
+    for p in network.parameters():
+        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+
+
 class BlockProblem:
     """Block 1 of three, which FP8 takes, and its inputs."""
 
@@ -63,6 +69,7 @@ class BlockProblem:
         self.model = replace(model, depth=3, recompute="none")
         self.network = MMDiT(self.model, mesh, output=False, cut=Cut())
         parameters.initialise(self.network, mesh, 0)
+        buffers(self.network)
         layout = build_layout((GRID,), (TEXT,), mesh)
         make = lambda *shape: torch.randn(*shape, device=mesh.device, dtype=torch.bfloat16)  # noqa: E731
         d = model.width
@@ -179,6 +186,7 @@ def measure_model(model: ModelConfig, mesh: Mesh, peak: float, backward: bool) -
     found["one_step_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if backward:
         free()
+        buffers(network)
 
         def both() -> None:
             network(x, t, condition, layout).float().square().mean().backward()
