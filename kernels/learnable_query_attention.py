@@ -66,22 +66,21 @@ def merge(parts: list[Triple]) -> Triple:
 
 
 @jit
-def key_gain(q_at, scale_at, head, heads, QUERIES: tl.constexpr, QUERY_TILE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
-    """g = q k_scale / sqrt(K) of one head (QUERY_TILE, TILE), zero outside."""
-    query, column = tl.arange(0, QUERY_TILE), tl.arange(0, TILE)
-    mask = (query < QUERIES)[:, None] & (column < WIDTH)[None, :]
-    q = tl.load(q_at + (query[:, None] * heads + head) * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
+def key_gain(q_at, scale_at, place, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """g = q k_scale / sqrt(K) (1, TILE) of the query at row `place` of q, zero outside."""
+    column = tl.arange(0, TILE)
+    q = tl.load(q_at + place * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     scale = tl.load(scale_at + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    return q * scale[None, :] * (1.0 / tl.sqrt(WIDTH * 1.0))
+    return (q * scale * (1.0 / tl.sqrt(WIDTH * 1.0)))[None, :]
 
 
 @jit
-def key_scores(k, gain, WIDTH: tl.constexpr):
-    """Keys (ROWS, TILE) fp32 -> 1 / rms (ROWS,), scores (ROWS, QUERY_TILE)."""
-    factor = tl.rsqrt(tl.sum(k * k, 1) / WIDTH + 1e-6)
-    return factor, tl.sum(k[:, None, :] * gain[None, :, :], 2) * factor[:, None]
+def inverse_rms(k, WIDTH: tl.constexpr):
+    return tl.rsqrt(tl.sum(k * k, 1, keep_dims=True) / WIDTH + 1e-6)
 
 
+# Queries are tuples of two-dimensional tiles: a dimension for them would make the compiler lay tiles out across warps and move k and v through shared
+# memory in every step.
 @jit
 def _forward(
     q_at,
@@ -96,39 +95,43 @@ def _forward(
     by_head,
     to_v,
     QUERIES: tl.constexpr,
-    QUERY_TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     head, block = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
-    query, column = tl.arange(0, QUERY_TILE), tl.arange(0, TILE)
-    gain = key_gain(q_at, scale_at, head, heads, QUERIES, QUERY_TILE, WIDTH, TILE)
-    top = tl.full((ROWS, QUERY_TILE), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, QUERY_TILE), tl.float32)
-    acc = tl.zeros((ROWS, QUERY_TILE, TILE), tl.float32)
+    column = tl.arange(0, TILE)
+    gains, tops, totals, accs = (), (), (), ()
+    for j in tl.static_range(QUERIES):
+        gains = gains + (key_gain(q_at, scale_at, j * heads + head, WIDTH, TILE),)
+        tops = tops + (tl.full((ROWS, 1), float("-inf"), tl.float32),)
+        totals = totals + (tl.zeros((ROWS, 1), tl.float32),)
+        accs = accs + (tl.zeros((ROWS, TILE), tl.float32),)
     for first in range(start, stop, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < stop)[:, None] & (column < WIDTH)[None, :]
-        place = row[:, None].to(tl.int64) * by_row + head * by_head + column[None, :]
+        row = (first + tl.arange(0, ROWS))[:, None]
+        mask = (row < stop) & (column < WIDTH)[None, :]
+        place = row.to(tl.int64) * by_row + head * by_head + column[None, :]
         k = tl.load(kv_at + place, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(kv_at + place + to_v, mask=mask, other=0.0).to(tl.float32)
-        _, score = key_scores(k, gain, WIDTH)
-        score = tl.where((row < stop)[:, None], score, float("-inf"))
-        higher = tl.maximum(top, score)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # slots that have seen no token: e^(-inf), not e^(inf - inf)
-        fade, weight = tl.exp(top - shift), tl.exp(score - shift)
-        total = total * fade + weight
-        acc = acc * fade[:, :, None] + weight[:, :, None] * v[:, None, :]
-        top = higher
-    highest = tl.max(top, 0)
-    share = tl.exp(top - highest[None, :])
-    part = (block.to(tl.int64) * QUERIES + query) * heads + head
-    tl.store(top_at + part, highest, mask=query < QUERIES)
-    tl.store(total_at + part, tl.sum(total * share, 0), mask=query < QUERIES)
-    mask = (query < QUERIES)[:, None] & (column < WIDTH)[None, :]
-    tl.store(acc_at + part[:, None] * WIDTH + column[None, :], tl.sum(acc * share[:, :, None], 0), mask=mask)
+        factor = inverse_rms(k, WIDTH)
+        new_tops, new_totals, new_accs = (), (), ()
+        for j in tl.static_range(QUERIES):
+            score = tl.where(row < stop, tl.sum(k * gains[j], 1, keep_dims=True) * factor, float("-inf"))
+            top = tl.maximum(tops[j], score)
+            shift = tl.where(top == float("-inf"), 0.0, top)  # slots that have seen no token: e^(-inf), not e^(inf - inf)
+            fade, weight = tl.exp(tops[j] - shift), tl.exp(score - shift)
+            new_tops = new_tops + (top,)
+            new_totals = new_totals + (totals[j] * fade + weight,)
+            new_accs = new_accs + (accs[j] * fade + weight * v,)
+        tops, totals, accs = new_tops, new_totals, new_accs
+    for j in tl.static_range(QUERIES):
+        top = tl.max(tops[j])
+        share = tl.exp(tops[j] - top)
+        part = (block.to(tl.int64) * QUERIES + j) * heads + head
+        tl.store(top_at + part, top)
+        tl.store(total_at + part, tl.sum(totals[j] * share))
+        tl.store(acc_at + part * WIDTH + column, tl.sum(accs[j] * share, 0), mask=column < WIDTH)
 
 
 @jit
@@ -195,40 +198,45 @@ def _backward(
     by_head,
     to_v,
     QUERIES: tl.constexpr,
-    QUERY_TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     head, block = tl.program_id(0), tl.program_id(1)
     sample, start, stop = tl.load(table + 3 * block), tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
-    query, column = tl.arange(0, QUERY_TILE), tl.arange(0, TILE)
-    gain = key_gain(q_at, scale_at, head, heads, QUERIES, QUERY_TILE, WIDTH, TILE)
-    some = (query < QUERIES)[:, None] & (column < WIDTH)[None, :]
-    group = (sample.to(tl.int64) * QUERIES + query) * heads + head
-    top = tl.load(top_at + group, mask=query < QUERIES, other=0.0)
-    dtotal = tl.load(dtotal_at + group, mask=query < QUERIES, other=0.0)
-    dacc = tl.load(dacc_at + group[:, None] * WIDTH + column[None, :], mask=some, other=0.0)
-    part = tl.zeros((ROWS, QUERY_TILE, TILE), tl.float32)
+    column = tl.arange(0, TILE)
+    gains, tops, dtotals, daccs, parts = (), (), (), (), ()
+    for j in tl.static_range(QUERIES):
+        group = (sample.to(tl.int64) * QUERIES + j) * heads + head
+        gains = gains + (key_gain(q_at, scale_at, j * heads + head, WIDTH, TILE),)
+        tops = tops + (tl.load(top_at + group),)
+        dtotals = dtotals + (tl.load(dtotal_at + group),)
+        daccs = daccs + (tl.load(dacc_at + group * WIDTH + column, mask=column < WIDTH, other=0.0)[None, :],)
+        parts = parts + (tl.zeros((ROWS, TILE), tl.float32),)
     for first in range(start, stop, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < stop)[:, None] & (column < WIDTH)[None, :]
-        place = row[:, None].to(tl.int64) * by_row + head * by_head + column[None, :]
+        row = (first + tl.arange(0, ROWS))[:, None]
+        mask = (row < stop) & (column < WIDTH)[None, :]
+        place = row.to(tl.int64) * by_row + head * by_head + column[None, :]
         k = tl.load(kv_at + place, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(kv_at + place + to_v, mask=mask, other=0.0).to(tl.float32)
-        factor, score = key_scores(k, gain, WIDTH)
-        normed = k * factor[:, None]
-        weight = tl.where((row < stop)[:, None] & (query < QUERIES)[None, :], tl.exp(score - top[None, :]), 0.0)
-        dscore = weight * (dtotal[None, :] + tl.sum(v[:, None, :] * dacc[None, :, :], 2))
-        dv = tl.sum(weight[:, :, None] * dacc[None, :, :], 1)
-        h = tl.sum(dscore[:, :, None] * gain[None, :, :], 1)
-        dk = (h - normed * (tl.sum(dscore * score, 1) / WIDTH)[:, None]) * factor[:, None]
-        part += dscore[:, :, None] * normed[:, None, :]
-        place = (row[:, None].to(tl.int64) * heads + head) * 2 * WIDTH + column[None, :]
-        tl.store(dkv_at + place, dk.to(dkv_at.dtype.element_ty), mask=mask)
+        factor = inverse_rms(k, WIDTH)
+        n = k * factor
+        dv, dk = tl.zeros((ROWS, TILE), tl.float32), tl.zeros((ROWS, TILE), tl.float32)
+        new_parts = ()
+        for j in tl.static_range(QUERIES):
+            score = tl.sum(n * gains[j], 1, keep_dims=True)
+            weight = tl.where(row < stop, tl.exp(score - tops[j]), 0.0)
+            dscore = weight * (dtotals[j] + tl.sum(v * daccs[j], 1, keep_dims=True))
+            dv += weight * daccs[j]
+            dk += dscore * (gains[j] - n * (score / WIDTH))
+            new_parts = new_parts + (parts[j] + dscore * n,)
+        parts = new_parts
+        place = (row.to(tl.int64) * heads + head) * 2 * WIDTH + column[None, :]
+        tl.store(dkv_at + place, (dk * factor).to(dkv_at.dtype.element_ty), mask=mask)
         tl.store(dkv_at + place + WIDTH, dv.to(dkv_at.dtype.element_ty), mask=mask)
-    group = (block.to(tl.int64) * QUERIES + query) * heads + head
-    tl.store(part_at + group[:, None] * WIDTH + column[None, :], tl.sum(part, 0), mask=some)
+    for j in tl.static_range(QUERIES):
+        group = (block.to(tl.int64) * QUERIES + j) * heads + head
+        tl.store(part_at + group * WIDTH + column, tl.sum(parts[j], 0), mask=column < WIDTH)
 
 
 def power_of_2(number: int, least: int = 1) -> int:
@@ -236,10 +244,9 @@ def power_of_2(number: int, least: int = 1) -> int:
 
 
 def _shape(queries: int, width: int) -> dict[str, int]:
-    # 16 numbers a thread of k, of v and of acc: two 16-byte loads of each, and registers for five or more blocks of four warps.
-    tile, query_tile = power_of_2(width), power_of_2(queries)
-    rows = min(max(2048 // (tile * query_tile), 1), _BLOCK)
-    return {"QUERIES": queries, "QUERY_TILE": query_tile, "WIDTH": width, "TILE": tile, "ROWS": rows, "num_warps": 4}
+    # 16 numbers a thread of k and of v: two 16-byte loads of each, and registers for several blocks of four warps.
+    tile = power_of_2(width)
+    return {"QUERIES": queries, "WIDTH": width, "TILE": tile, "ROWS": min(max(2048 // tile, 1), _BLOCK), "num_warps": 4}
 
 
 def query_gradients(part: Tensor, q: Tensor, k_scale: Tensor) -> tuple[Tensor, Tensor]:
