@@ -31,8 +31,7 @@ from megatron_apt.kernels.rows import Rows, sum_blocks
 from torch import Tensor
 
 _KEYS = 256  # tokens of a program over keys
-_POOLED = 1024  # tokens of a block: its part is H fp32 rows of x, 4.7 % of the bytes of 1,024 bf16 rows, and 46 x 24 programs share one video
-_BACKWARD = 64  # tokens of a program: H rows of dacc come from L2 beside 64 of x
+_POOLED = 768  # tokens of a block: its part is H fp32 rows of x, 6 % of the bytes of 768 bf16 rows, and 61 x 12 programs share one video
 
 
 def learnable_query_pooling_reference(q: Tensor, k: Tensor, x: Tensor, k_scale: Tensor, rows: Rows) -> Triple:
@@ -74,10 +73,10 @@ def _scores(
 
 
 @jit
-def _statistics(score_at, top_at, total_at, table, rows, heads, SIZE: tl.constexpr):
+def _statistics(score_at, top_at, total_at, table, rows, heads, TILE: tl.constexpr):
     head, block = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
-    row = start + tl.arange(0, SIZE)
+    row = start + tl.arange(0, TILE)
     score = tl.load(score_at + head.to(tl.int64) * rows + row, mask=row < stop, other=float("-inf"))
     top = tl.max(score, 0)
     tl.store(top_at + block * heads + head, top)
@@ -211,11 +210,16 @@ def _key_shape(width: int) -> dict[str, int]:
     return {"WIDTH": width, "TILE": tile, "ROWS": min(max(2048 // tile, 1), _KEYS), "SIZE": _KEYS, "num_warps": 4}
 
 
-def _tiles(heads: int, width: int, dtype: torch.dtype) -> dict[str, int]:
-    # Heads are the narrow side of the products. Slices of 128 columns are 256 bytes a row of bf16. fp32 is multiplied without matrix units, from
-    # registers: half the rows.
-    rows = 32 if dtype == torch.float32 else 64
-    return {"HEADS": power_of_2(heads, 16), "TILE": min(power_of_2(width, 16), 128), "ROWS": rows, "UPCAST": interpreted(), "num_warps": 4}
+def _tiles(heads: int, width: int, dtype: torch.dtype, backward: bool = False) -> dict[str, int]:
+    # Heads are the narrow side of the products. Forward: every slice of columns reads the scores again, from L2, so slices are wide. Backward: each
+    # program reads H rows of dacc from L2 beside ROWS of x, and 64 columns leave registers for three programs. Both keep 48 kB or more of x on its
+    # way to every multiprocessor. fp32 is multiplied without matrix units, from registers: fewer rows.
+    if dtype == torch.float32:
+        rows, tile, warps, stages = (32, 64, 8, 2) if backward else (16, 128, 8, 2)
+    else:
+        rows, tile, warps, stages = (64, 64, 4, 3) if backward else (64, 256, 8, 2)
+    tile = min(power_of_2(width, 16), tile)
+    return {"HEADS": power_of_2(heads, 16), "TILE": tile, "ROWS": rows, "UPCAST": interpreted(), "num_warps": warps, "num_stages": stages}
 
 
 def flat(x: Tensor) -> Tensor:
@@ -248,20 +252,22 @@ def pooled(scores: Tensor, x: Tensor, rows: Rows) -> Triple:
     """Scores (H, T) and x (T, D) -> max, sum, acc."""
     (heads, total), width, blocks = scores.shape, x.shape[-1], rows.blocks(_POOLED)
     tops, sums = (scores.new_empty(len(blocks), heads) for _ in range(2))
-    launch(_statistics, (heads, len(blocks)), scores, tops, sums, blocks.table, total, heads, SIZE=_POOLED)
+    launch(_statistics, (heads, len(blocks)), scores, tops, sums, blocks.table, total, heads, TILE=power_of_2(_POOLED))
     top, summed, _ = merge_blocks(tops, sums, None, blocks)
     tiles, parts = _tiles(heads, width, x.dtype), scores.new_empty(len(blocks), heads, width)
     grid = (-(-width // tiles["TILE"]), len(blocks))
-    launch(_pool, grid, scores, top, x, parts, blocks.table, total, heads, width, x.stride(0), **tiles, num_stages=3)
+    launch(_pool, grid, scores, top, x, parts, blocks.table, total, heads, width, x.stride(0), **tiles)
     return top, summed, sum_blocks(parts, blocks)
 
 
 def pooled_backward(scores: Tensor, top: Tensor, x: Tensor, dtotal: Tensor, dacc: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """-> dx (T, D) and dscores (H, T)."""
-    (heads, total), width, blocks = scores.shape, x.shape[-1], rows.blocks(_BACKWARD)
+    (heads, total), width = scores.shape, x.shape[-1]
+    tiles = _tiles(heads, width, x.dtype, backward=True)
+    blocks = rows.blocks(tiles["ROWS"])
     dx, dscores = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scores)
     arguments = (scores, top, x, dtotal.contiguous(), dacc.to(x.dtype).contiguous(), dx, dscores, blocks.table, total, heads, width, x.stride(0))
-    launch(_backward_x, (len(blocks),), *arguments, **_tiles(heads, width, x.dtype) | {"ROWS": _BACKWARD}, num_stages=3)
+    launch(_backward_x, (len(blocks),), *arguments, **tiles)
     return dx, dscores
 
 

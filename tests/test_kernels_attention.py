@@ -16,7 +16,15 @@ from megatron_apt.kernels.rows import Rows
 
 DTYPES = [torch.float32, torch.bfloat16]
 # (tokens of each sample, queries, heads, head size): one token, odd sizes, samples without tokens, several blocks, every query count.
-CASES = [([1], 1, 1, 8), ([63], 1, 3, 24), ([3, 0, 60], 1, 5, 8), ([1000], 1, 1, 64), ([7, 300, 65, 1], 1, 3, 24), ([0, 0], 1, 3, 8), ([63, 63], 3, 3, 24)]
+CASES = [
+    ([1], 1, 1, 8),
+    ([63], 1, 3, 24),
+    ([3, 0, 60], 1, 5, 8),
+    ([1000], 1, 1, 64),
+    ([7, 300, 65, 1], 1, 3, 24),
+    ([0, 0], 1, 3, 8),
+    ([63, 63], 3, 3, 24),
+]
 
 
 def make_rows(lengths: list[int], uniform: bool) -> tuple[Rows, tuple[int, int]]:
