@@ -50,18 +50,22 @@ def _backward(gate_at, h_at, dy_at, dh_at, dgate_at, table, width, ROWS: tl.cons
     tl.store(dgate_at + tl.program_id(0).to(tl.int64) * width + column, tl.sum(dgate, 0), mask=column < width)
 
 
-_SHAPE = {"ROWS": 4, "TILE": 1024, "num_warps": 4}  # 16 bytes of bf16 a thread and row, four rows under way
+def _shape(width: int) -> dict[str, int]:
+    tile = min(1 << (width - 1).bit_length(), 1024)  # 16 bytes of bf16 a thread
+    return {"ROWS": 4096 // tile, "TILE": tile, "num_warps": 4}
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, h, rows):
         x, gate, h = x.contiguous(), gate.contiguous(), h.contiguous()
-        blocks, width, y = rows.blocks(_ROWS), x.shape[-1], torch.empty_like(x)
-        ctx.grid = (len(blocks), -(-width // _SHAPE["TILE"]))
-        launch(_forward, ctx.grid, x, gate, h, y, blocks.table, width, **_SHAPE)
+        width, y = x.shape[-1], torch.empty_like(x)
+        shape = _shape(width)
+        blocks = rows.blocks(max(_ROWS, shape["ROWS"]))
+        grid = (len(blocks), -(-width // shape["TILE"]))
+        launch(_forward, grid, x, gate, h, y, blocks.table, width, **shape)
         ctx.save_for_backward(gate, h)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.grid, ctx.shape = blocks, grid, shape
         return y
 
     @staticmethod
@@ -70,7 +74,7 @@ class _GatedResidual(torch.autograd.Function):
         (gate, h), blocks, width = ctx.saved_tensors, ctx.blocks, dy.shape[-1]
         dy, dh = dy.contiguous(), torch.empty_like(h)
         parts = torch.empty(len(blocks), width, dtype=torch.float32, device=h.device)
-        launch(_backward, ctx.grid, gate, h, dy, dh, parts, blocks.table, width, **_SHAPE)
+        launch(_backward, ctx.grid, gate, h, dy, dh, parts, blocks.table, width, **ctx.shape)
         return dy, sum_blocks(parts, blocks).to(gate.dtype), dh, None
 
 

@@ -26,11 +26,13 @@ class ParallelConfig:
     samples; p2p (a ring) and a2a+p2p are Transformer Engine's on CUDA, for microbatches of equal samples."""
     context_parallel_inner: int = 0
     """With a2a+p2p: how many neighbouring ranks trade heads; groups of that many form the ring."""
+    row_multiple: int = 1
+    """Pads the tokens of each rank's part of a microbatch to a multiple of this, which FP8 products need (16; mxfp8 32)."""
     timeout_minutes: float = 10.0
     """How long a collective may take before it fails. Ranks that die are found sooner (guards.rank_timeout)."""
 
     def __post_init__(self):
-        for name in ("tp", "cp", "pp"):
+        for name in ("tp", "cp", "pp", "row_multiple"):
             _check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
         inner, nested = self.context_parallel_inner, self.context_parallel == "a2a+p2p"
         fits = 1 < inner < self.cp and self.cp % inner == 0 if nested else inner == 0
@@ -274,6 +276,8 @@ class RunConfig:
     """Writes checkpoints while training goes on."""
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     tensorboard: bool = True
+    kernels: Literal["auto", "kernels", "reference"] = "auto"
+    """auto: own Triton kernels on CUDA, torch on a CPU; reference: torch everywhere, to compare with."""
     wandb: str = ""
     """Weights & Biases project; needs the wandb package. Empty: not used."""
 
@@ -303,8 +307,26 @@ def check_fits(config: RunConfig) -> None:
 
     if parallel.context_parallel in ("p2p", "a2a+p2p") and parallel.cp > 1:
         _check_ring(config)
+    if model.fp8.recipe != "none":
+        _check_fp8(config)
     if config.method == "apt":
         _check_apt(config)
+
+
+def _check_fp8(config: RunConfig) -> None:
+    model, recipe = config.model, f"model.fp8.recipe={config.model.fp8.recipe!r}"
+    if model.dtype != "bfloat16":
+        raise ValueError(f'{recipe} stands on bf16 weights and activations: model.dtype={model.dtype!r} must be "bfloat16"')
+    if config.parallel.row_multiple % model.fp8.row_multiple:
+        raise ValueError(
+            f"{recipe} needs parallel.row_multiple={config.parallel.row_multiple} to be a multiple of {model.fp8.row_multiple}: set it to that"
+        )
+    for name, width in (("width", model.width), ("width / tp", model.width // config.parallel.tp)):
+        if width % model.fp8.row_multiple:
+            raise ValueError(f"{recipe} needs model.{name}={width} to be a multiple of {model.fp8.row_multiple}; use another width, or bf16")
+    depth = round(model.depth * config.apt.discriminator_depth) if config.method == "apt" else model.depth
+    if model.fp8.bf16_first + model.fp8.bf16_last >= depth:
+        raise ValueError(f"{recipe}: bf16_first={model.fp8.bf16_first} + bf16_last={model.fp8.bf16_last} leave none of {depth} blocks; lower them")
 
 
 def _check_ring(config: RunConfig) -> None:

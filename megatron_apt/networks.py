@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_apt.checkpoint import store
 from megatron_apt.methods.base import Role
+from megatron_apt.models.fp8 import Fp8State
 from megatron_apt.models.stages import WHOLE, Cut, Staged
 from megatron_apt.optim.optimizers import AdamW, Ema, RMSProp, learning_rate, make_optimizer
 from megatron_apt.optim.sharded import ShardedParameters
@@ -37,6 +38,7 @@ class Network:
         if role.optimizer is not None and any(p.requires_grad for p in self.module.parameters()):
             self.shards = ShardedParameters(self.module, mesh, role.optimizer, role.lr_scale)
             self.optimizer = make_optimizer(self.shards, role.optimizer)
+        self.fp8 = Fp8State(self.module, mesh, trains=self.shards is not None)
 
     def start(self, source: str = "") -> None:
         """Takes the role's starting weights (or those of `source`), then begins the average from them."""
@@ -75,6 +77,7 @@ class Network:
             self.optimizer.step(lr)
             self.shards.publish()
             self.shards.zero_grad()
+            self.fp8.step()
         self.updates += 1
         if self.ema is not None:
             self.ema.update()
@@ -135,7 +138,12 @@ class Network:
             for name, p in self._frozen().items():
                 key = f"{self.name}.{name}"
                 state[key] = store.sharded(key, p.detach().cpu(), p, self.mesh, replica=0)
+            state |= self._sharded_scales()
         return state
+
+    def _sharded_scales(self) -> dict:
+        keys = {f"{self.name}.{name}": value for name, value in self.fp8.tensors().items()}
+        return {key: store.replicated(key, value.cpu(), self.mesh) for key, value in keys.items()}
 
     @torch.no_grad()
     def restore(self, folder: Path, updates: int, source: str) -> None:
@@ -157,6 +165,11 @@ class Network:
         if wanted:
             for name, value in store.load(folder, wanted).items():
                 frozen[name].copy_(value)
+        scales = self._sharded_scales()
+        if scales:
+            loaded = store.load(folder, scales)
+            for name, value in self.fp8.tensors().items():
+                value.copy_(loaded[f"{self.name}.{name}"])
         self.updates = updates
         if self.shards is not None:
             self.shards.publish()

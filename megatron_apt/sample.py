@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_apt import media
 from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.config import Fp8Config, ModelConfig
 from megatron_apt.models.mmdit import Condition, MMDiT
 from megatron_apt.networks import load_weights
 from megatron_apt.parallel import startup
@@ -54,8 +55,8 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
 
 
 def model_config(stored: dict) -> ModelConfig:
-    """ModelConfig from its JSON form."""
-    return ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    """ModelConfig from its JSON form, for sampling, which is done in the dtype of the weights."""
+    return replace(from_dict(ModelConfig, stored), fp8=Fp8Config())
 
 
 def sample_latents(loaded: Loaded, mesh: Mesh, texts: list[Tensor], negative: Tensor, shape, ids: Tensor, seed: int, config) -> Tensor:

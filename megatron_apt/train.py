@@ -16,6 +16,7 @@ from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.guards import BadLoss, Collapse, CollapseAlarm, Signals, Stopped, explain
+from megatron_apt.kernels.launch import choose
 from megatron_apt.log import Means, Pieces, RunLog, write_summary
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import BadGradient, Network
@@ -130,6 +131,7 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
         Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
             if config.save_every is 0.
     """
+    choose(config.kernels)
     with Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout) as watch:
         trainer = Trainer(config, mesh)
         try:

@@ -128,8 +128,6 @@ def test_too_few_tokens_for_context_parallelism_are_named(mesh):
 
 def test_attention_equals_an_independent_implementation(mesh):
     """One block's joint attention against torch's MultiheadAttention-style formula on the same weights."""
-    from megatron_apt.models.mmdit import layer_norm
-
     model = model_config(dtype="float64", depth=1, last_block_text=True)
     _, networks, _ = build(run_config("flow", model=model), mesh)
     block = networks["generator"].module.blocks["0"]
@@ -142,7 +140,7 @@ def test_attention_equals_an_independent_implementation(mesh):
     def stream(part, h):
         mods = (part.modulation.linear.weight @ F.silu(c[:, 0]).T).T + part.modulation.linear.bias
         s1, k1, g1, s2, k2, g2 = mods.unsqueeze(1).chunk(6, -1)
-        qkv = (layer_norm(h) * (1 + k1) + s1) @ part.linear_qkv.weight.T + part.linear_qkv.bias
+        qkv = (F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + k1) + s1) @ part.linear_qkv.weight.T + part.linear_qkv.bias
         q, k, v = qkv.view(2, -1, 4, 3, 12).unbind(3)
         norm = lambda y, w: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w  # noqa: E731
         return norm(q, part.qk_norm.weight[0]), norm(k, part.qk_norm.weight[1]), v, (g1, s2, k2, g2)
@@ -156,7 +154,7 @@ def test_attention_equals_an_independent_implementation(mesh):
     def finish(part, h, attended, mods):
         g1, s2, k2, g2 = mods
         h = h + g1 * (attended @ part.linear_proj.weight.T + part.linear_proj.bias)
-        y = (layer_norm(h) * (1 + k2) + s2) @ part.linear_fc1.weight.T + part.linear_fc1.bias
+        y = (F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + k2) + s2) @ part.linear_fc1.weight.T + part.linear_fc1.bias
         return h + g2 * (F.gelu(y, approximate="tanh") @ part.linear_fc2.weight.T + part.linear_fc2.bias)
 
     assert torch.allclose(got_text, finish(block.text, text, out[:, :3], mt), rtol=1e-9, atol=1e-12)

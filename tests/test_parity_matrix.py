@@ -91,6 +91,12 @@ def test_eight_ranks(ranks, mesh, case):
     check(ranks, mesh, world, parallel, problem(), "mixed")
 
 
+@pytest.mark.parametrize("parallel", [ParallelConfig(tp=2, row_multiple=16), ParallelConfig(cp=2, row_multiple=32)], ids=["tp2", "cp2"])
+@pytest.mark.parametrize("data", ["images", "mixed"])
+def test_rows_padded_for_fp8_change_nothing(ranks, mesh, parallel, data):
+    check(ranks, mesh, 2, parallel, problem(), data)
+
+
 # A part of the tables above, for `make test`.
 TP, CP, GATHER, DP = "tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "tp1-cp2-all_gather-dp1", "tp1-cp1-dp2"
 

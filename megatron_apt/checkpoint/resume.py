@@ -10,7 +10,7 @@ from megatron_apt.config import RunConfig, to_dict
 # Fields, or fields of fields, that may change between an interrupted run and its continuation.
 _FREE = {
     *("output", "iterations", "parallel", "pipeline", "micro_batch", "init", "guards"),
-    *("log_every", "save_every", "save_async", "retention", "tensorboard", "wandb"),
+    *("log_every", "save_every", "save_async", "retention", "kernels", "tensorboard", "wandb"),
 }
 _FREE_INSIDE = {"optimizer": ("overlap", "bucket_size")}
 

@@ -47,6 +47,11 @@ def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, repli
     return ShardedTensor.from_rank_offsets(key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica))
 
 
+def replicated(key: str, tensor: Tensor, mesh: Mesh) -> ShardedTensor:
+    """A tensor that is the same on every rank of a pipeline stage."""
+    return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, mesh.dp_cp.rank))
+
+
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:

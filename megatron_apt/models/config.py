@@ -5,6 +5,34 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """FP8 matrix products in the blocks, with Transformer Engine on a chip that has them."""
+
+    recipe: Literal["none", "current", "delayed", "blockwise", "mxfp8"] = "none"
+    """current: one scale per tensor, from the tensor. delayed: from the largest values of recent updates, which saves a pass over each tensor.
+    blockwise: a scale per 128 numbers (Hopper). mxfp8: per 32 (Blackwell)."""
+    bf16_first: int = 1
+    """Blocks at the start that stay in bf16."""
+    bf16_last: int = 1
+    history: int = 16
+    """delayed: updates whose largest value makes the scale."""
+    margin: int = 0
+    """delayed: powers of two of headroom."""
+
+    def __post_init__(self):
+        for name in ("bf16_first", "bf16_last", "margin"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.fp8.{name}={getattr(self, name)}: must not be negative")
+        if self.history < 1:
+            raise ValueError(f"model.fp8.history={self.history}: must be at least 1")
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that an FP8 product wants on each rank."""
+        return {"none": 1, "mxfp8": 32}.get(self.recipe, 16)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """MMDiT: separate text and visual weights in every layer, joint attention, 3D rotary embedding on visual tokens.
 
@@ -30,6 +58,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Literal["none", "full"] = "none"
     """`full` keeps only each block's input and runs the block again in the backward pass."""
+    fp8: Fp8Config = Fp8Config()
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "mlp_ratio", "latent_channels", "text_width"):

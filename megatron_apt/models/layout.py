@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_apt.kernels.rows import Rows
 from megatron_apt.parallel.mesh import Mesh
 
 Grid = tuple[int, int, int]  # tokens of a sample over (frames, rows, columns)
@@ -30,8 +31,8 @@ class Stream:
     index: Tensor  # (T,) position of each local token in the whole packed sequence
     sample: Tensor  # (T,) sample of each local token
     uniform: bool
-    padding: int  # rows added at the end of the packed form so that it splits over the tensor-parallel ranks
-    modulation: Tensor | None  # rows of a per-sample (n, D) tensor that belong to this rank's part of the first dimension; None = all
+    padding: int  # rows added at the end of the packed form so that it splits over the tensor-parallel ranks in multiples of mesh.row_multiple
+    rows: Rows  # of this rank's (sequence-parallel) part of the folded form; padding counts to the last sample
 
     def fold(self, x: Tensor) -> Tensor:
         """(T, ...) -> (n, s, ...) or (T + padding, 1, ...)."""
@@ -51,10 +52,6 @@ class Stream:
         """Inverse of `fold`."""
         x = x.flatten(0, 1)
         return x[: len(x) - self.padding] if self.padding else x
-
-    def per_token(self, values: Tensor) -> Tensor:
-        """(n, D) per-sample vectors -> a shape that broadcasts over this rank's (sequence-parallel) hidden states."""
-        return (values if self.modulation is None else values.index_select(0, self.modulation)).unsqueeze(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +138,22 @@ def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
     index = torch.cat([torch.arange(starts[i] + a, starts[i] + b) for i, (a, b) in enumerate(ranges)])
     sample = torch.repeat_interleave(torch.arange(n), torch.tensor(counts))
     # The uniform form splits over tensor-parallel ranks by whole samples. Every rank must choose the same form, hence lengths, not counts.
-    uniform = len(set(lengths)) == 1 and lengths[0] % mesh.cp.size == 0 and n % tp == 0
-    padding = 0 if uniform else -len(index) % tp
-    modulation = None
-    if tp > 1 or not uniform:
-        rows = torch.arange(n) if uniform else torch.cat((sample, sample.new_zeros(padding)))
-        modulation = rows.chunk(tp)[mesh.tp.rank if tp > 1 else 0].to(mesh.device)
-    return Stream(lengths, counts, index.to(mesh.device), sample.to(mesh.device), uniform, padding, modulation)
+    uniform = len(set(lengths)) == 1 and lengths[0] % mesh.cp.size == 0 and n % tp == 0 and n // tp * counts[0] % mesh.row_multiple == 0
+    padding = 0 if uniform else -len(index) % (tp * mesh.row_multiple)
+    rows = _rows(counts, uniform, padding, mesh.tp.rank if tp > 1 else 0, tp, mesh.device)
+    return Stream(lengths, counts, index.to(mesh.device), sample.to(mesh.device), uniform, padding, rows)
+
+
+def _rows(counts: tuple[int, ...], uniform: bool, padding: int, part: int, parts: int, device: torch.device) -> Rows:
+    """Rows of one of the `parts` that sequence parallelism makes of the folded form's first dimension."""
+    filled = (*counts[:-1], counts[-1] + padding)
+    offsets = list(accumulate(filled, initial=0))
+    size = offsets[-1] // parts
+    cut = tuple(min(max(offset - part * size, 0), size) for offset in offsets)
+    if uniform and parts == 1:
+        return Rows(cut, device)
+    sample = torch.repeat_interleave(torch.arange(len(counts)), 1 if uniform else torch.tensor(filled))
+    return Rows(cut, device, sample.chunk(parts)[part].to(device))
 
 
 def _attention_groups(visual: tuple[int, ...], text: tuple[int, ...], mesh: Mesh) -> tuple[tuple[AttentionGroup, ...], Tensor]:

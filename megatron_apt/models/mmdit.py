@@ -16,10 +16,13 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from megatron_apt.kernels.gated_residual import gated_residual
+from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate
+from megatron_apt.models.fp8 import Fp8Blocks
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
@@ -76,11 +79,6 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without affine part, which AdaLN supplies."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
 class Modulation(nn.Module):
     """AdaLN vectors of one place: (n, count * D) from the condition c, as `count` tensors (n, D).
 
@@ -126,19 +124,19 @@ class BlockStream(nn.Module):
 
     def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream, rotary: Tensor | None):
         """x (a, b, D) -> (qk (a, b, H, 2, K) normalised and rotated, v (a, b, H, 1, K)) and the vectors for `after_attention`."""
-        shift, scale, *rest = (stream.per_token(v) for v in self.modulation(c, shared))
-        qkv = self.linear_qkv(torch.addcmul(shift, layer_norm(x), 1 + scale))[0].unflatten(-1, (self.heads, 3, self.head_size))
+        shift, scale, *rest = self.modulation(c, shared)
+        qkv = self.linear_qkv(modulated_norm(x, shift, scale, stream.rows))[0].unflatten(-1, (self.heads, 3, self.head_size))
         qk, v = qkv.split((2, 1), dim=-2)
         qk = self.qk_norm(qk)
         if rotary is not None:
             qk = rotate(qk, rotary)
         return (qk, v), rest
 
-    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor]) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor], stream: Stream) -> Tensor:
         gate, shift_mlp, scale_mlp, gate_mlp = vectors
-        x = torch.addcmul(x, gate, self.linear_proj(attended)[0])
-        h = self.linear_fc1(torch.addcmul(shift_mlp, layer_norm(x), 1 + scale_mlp))[0]
-        return torch.addcmul(x, gate_mlp, self.linear_fc2(F.gelu(h, approximate="tanh"))[0])
+        x = gated_residual(x, gate, self.linear_proj(attended)[0], stream.rows)
+        h = self.linear_fc1(modulated_norm(x, shift_mlp, scale_mlp, stream.rows))[0]
+        return gated_residual(x, gate_mlp, self.linear_fc2(F.gelu(h, approximate="tanh"))[0], stream.rows)
 
 
 class Block(nn.Module):
@@ -155,8 +153,8 @@ class Block(nn.Module):
         visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual, rotary)
         caption, text_vectors = self.text.before_attention(text, c, shared, layout.text, None)
         text_out, visual_out = joint_attention(caption, visual, layout, self.mesh, self.attention)
-        x = self.visual.after_attention(x, visual_out, visual_vectors)
-        return x, self.text.after_attention(text, text_out, text_vectors) if self.text.update else text
+        x = self.visual.after_attention(x, visual_out, visual_vectors, layout.visual)
+        return x, self.text.after_attention(text, text_out, text_vectors, layout.text) if self.text.update else text
 
 
 class MMDiT(nn.Module):
@@ -185,6 +183,7 @@ class MMDiT(nn.Module):
         held = [i for i in range(self.depth) if cut.holds(self.depth, i)]
         self.blocks = nn.ModuleDict({str(i): Block(model, mesh, spec, i + 1, last_text[i]) for i in held})
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
+        self.fp8 = Fp8Blocks(model.fp8, self.depth, mesh.device)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
         """Velocity of every local visual token.
@@ -229,7 +228,7 @@ class MMDiT(nn.Module):
         rotary = rotary_table(layout, self.model.head_size, self.model.rope_theta, h.dtype)
         tapped = {}
         for i in self.cut.blocks(self.depth, stage):
-            h, text = self._run(self.blocks[str(i)], h, text, c, shared, layout, rotary)
+            h, text = self._run(i, h, text, c, shared, layout, rotary)
             if i + 1 in taps:
                 tapped[i + 1] = h
         return state | {"visual": h, "text": text}, tapped
@@ -247,10 +246,14 @@ class MMDiT(nn.Module):
     def output_shape(self, layout: Layout) -> tuple[int, ...]:
         return len(layout.positions), self.model.patch_width
 
-    def _run(self, block: Block, h, text, c, shared, layout, rotary):
+    def _run(self, i: int, h, text, c, shared, layout, rotary):
+        def block(h, text, c, shared):
+            with self.fp8.products(i):
+                return self.blocks[str(i)](h, text, c, shared, layout, rotary)
+
         if self.model.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(lambda h, text, c, shared: block(h, text, c, shared, layout, rotary), False, h, text, c, shared)
-        return block(h, text, c, shared, layout, rotary)
+            return checkpoint(block, False, h, text, c, shared)
+        return block(h, text, c, shared)
 
 
 class FinalLayer(nn.Module):
@@ -262,5 +265,4 @@ class FinalLayer(nn.Module):
         self.linear = linear(model.width, model.patch_width, DTYPES[model.dtype], parameters.zeros, tp_partial=mesh.sequence_parallel)
 
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | None, layout: Layout) -> Tensor:
-        shift, scale = (layout.visual.per_token(v) for v in self.modulation(c, shared))
-        return self.linear(torch.addcmul(shift, layer_norm(x), 1 + scale))
+        return self.linear(modulated_norm(x, *self.modulation(c, shared), layout.visual.rows))

@@ -33,6 +33,7 @@ class Mesh:
     device: torch.device
     sequence_parallel: bool  # activations between blocks are split over tp along their first dimension
     context_parallel: str  # "ulysses", "all_gather", or Transformer Engine's "p2p" and "a2a+p2p"
+    row_multiple: int = 1  # each rank's part of a microbatch is padded to a multiple of so many tokens
     cp_levels: tuple[Any, ...] = ()  # with a2a+p2p: the groups of the exchange and of the ring
 
     @property

@@ -116,5 +116,6 @@ def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
         device=device,
         sequence_parallel=config.sequence_parallel and config.tp > 1,
         context_parallel=config.context_parallel,
+        row_multiple=config.row_multiple,
         cp_levels=tuple(parallel_state.get_hierarchical_context_parallel_groups()) if config.context_parallel_inner else (),
     )
