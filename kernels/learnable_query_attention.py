@@ -80,7 +80,8 @@ def inverse_rms(k, WIDTH: tl.constexpr):
 
 
 # Queries are tuples of two-dimensional tiles: a dimension for them would make the compiler lay tiles out across warps and move k and v through shared
-# memory in every step.
+# memory in every step. Tuples grow by `+`, as kernels know no starred expressions.
+# ruff: noqa: RUF005
 @jit
 def _forward(
     q_at,
