@@ -10,9 +10,9 @@ Backward, with w_t = e^(s_t - max), g = q k_scale / sqrt(K) and max a constant (
 since mean(ds g n) = ds s / K: the norm costs the backward no reduction of its own.
 
 Letters: n samples, T tokens, H heads, K head size, Q queries per head. Bytes at e bytes a number: forward 2 T H K e (kv in), backward 4 T H K e
-(kv in, dkv out); the scores are computed again rather than kept. 6 flops a pair of bytes: no work for matrix units.
-A program walks over a block of one sample's tokens for one head. Every slot of its tile runs its own online softmax, in registers of one warp; the
-slots meet once, behind the loop, and the blocks in a second kernel in a fixed order.
+(kv in, dkv out); the scores are computed again rather than kept. Flops: 8 T H Q K and 20 T H Q K, 2 or 3 a byte of bf16: no work for matrix units.
+A program walks over a block of one sample's tokens for one head. Every row of its tile runs its own online softmax, so that nothing crosses warps in
+the loop; the rows meet once, behind it, and the blocks in a second kernel in a fixed order.
 """
 
 import math
@@ -120,7 +120,7 @@ def _forward(
         for j in tl.static_range(QUERIES):
             score = tl.where(row < stop, tl.sum(k * gains[j], 1, keep_dims=True) * factor, float("-inf"))
             top = tl.maximum(tops[j], score)
-            shift = tl.where(top == float("-inf"), 0.0, top)  # slots that have seen no token: e^(-inf), not e^(inf - inf)
+            shift = tl.where(top == float("-inf"), 0.0, top)  # rows that have seen no token: e^(-inf), not e^(inf - inf)
             fade, weight = tl.exp(tops[j] - shift), tl.exp(score - shift)
             new_tops = new_tops + (top,)
             new_totals = new_totals + (totals[j] * fade + weight,)

@@ -6,11 +6,11 @@ Backward:
     dx_t = sum_h w_t,h dacc_h     ds_t,h = w_t,h (dsum_h + x_t . dacc_h)     and dk, dq, dk_scale from ds as in learnable_query_attention.
 
 Letters: n samples, T tokens, H heads, K head size, D width, e bytes a number. Scores lie as (H, T), in fp32.
-                    flops                                       bytes
-    forward         2 T H (2 K + D)                             T (H K + D) e
-    backward        2 T H (4 K + 2 D)                           T (3 H K + 2 D) e     (k twice would be 4: the kernel of dk reads ds, x is read once)
-    value projection and its backward, saved                    2 T D H K and 4 T D H K flops; T (D + H K) e and 2 T (D + H K) e bytes
-At T = 46,800, H K = D = 3072, H = 24, bf16: 7 and 14 Gflop, 0.58 and 1.44 GB here; 883 and 1,766 Gflop are saved.
+                 flops                  bytes                     at T = 46,800, H K = D = 3072, H = 24, bf16
+    forward      T H (4 K + 2 D)        T (H K + D) e             7.5 Gflop, 0.58 GB
+    backward     T H (12 K + 4 D)       2 T (H K + D) e           16 Gflop, 1.15 GB
+Attention over values moves the same bytes, and its value projection takes 2 T D H K flops forward and 4 T D H K backward: 0.88 and 1.77 Tflop.
+Products over D run on matrix units, with e^(score - max) and dacc in the type of x and sums in fp32.
 """
 
 import math
