@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from megatron_apt.kernels.launch import Launch, interpreted, triton
 from torch import Tensor
+
+from megatron_apt.kernels.launch import Launch, interpreted, triton
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on Hopper
 _REGISTERS = 65536  # of a multiprocessor

@@ -5,9 +5,10 @@ Bytes at e bytes a number: forward 3 R D e (x, h in, y out), backward 3 R D e (d
 """
 
 import torch
+from torch import Tensor
+
 from megatron_apt.kernels.launch import jit, launch, tl, use_kernels
 from megatron_apt.kernels.rows import Rows, sum_blocks
-from torch import Tensor
 
 _ROWS = 32
 

@@ -6,8 +6,10 @@ before the first import).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +19,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # not on Linux, say; references serve
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=int)  # of the language, definitions of kernels need its annotation alone
 
 Implementation = Literal["auto", "kernels", "reference"]
 
@@ -27,9 +29,11 @@ _recorded: "list[Launch] | None" = None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take; float64 is for references
 
 
-def jit(function: Callable) -> Any:
-    """triton.jit, or the plain function where there is no Triton."""
-    return triton.jit(function) if triton is not None else function
+def jit(function: Callable | None = None, **options: Any) -> Any:
+    """triton.jit with its options, or the plain function where there is no Triton."""
+    if function is None:
+        return functools.partial(jit, **options)
+    return triton.jit(function, **options) if triton is not None else function
 
 
 @contextlib.contextmanager

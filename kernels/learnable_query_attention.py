@@ -18,10 +18,11 @@ the loop; the rows meet once, behind it, and the blocks in a second kernel in a 
 import math
 
 import torch
+from torch import Tensor
+
 from megatron_apt.kernels.launch import jit, launch, tl, use_kernels
 from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.kernels.rows import Blocks, Rows
-from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]  # max, sum, acc
 

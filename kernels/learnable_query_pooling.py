@@ -16,6 +16,8 @@ Products over D run on matrix units, with e^(score - max) and dacc in the type o
 import math
 
 import torch
+from torch import Tensor
+
 from megatron_apt.kernels.launch import interpreted, jit, launch, tl, use_kernels
 from megatron_apt.kernels.learnable_query_attention import (
     Triple,
@@ -28,7 +30,6 @@ from megatron_apt.kernels.learnable_query_attention import (
 )
 from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.kernels.rows import Rows, sum_blocks
-from torch import Tensor
 
 _KEYS = 256  # tokens of a program over keys
 _POOLED = 768  # tokens of a block: its part is H fp32 rows of x, 6 % of the bytes of 768 bf16 rows, and 61 x 12 programs share one video

@@ -13,9 +13,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from megatron_apt.kernels.launch import jit, launch, tl, use_kernels
 from megatron_apt.kernels.rows import Rows, sum_blocks
-from torch import Tensor
 
 EPS = 1e-6
 _ROWS = 32  # of a block: the sums cost D fp32 numbers a block, the vectors as much, beside 32 rows of x

@@ -11,11 +11,12 @@ projecting again takes 2 T D H K flops, ten times as long as keys to memory and 
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from megatron_apt.kernels.launch import interpreted, jit, launch, tl, use_kernels
 from megatron_apt.kernels.learnable_query_attention import Triple, power_of_2, query_gradients
 from megatron_apt.kernels.learnable_query_pooling import flat, key_backward, learnable_query_pooling_reference, pooled, pooled_backward
 from megatron_apt.kernels.rows import Rows
-from torch import Tensor
 
 _CHUNK = 8192  # rows
 

@@ -7,8 +7,9 @@ sample's vectors once, and the parts of a sum over a sample's rows are added in 
 from dataclasses import dataclass, field
 
 import torch
-from megatron_apt.kernels.launch import jit, launch, tl
 from torch import Tensor
+
+from megatron_apt.kernels.launch import jit, launch, tl
 
 
 @dataclass(frozen=True, eq=False)

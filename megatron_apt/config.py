@@ -61,6 +61,8 @@ class PipelineConfig:
     input_gradient: float = 1.0
     weight_gradient: float = 1.0
     message: float = 0.0
+    calibration: str = ""
+    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT, whose measured times of a block take the place of the first three."""
     evaluations: int = 0
     """Schedules tried in the search at start-up; 0 only improves what long searches found for APT, and for other methods plain order."""
 

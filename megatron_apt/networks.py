@@ -74,13 +74,11 @@ class Network:
             if square != square:
                 self.bad = self.bad or self.shards.bad_gradients()
                 return square, lr
-            self.optimizer.step(lr)
-            self.shards.publish()
+            self.optimizer.step(lr, self.ema)
+            self.shards.gather()
             self.shards.zero_grad()
             self.fp8.step()
         self.updates += 1
-        if self.ema is not None:
-            self.ema.update()
         return square, lr
 
     @contextlib.contextmanager

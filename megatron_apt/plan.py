@@ -22,6 +22,8 @@ from megatron_apt.models.stages import Cut
 from megatron_apt.optim.optimizers import STATES
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Axis, Mesh
+from megatron_apt.pipeline import calibration
+from megatron_apt.pipeline.calibration import Calibration
 from megatron_apt.pipeline.prepare import Pipeline
 
 GIB = 2**30
@@ -32,6 +34,8 @@ class PlanConfig:
     memory: bool = True
     """Print bytes of weights, gradients, masters, optimiser states and average (all that there is to plan yet)."""
     ranks: int = 8
+    calibration: str = ""
+    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT: also prints the least time of an iteration by its measured blocks."""
     json: str = ""
     """Also writes the figures to this file."""
 
@@ -113,6 +117,20 @@ def _held(name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks:
     return role_memory(name, trained, frozen, ranks // (parallel.tp * parallel.pp), kind, role.ema)
 
 
+def iteration_seconds(config: RunConfig, ranks: int, measured: Calibration) -> float:
+    """Time of an iteration in which every rank computes all the time: the blocks of every pass, for samples as long as the calibration's.
+
+    Embeddings, heads, communication and idle ranks come on top.
+    """
+    mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))
+    method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
+    cost, total = measured.block(config.model), 0.0
+    for segment in (segment for phase in method.phases for branch in phase.branches for segment in branch.segments):
+        passes = cost.F + (cost.I if segment.grad != "none" else 0.0) + (cost.W if segment.grad == "full" else 0.0)
+        total += segment.copies * method.roles[segment.role].depth * passes
+    return total * config.global_batch / ranks
+
+
 def plan(config: RunConfig, options: PlanConfig) -> None:
     """Prints the table, and the sum beside that of Adam's two states."""
     if not options.memory:
@@ -138,8 +156,17 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
         f"All networks: {total / GIB:.3f} GiB with {kind} ({len(STATES[kind])} state), {other / GIB:.3f} GiB with Adam (2 states): "
         f"{saved / GIB:.3f} GiB saved. Activations come on top."
     )
+    seconds = None
+    if options.calibration:
+        measured = calibration.read(options.calibration)
+        seconds = iteration_seconds(config, options.ranks, measured)
+        console.print(
+            f"An iteration of {config.global_batch} samples of {measured.visual_tokens:,} + {measured.text_tokens} tokens takes at least "
+            f"{seconds:.1f} s on {options.ranks} ranks ({measured.what}): blocks alone, every rank busy."
+        )
     if options.json:
         figures = {
+            "least_seconds": seconds,
             "ranks": options.ranks,
             "optimizer": kind,
             "bytes": total,

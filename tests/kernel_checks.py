@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from megatron_apt.kernels.launch import implementation
 from torch import Tensor
+
+from megatron_apt.kernels.launch import implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

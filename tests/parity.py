@@ -129,9 +129,9 @@ def _record(name: str, network: Network, gradients: list[dict], at: list[int]) -
     """Copies the reduced gradient just before each update reads it."""
     step, parameters = network.optimizer.step, dict(zip(network.shards.names, network.shards.parameters, strict=True))
 
-    def recorded(lr: float) -> None:
+    def recorded(lr: float, ema) -> None:
         gradients[at[0]][name] = {key: whole(value, parameters[key], network.mesh) for key, value in network.shards.whole_gradients()}
-        step(lr)
+        step(lr, ema)
 
     network.optimizer.step = recorded
 

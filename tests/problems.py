@@ -46,18 +46,18 @@ def microbatch(
     rows = tuple(range(len(shapes))) if rows is None else tuple(rows)
     shapes, latents, texts = (tuple(values[i] for i in rows) for values in (shapes, latents, texts))
     tokens = pack_latents(shapes, model.patch, lambda some, _: torch.stack([latents[i] for i in some]))
-    condition = Condition.pack(texts)
+    condition = Condition.pack(texts).to(mesh.device)
     layout = build_layout(tuple(patch_grid(s[1:], model.patch) for s in shapes), condition.lengths, mesh)
     return Microbatch(
         mesh=mesh,
         patch=model.patch,
-        positions=torch.tensor(rows) + 100,
+        positions=torch.tensor(rows, device=mesh.device) + 100,
         sample_ids=rows,
         shapes=shapes,
-        x=tokens.to(dtype).index_select(0, layout.visual.index),
+        x=tokens.to(mesh.device, dtype).index_select(0, layout.visual.index),
         condition=condition,
-        null=Condition.pack([null]).repeat(len(shapes)),
-        negative=Condition.pack([negative]).repeat(len(shapes)),
+        null=Condition.pack([null]).repeat(len(shapes)).to(mesh.device),
+        negative=Condition.pack([negative]).repeat(len(shapes)).to(mesh.device),
         seed=7,
         iteration=iteration,
         global_batch=global_batch,
@@ -67,7 +67,6 @@ def microbatch(
 def waken(networks: dict[str, Network], seed: int = 1) -> None:
     """Random values where initialisation puts zeros (modulation, last layer), so that every gradient is alive. Equal on every mesh."""
     from megatron_apt.kernels.keyed_noise import derive_key
-
     from megatron_apt.models.parameters import full_shape
 
     for network in networks.values():

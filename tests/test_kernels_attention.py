@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, compare, random
+
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, learnable_query_attention_reference, merge
 from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling, learnable_query_pooling_reference

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from kernel_checks import DEVICE, compare, random
+
 from megatron_apt.kernels.gated_residual import gated_residual, gated_residual_reference
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.kernels.modulated_norm import modulated_norm, modulated_norm_reference

@@ -162,7 +162,6 @@ def _plain_rms(call):
     """Runs `call` with the twice differentiable RMSNorm in place of the one with a backward of its own."""
     from megatron_apt.kernels import learnable_query_attention
     from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
-
     from megatron_apt.models import mmdit
 
     users = (mmdit, learnable_query_attention)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from problems import IMAGES, MIXED, build, microbatch, model_config, run_config
 
+from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig, seaweed_8b, tiny
 from megatron_apt.models.embeddings import patchify, rotary_split, rotate, unpatchify

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron_apt.kernels.keyed_noise import derive_key
 from parity import DATA, ITERATIONS, SCHEDULES, TOLERANCE, compare_exactly, compare_rounded, deep, iterations, meshes, pipelines, problem
 
 from megatron_apt.config import ParallelConfig, PipelineConfig
 from megatron_apt.data.microbatch import Microbatch
+from megatron_apt.kernels.keyed_noise import derive_key
 from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel import collectives, context
 

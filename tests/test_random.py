@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_apt.kernels.keyed_noise import _philox, derive_key, keyed_normal, keyed_uniform
 
 from megatron_apt.data.order import SampleOrder
+from megatron_apt.kernels.keyed_noise import _philox, derive_key, keyed_normal, keyed_uniform
 
 
 def test_philox_gives_numpys_numbers():

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
-from megatron_apt.kernels.rows import Rows
 from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config, run_phase
 
 from megatron_apt.config import AptConfig
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
+from megatron_apt.kernels.rows import Rows
 from megatron_apt.models.discriminator import head_blocks
 from megatron_apt.pipeline.execute import frozen
 

@@ -7,7 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal, keyed_uniform
+from megatron_apt.conventions import interpolate
+from megatron_apt.kernels.keyed_noise import Tokens, derive_key, keyed_normal, keyed_uniform, token_mix, token_noise
+from megatron_apt.kernels.launch import use_kernels
 from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.layout import Grid, Layout, build_layout
 from megatron_apt.models.mmdit import Condition
@@ -77,25 +79,49 @@ class Microbatch:
         return build_layout(self.grids * (len(condition.lengths) // len(self.grids)), condition.lengths, self.mesh)
 
     def noise(self, purpose: str) -> Tensor:
-        """N(0, I) shaped like x, drawn in latent layout from (seed, iteration, phase, position, purpose)."""
-        if purpose in self.drawn:
-            return self.drawn[purpose]
-        key = derive_key(self.seed, self.iteration, self.phase, purpose)
+        """N(0, I) shaped like x, from (seed, iteration, phase, position, purpose); a sample's stream has the order of its latents."""
+        if purpose not in self.drawn:
+            key = self._key(purpose)
+            self.drawn[purpose] = token_noise(key, self.positions, self._places, self.x) if use_kernels(self.x) else self._noise_reference(key)
+        return self.drawn[purpose]
+
+    def _noise_reference(self, key: int) -> Tensor:
+        """Whole latents, then this rank's tokens of them."""
 
         def make(rows: list[int], shape: LatentShape) -> Tensor:
             numel = shape[0] * shape[1] * shape[2] * shape[3]
             return keyed_normal(key, self.positions[rows], numel, dtype=self.x.dtype).view(len(rows), *shape)
 
-        self.drawn[purpose] = pack_latents(self.shapes, self.patch, make).index_select(0, self.layout.visual.index)
-        return self.drawn[purpose]
+        return pack_latents(self.shapes, self.patch, make).index_select(0, self.layout.visual.index)
+
+    def interpolated(self, purpose: str, t: Tensor) -> Tensor:
+        """x_t = (1 - t) x + t z with z = noise(purpose) and (n,) times."""
+        if use_kernels(self.x):  # the noise is drawn where it is used
+            return token_mix(self._key(purpose), self.positions, self._places, self.x, 1 - t.float(), t)
+        return interpolate(self.x, self.noise(purpose), self.layout.expand(t))
+
+    def perturbed(self, x: Tensor, sigma: float, purpose: str) -> Tensor:
+        """x + sigma n with n = noise(purpose)."""
+        if use_kernels(x) and not (x.requires_grad and torch.is_grad_enabled()):
+            ones = torch.ones(len(self.shapes), device=x.device)
+            return token_mix(self._key(purpose), self.positions, self._places, x, ones, sigma * ones)
+        return x + sigma * self.noise(purpose)
+
+    def _key(self, purpose: str) -> int:
+        return derive_key(self.seed, self.iteration, self.phase, purpose)
+
+    @cached_property
+    def _places(self) -> Tokens:
+        sizes = torch.tensor([shape[1:] for shape in self.shapes]).to(self.x.device)
+        return Tokens(self.layout.positions, self.layout.visual.sample, sizes, self.patch)
 
     def uniform(self, purpose: str) -> Tensor:
         """U(0, 1), one number per sample, (n,)."""
-        return keyed_uniform(derive_key(self.seed, self.iteration, self.phase, purpose), self.positions, 1, dtype=self.x.dtype)[:, 0]
+        return keyed_uniform(self._key(purpose), self.positions, 1, dtype=self.x.dtype)[:, 0]
 
     def normal(self, purpose: str) -> Tensor:
         """N(0, 1), one number per sample, (n,)."""
-        return keyed_normal(derive_key(self.seed, self.iteration, self.phase, purpose), self.positions, 1, dtype=self.x.dtype)[:, 0]
+        return keyed_normal(self._key(purpose), self.positions, 1, dtype=self.x.dtype)[:, 0]
 
     def times(self, t: float) -> Tensor:
         """The same time for every sample, (n,)."""

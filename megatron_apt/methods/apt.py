@@ -113,7 +113,7 @@ def fakes(batch: Microbatch, outputs: Outputs) -> Tensor:
 
 def with_perturbed(batch: Microbatch, samples: Tensor, strength: float, sigma: float, purpose: str) -> list[Tensor]:
     """[x], or [x, x + sigma n] where a regulariser of this strength compares the two."""
-    return [samples, samples + sigma * batch.noise(purpose)] if strength else [samples]
+    return [samples, batch.perturbed(samples, sigma, purpose)] if strength else [samples]
 
 
 def _discriminate(apt: AptConfig, grad: Grad, purpose: str, real: bool, fake: bool, regularised: bool = True) -> Segment:
@@ -288,7 +288,7 @@ def _exact_r1(apt: AptConfig):
         # Each context-parallel rank returns the same logits: a share of each makes the ranks' contributions add up to their sum.
         (gradient,) = torch.autograd.grad(logits.sum() / batch.mesh.cp.size, x)
         with torch.no_grad():
-            perturbed = discriminator(x + apt.ar1_sigma * batch.noise("ar1"), t, condition, layout)
+            perturbed = discriminator(batch.perturbed(x, apt.ar1_sigma, "ar1"), t, condition, layout)
         exact = layout.sample_sum(gradient.square()).sum() / batch.global_batch
         approximate = batch.sample_mean(losses.approximate_r1(logits.detach(), perturbed)) / apt.ar1_sigma**2
         return {"check/r1_exact": exact, "check/r1_approximate": approximate}

@@ -8,7 +8,7 @@ With f(x_t, t) = x_t - t v(x_t, t), so that f(x, 0) = x by construction:
 import torch
 
 from megatron_apt.config import RunConfig
-from megatron_apt.conventions import interpolate, predict_sample, shift
+from megatron_apt.conventions import predict_sample, shift
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
@@ -35,7 +35,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
 
     def noisy(batch: Microbatch):
         t, s = grid_times(batch.uniform("t"), c.steps, c.shift)
-        return interpolate(batch.x, batch.noise("z"), batch.layout.expand(t)), t, s
+        return batch.interpolated("z", t), t, s
 
     def texts(batch: Microbatch) -> Condition:
         return batch.condition

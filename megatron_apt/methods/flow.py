@@ -3,7 +3,7 @@
 import torch
 
 from megatron_apt.config import RunConfig
-from megatron_apt.conventions import interpolate, shift, velocity_target
+from megatron_apt.conventions import shift, velocity_target
 from megatron_apt.data.microbatch import Microbatch, dropped
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
@@ -34,7 +34,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
 
     def feed(batch: Microbatch, _) -> Inputs:
         t = shift(torch.sigmoid(flow.logit_mean + flow.logit_std * batch.normal("t")), flow.shift)
-        return interpolate(batch.x, batch.noise("z"), batch.layout.expand(t)), t
+        return batch.interpolated("z", t), t
 
     def loss(batch: Microbatch, outputs):
         value = batch.token_mean(losses.squared_error(outputs[0], velocity_target(batch.x, batch.noise("z"))))

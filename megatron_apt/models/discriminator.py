@@ -8,9 +8,9 @@ The heads' tokens are joined on channels, normalised and projected to the logit.
 
 import torch
 import torch.nn.functional as F
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
 from torch import Tensor, nn
 
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import Layout

@@ -14,9 +14,9 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
-from megatron_apt.kernels.rows import Rows
 from torch import Tensor
 
+from megatron_apt.kernels.rows import Rows
 from megatron_apt.parallel.mesh import Mesh
 
 Grid = tuple[int, int, int]  # tokens of a sample over (frames, rows, columns)

@@ -14,11 +14,11 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from torch import Tensor, nn
+
 from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import rms_norm
-from torch import Tensor, nn
-
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding, rotary_table, rotate

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.spec_utils import build_module
-from megatron_apt.kernels.keyed_noise import derive_key
 from torch import Tensor, nn
 
+from megatron_apt.kernels.keyed_noise import derive_key
 from megatron_apt.parallel.mesh import Mesh
 
 Init = Callable[[Tensor, torch.Generator], None]

@@ -13,9 +13,9 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 import torch
-from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
 from torch import Tensor
 
+from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
 from megatron_apt.models.codec import checked_model_folder
 
 MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word

@@ -1,4 +1,7 @@
-"""Optimisers over a shard, their learning-rate schedule, and the moving average."""
+"""Optimisers over a shard, their learning-rate schedule, and the moving average.
+
+A step changes the masters, this rank's part of the weights that the module reads, and the average.
+"""
 
 import math
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.config import OptimizerConfig
+from megatron_apt.kernels.rmsprop_ema import Stretches, rmsprop_ema
 from megatron_apt.optim.sharded import ShardedParameters
 
 STATES = {"rmsprop": ("square",), "adamw": ("mean", "square")}  # buffers of the shard's size that each optimiser keeps
@@ -20,13 +24,11 @@ class RMSProp:
     def __init__(self, shards: ShardedParameters, config: OptimizerConfig):
         self.shards, self.config = shards, config
         self.state = {name: torch.zeros_like(shards.master) for name in STATES["rmsprop"]}
+        self._stretches = Stretches(shards.stretches)
 
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        for stretch in self.shards.stretches:
-            square, grad = self.state["square"][stretch.part], stretch.grad
-            square.mul_(self.config.alpha).addcmul_(grad, grad, value=1 - self.config.alpha)
-            self.shards.master[stretch.part].addcdiv_(grad, square.sqrt().add_(self.config.eps), value=-lr * stretch.lr_scale)
+    def step(self, lr: float, ema: "Ema | None" = None) -> None:
+        average, decay = (ema.average, ema.decay) if ema is not None else (None, 1.0)
+        rmsprop_ema(self.shards.master, self.state["square"], average, self._stretches, lr, self.config.alpha, self.config.eps, decay)
 
 
 class AdamW:
@@ -53,10 +55,13 @@ class AdamW:
         for state in self._adamw.state.values():
             state["step"].fill_(steps)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, ema: "Ema | None" = None) -> None:
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._adamw.step()
+        self.shards.write(self.shards.master)
+        if ema is not None:
+            ema.update()
 
 
 def make_optimizer(shards: ShardedParameters, config: OptimizerConfig) -> RMSProp | AdamW:
@@ -73,7 +78,7 @@ def learning_rate(config: OptimizerConfig, lr: float, update: int, updates: int)
 class Ema:
     """Moving average of the masters, in their precision and on their shards: average <- decay * average + (1 - decay) * weights.
 
-    Once per update of the network, one pass over the shard.
+    Once per step of the network's optimiser, which moves it.
     """
 
     def __init__(self, shards: ShardedParameters, decay: float):

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_apt.config import OptimizerConfig
+from megatron_apt.kernels import rmsprop_ema
 from megatron_apt.parallel.mesh import Mesh
 
 
@@ -41,12 +42,9 @@ class Fragment:
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
+class Stretch(rmsprop_ema.Stretch):
     """A run of this rank's shard inside one bucket whose weights share a learning-rate scale and weight decay."""
 
-    part: slice  # of the master, the states and the average
-    grad: Tensor  # the same elements of the gradient buffer
-    lr_scale: float
     decays: bool
 
 
@@ -127,8 +125,9 @@ class ShardedParameters:
                 runs[-1][2] = f.offset + f.size
             else:
                 runs.append([kind, f.offset, f.offset + f.size])
+        within = lambda part, start, stop: slice(start - part.offset, stop - part.offset)  # noqa: E731
         return [
-            Stretch(slice(start, stop), part.grad[start - part.offset : stop - part.offset], scale, decays)
+            Stretch(slice(start, stop), part.grad[within(part, start, stop)], part.weights[within(part, start, stop)], scale, decays)
             for (scale, decays, part), start, stop in runs
         ]
 
@@ -151,9 +150,18 @@ class ShardedParameters:
     @torch.no_grad()
     def publish(self, weights: Tensor | None = None) -> None:
         """Writes the masters (or another buffer of the shard's layout) into the module's parameters on every rank."""
-        weights = self.master if weights is None else weights
+        self.write(self.master if weights is None else weights)
+        self.gather()
+
+    @torch.no_grad()
+    def write(self, weights: Tensor) -> None:
+        """Writes a buffer of the shard's layout into this rank's part of the module's parameters."""
         for part in self._slices:
             part.weights.copy_(weights[part.offset : part.offset + len(part.weights)])
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Gives every rank's part of the module's parameters to all ranks."""
         if self.mesh.dp_cp.size > 1:
             self.ddp.start_param_sync(force_sync=True)
 

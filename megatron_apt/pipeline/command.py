@@ -13,6 +13,7 @@ from rich.table import Table
 from megatron_apt.config import RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Phase, roles_of
+from megatron_apt.pipeline import calibration
 from megatron_apt.pipeline.build import Built, NoRoom, Policy, phases_apart, search
 from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
@@ -32,6 +33,8 @@ class ScheduleConfig:
     """In one window, whose start-up and drain are counted."""
     cost: str = "F=1,I=1,W=1"
     """Time of the part of a network that one rank holds: forward, input gradient, weight gradient."""
+    calibration: str = ""
+    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT (e.g. `calibration.json:fp8 current`), whose measured times take the place of `cost`."""
     discriminator: float = 1.0
     """Cost of the discriminator as a multiple of the generator's."""
     message: float = 0.0
@@ -63,6 +66,16 @@ class ScheduleConfig:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative")
         if self.discriminator <= 0:
             raise ValueError(f"discriminator={self.discriminator} must be above 0: its cost as a multiple of the generator's")
+
+    @property
+    def unit(self) -> Cost:
+        """Time of the part of the generator that one rank holds."""
+        return calibration.read(self.calibration).relative if self.calibration else parse_cost(self.cost)
+
+    @property
+    def cost_text(self) -> str:
+        unit = self.unit
+        return f"F=1,I={unit.I:.2f},W={unit.W:.2f} of {calibration.read(self.calibration).what}" if self.calibration else self.cost
 
 
 def parse_cost(text: str) -> Cost:
@@ -124,7 +137,7 @@ def _phases(options: ScheduleConfig) -> tuple[Phase, ...]:
 
 def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:
     phases = _phases(options)
-    costs = costs_of(phases, parse_cost(options.cost), options.discriminator)
+    costs = costs_of(phases, options.unit, options.discriminator)
     places = dict.fromkeys(costs, placement(options.ranks, chunks))
     return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
 
@@ -147,7 +160,7 @@ def schedule(options: ScheduleConfig) -> None:
     found = schedules(options)
     alone = schedules(replace(options, iterations=1)) if options.iterations > 1 else {}
     by_cap = frontier(options) if options.frontier else {}
-    case = f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost}"
+    case = f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost_text}"
     console = Console()
     console.print(table(case, "", {NAMES[name]: built for name, built in found.items()}))
     if alone:

@@ -11,6 +11,7 @@ from megatron_apt.config import PipelineConfig
 from megatron_apt.methods.base import Method, Phase, roles_of
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.pipeline import calibration
 from megatron_apt.pipeline.build import Built, NoRoom, gpipe, phases_apart, search
 from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.graph import Cost, Graph, Window
@@ -40,6 +41,8 @@ class Pipeline:
                 )
         self.placement = dict.fromkeys(depths, placement(ranks, chunks))
         unit = Cost(config.forward, config.input_gradient, config.weight_gradient)  # of the deepest network's share of a rank
+        if config.calibration:
+            unit = calibration.read(config.calibration).relative
         share = max(depths.values()) / ranks
         self._costs = {
             name: [unit * (len(Cut(len(on)).blocks(depths[name], k)) / share) for k in range(len(on))] for name, on in self.placement.items()

@@ -46,7 +46,7 @@ class Step:
         loss.backward()
         marks.append(time.perf_counter())
         self.optimizer.step(1e-4)
-        self.shards.publish()
+        self.shards.gather()
         self.shards.zero_grad()
         marks.append(time.perf_counter())
         for name, a, b in zip(("forward", "backward", "update"), marks[:-1], marks[1:], strict=True):

@@ -1,0 +1,238 @@
+"""python -m megatron_apt.kernels.bench: time and bandwidth of every kernel on a GPU; --compile-only: what each takes on a Hopper chip, without one.
+
+Needs torch and Triton only. Shapes are those of the 8B model at 1280x720, 2 s: 46,800 visual tokens of width 3,072 in 24 heads of 128.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_apt.kernels.gated_residual import gated_residual, gated_residual_reference
+from megatron_apt.kernels.launch import Launch, recording, triton
+from megatron_apt.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from megatron_apt.kernels.rows import Rows
+
+TOKENS, WIDTH, HEADS, HEAD_SIZE = 46_800, 3072, 24, 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape.
+
+    Attributes:
+        inputs: makes its tensors on a device; floating-point ones take a gradient where `backward`.
+        ours, eager: the same function of them, by kernels and in torch.
+        moved: least bytes between chip and memory, forward and backward.
+        flops: of matrix products, forward and backward.
+        rival: name and call of a library's own, where there is one.
+    """
+
+    name: str
+    inputs: Callable[[torch.device], list[Tensor]]
+    ours: Callable[..., Tensor | tuple[Tensor, ...]]
+    eager: Callable[..., Tensor | tuple[Tensor, ...]] | None
+    moved: tuple[float, float]
+    flops: tuple[float, float] = (0.0, 0.0)
+    rival: tuple[str, Callable[..., Tensor]] | None = None
+    backward: bool = True
+
+
+def _normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def pointwise(dtype: torch.dtype, tokens: int = TOKENS, samples: int = 1) -> list[Case]:
+    size = samples * tokens * WIDTH * dtype.itemsize
+    cached: dict[torch.device, Rows] = {}
+
+    def rows(device: torch.device) -> Rows:
+        return cached.setdefault(device, Rows.uniform(samples, tokens, device))
+
+    def norm_inputs(device):
+        return [_normal(device, dtype, samples, tokens, WIDTH), *(_normal(device, dtype, samples, WIDTH) for _ in range(2))]
+
+    def residual_inputs(device):
+        x, h = (_normal(device, dtype, samples, tokens, WIDTH) for _ in range(2))
+        return [x, _normal(device, dtype, samples, WIDTH), h]
+
+    norms = [
+        Case(
+            f"modulated_norm {kind}",
+            norm_inputs,
+            lambda x, shift, scale, kind=kind: modulated_norm(x, shift, scale, rows(x.device), kind),
+            lambda x, shift, scale, kind=kind: modulated_norm_reference(x, shift, scale, rows(x.device), kind),
+            (2 * size, 3 * size),
+        )
+        for kind in ("layer", "rms")
+    ]
+    residual = Case(
+        "gated_residual",
+        residual_inputs,
+        lambda x, gate, h: gated_residual(x, gate, h, rows(x.device)),
+        lambda x, gate, h: gated_residual_reference(x, gate, h, rows(x.device)),
+        (3 * size, 3 * size),
+    )
+    return [*norms, residual]
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    return pointwise(dtype)
+
+
+# --- without a GPU
+
+
+def launches() -> list[Launch]:
+    """Every launch that the cases would make, in bf16 and fp32."""
+    found: list[Launch] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in cases(dtype):
+            with recording() as recorded:
+                _run(case, case.ours, _leaves(case, torch.device("meta")))
+            if not recorded:
+                raise AssertionError(f"{case.name} launched nothing")
+            found += recorded
+    return found
+
+
+def compile_all(capability: int) -> list[dict]:
+    from megatron_apt.kernels.compile import compiled, distinct
+
+    return [resources.row() | {"problems": resources.problems()} for resources in (compiled(one, capability) for one in distinct(launches()))]
+
+
+def resource_table(rows: list[dict]) -> str:
+    lines = ["| kernel | types | registers | spilled B | shared B | warps | blocks per SM | matrix |", "|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        columns = ("kernel", "types", "registers", "spilled", "shared", "warps", "blocks", "matrix")
+        lines.append("| " + " | ".join(str(r[column]) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+# --- on a GPU
+
+
+def _leaves(case: Case, device: torch.device) -> list[Tensor]:
+    return [t.requires_grad_(case.backward and t.is_floating_point()) for t in case.inputs(device)]
+
+
+def _run(case: Case, call: Callable, leaves: list[Tensor]) -> None:
+    out = call(*leaves)
+    if case.backward:
+        smooth = [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
+        torch.autograd.backward(smooth, [torch.empty_like(o) for o in smooth])
+
+
+def _milliseconds(function: Callable[[], object], leaves: list[Tensor] = ()) -> float:
+    return triton.testing.do_bench(function, warmup=25, rep=100, grad_to_none=list(leaves), return_mode="median")
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy of 2 GiB reads and writes."""
+    source = torch.empty(2**31, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (_milliseconds(lambda: target.copy_(source)) * 1e-3)
+
+
+def _timed(case: Case, call: Callable, device: torch.device) -> tuple[float, float]:
+    """Milliseconds of a forward pass alone and of both."""
+    leaves = _leaves(case, device)
+    with torch.no_grad():
+        forward = _milliseconds(lambda: call(*leaves))
+    if not case.backward:
+        return forward, forward
+    out = call(*leaves)
+    smooth = [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
+    weights = [torch.randn_like(o) for o in smooth]
+
+    def both() -> None:
+        made = call(*leaves)
+        torch.autograd.backward([o for o in ([made] if isinstance(made, Tensor) else made) if o.requires_grad], weights)
+
+    return forward, _milliseconds(both, [leaf for leaf in leaves if leaf.requires_grad])
+
+
+def measure(dtype: torch.dtype, device: torch.device, only: str = "") -> list[dict]:
+    """Times of each case by our kernels, torch as written, torch.compile, and a library's own."""
+    bandwidth = copy_bandwidth(device)
+    found = []
+    for case in cases(dtype):
+        if only not in case.name:
+            continue
+        contenders: dict[str, Callable] = {"ours": case.ours}
+        if case.eager is not None:
+            contenders |= {"eager": case.eager, "compiled": torch.compile(case.eager, dynamic=False)}
+        if case.rival is not None:
+            contenders[case.rival[0]] = case.rival[1]
+        for name, call in contenders.items():
+            row = {"kernel": case.name, "dtype": str(dtype).removeprefix("torch."), "by": name}
+            try:
+                forward, both = _timed(case, call, device)
+            except Exception as error:  # one contender that fails must not cost the others' figures
+                found.append(row | {"error": f"{type(error).__name__}: {error}"[:200]})
+                continue
+            moved = case.moved[0] + (case.moved[1] if case.backward else 0.0)
+            found.append(
+                row
+                | {
+                    "forward_ms": forward,
+                    "both_ms": both,
+                    "gb_per_s": moved / both / 1e6,
+                    "of_copy": moved / (both * 1e-3) / bandwidth,
+                    "forward_of_copy": case.moved[0] / (forward * 1e-3) / bandwidth,
+                    "tflop_per_s": sum(case.flops) / both / 1e9,
+                }
+            )
+        torch.cuda.empty_cache()
+    return [{"kernel": "copy", "dtype": "uint8", "by": "torch", "gb_per_s": bandwidth / 1e9, "of_copy": 1.0}, *found]
+
+
+def time_table(rows: list[dict]) -> str:
+    lines = ["| kernel | dtype | by | forward ms | forward + backward ms | GB/s | of copy bandwidth |", "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        if "error" in r:
+            lines.append(f"| {r['kernel']} | {r['dtype']} | {r['by']} | failed: {r['error']} | | | |")
+            continue
+        times = [f"{r[key]:.3f}" if key in r else "" for key in ("forward_ms", "both_ms")]
+        lines.append(f"| {r['kernel']} | {r['dtype']} | {r['by']} | {times[0]} | {times[1]} | {r['gb_per_s']:.0f} | {r['of_copy']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_apt.kernels.bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--compile-only", action="store_true", help="compile every kernel for a chip and print its resources; needs no GPU")
+    parser.add_argument("--capability", type=int, default=90, help="the chip to compile for: 90 is Hopper, 100 Blackwell")
+    parser.add_argument("--only", default="", help="measure kernels whose name contains this")
+    parser.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file")
+    options = parser.parse_args()
+    if triton is None:
+        print("Triton is not installed here (it needs Linux): no kernel can be compiled or run; models take the references in torch.")
+        return 0
+    if options.compile_only:
+        found = compile_all(options.capability)
+        print(resource_table(found))
+        problems = [problem for row in found for problem in row["problems"]]
+        print("\n".join(problems) or f"{len(found)} kernels compile for sm_{options.capability}: nothing spills, shared memory suffices.")
+    elif not torch.cuda.is_available():
+        print("No CUDA GPU here: nothing is measured. --compile-only compiles every kernel for one.")
+        return 0
+    else:
+        device = torch.device("cuda")
+        print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}")
+        found, problems = measure(torch.bfloat16, device, options.only), []
+        print(time_table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""One block and the whole of the 8B model at 46,800 visual tokens (1280x720, 2 s) on one GPU, in BF16 and FP8, beside diffusers' block with SDPA.
+
+    python tools/benchmarks/gpu_model.py --json FILE [--calibration FILE]
+
+MFU counts matrix products and attention of a forward pass once and of a backward pass twice, over the chip's dense BF16 peak, for FP8 too. The
+calibration file holds a block's forward, input-gradient and weight-gradient seconds, which `megatron-apt schedule`, `megatron-apt plan` and
+`--pipeline.calibration` read.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
+from megatron_apt.config import ParallelConfig
+from megatron_apt.kernels.launch import implementation
+from megatron_apt.models import parameters
+from megatron_apt.models.config import Fp8Config, ModelConfig, seaweed_8b
+from megatron_apt.models.embeddings import rotary_table
+from megatron_apt.models.layout import Layout, build_layout
+from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.stages import Cut
+from megatron_apt.parallel import deferred
+from megatron_apt.parallel.mesh import Axis, Mesh
+from megatron_apt.parallel.startup import start
+from megatron_apt.pipeline.calibration import block_flops
+
+GRID = (13, 45, 80)  # 49 frames of 720 x 1280 through a codec of 4 x 8 x 8 and patches of 1 x 2 x 2: 46,800 tokens
+TEXT = 256
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "B100": 1750e12, "A100": 312e12}  # dense BF16
+
+
+def seconds(function: Callable[[], object], repeats: int = 10) -> float:
+    """Median time of a call on the GPU."""
+    times = []
+    for i in range(repeats + 3):  # three to warm up
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) * 1e-3)
+    return sorted(times)[len(times) // 2]
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+class BlockProblem:
+    """Block 1 of three, which FP8 takes, and its inputs."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh):
+        self.model = replace(model, depth=3, recompute="none")
+        self.network = MMDiT(self.model, mesh, output=False, cut=Cut())
+        parameters.initialise(self.network, mesh, 0)
+        layout = build_layout((GRID,), (TEXT,), mesh)
+        make = lambda *shape: torch.randn(*shape, device=mesh.device, dtype=torch.bfloat16)  # noqa: E731
+        d = model.width
+        self.inputs = [make(1, len(layout.positions), d), make(1, TEXT, d), make(1, d), make(1, 6 * d)]
+        self.rest = (layout, rotary_table(layout, model.head_size, model.rope_theta, torch.bfloat16))
+        self.gradients = [torch.randn_like(t) for t in self.inputs[:2]]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.network._run(1, *self.inputs, *self.rest)
+
+    def both(self) -> None:
+        for t in self.inputs:
+            t.requires_grad_(True)
+        torch.autograd.backward(self.forward(), self.gradients)
+        self.clear()
+
+    def clear(self) -> None:
+        for t in (*self.inputs, *self.network.parameters()):
+            t.grad = None
+
+    def split(self) -> dict[str, float]:
+        """Seconds of F, I and W apart."""
+        store, made = deferred.WeightGradients(), []
+
+        def forward() -> None:
+            made[:] = self.forward()
+
+        def parts() -> tuple[float, float, float]:
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+            marks[0].record()
+            with deferred.deferring(store):
+                forward()
+                marks[1].record()
+                torch.autograd.backward(made, self.gradients)
+            marks[2].record()
+            store.run()
+            marks[3].record()
+            torch.cuda.synchronize()
+            self.clear()
+            return tuple(a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks))
+
+        runs = [parts() for _ in range(10)][3:]
+        return dict(zip("FIW", (sorted(values)[len(values) // 2] for values in zip(*runs, strict=True)), strict=True))
+
+
+def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> dict[str, float]:
+    free()
+    flops = block_flops(model.width, model.mlp_ratio, GRID[0] * GRID[1] * GRID[2], TEXT)
+    problem = BlockProblem(model, mesh)
+    with torch.no_grad():
+        forward = seconds(problem.forward)
+    torch.cuda.reset_peak_memory_stats()
+    both = seconds(problem.both)
+    found = {
+        "forward_s": forward,
+        "both_s": both,
+        "forward_mfu": flops / forward / peak,
+        "train_mfu": 3 * flops / both / peak,
+        "tflop": flops / 1e12,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    # Transformer Engine puts weight gradients off only in layers that were built for a pipeline.
+    staged = BlockProblem(model, replace(mesh, pp=Axis(2, 0, mesh.pp.group)))
+    for t in staged.inputs:
+        t.requires_grad_(True)
+    return found | staged.split()
+
+
+def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> dict[str, float]:
+    """diffusers' SD3 block, which has the same matrix products (no rotation), as its users run it: SDPA, and torch.compile."""
+    from diffusers.models.attention import JointTransformerBlock
+
+    free()
+    flops = block_flops(model.width, model.mlp_ratio, GRID[0] * GRID[1] * GRID[2], TEXT)
+    block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(device, torch.bfloat16)
+    make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
+    x, text, c = make(1, GRID[0] * GRID[1] * GRID[2], model.width), make(1, TEXT, model.width), make(1, model.width)
+    gradients = [torch.randn_like(t) for t in (text, x)]
+    found = {}
+    for name, call in (("", block), ("compiled_", torch.compile(block))):
+        run = lambda call=call: call(hidden_states=x, encoder_hidden_states=text, temb=c)  # noqa: E731
+
+        def both(run=run) -> None:
+            torch.autograd.backward(run(), gradients)
+            for t in (x, text, *block.parameters()):
+                t.grad = None
+
+        for t in (x, text):
+            t.requires_grad_(False)
+        with torch.no_grad():
+            found[f"{name}forward_s"] = seconds(run)
+        for t in (x, text):
+            t.requires_grad_(True)
+        found[f"{name}both_s"] = seconds(both)
+        found[f"{name}train_mfu"] = 3 * flops / found[f"{name}both_s"] / peak
+    return found
+
+
+def measure_model(model: ModelConfig, mesh: Mesh, peak: float, backward: bool) -> dict[str, float]:
+    """The whole network on one sample: one step of the generator (no gradient), and a forward and backward pass with recomputation."""
+    free()
+    with torch.device(mesh.device):
+        network = MMDiT(model, mesh)
+    for p in network.parameters():  # values do not matter for time, finite ones do
+        torch.nn.init.normal_(p, std=0.02)
+    layout: Layout = build_layout((GRID,), (TEXT,), mesh)
+    x = torch.randn(len(layout.positions), model.patch_width, device=mesh.device, dtype=torch.bfloat16)
+    text = torch.randn(TEXT, model.text_width, device=mesh.device, dtype=torch.bfloat16)
+    condition, t = Condition(text, (TEXT,), text.mean(0, keepdim=True)), torch.ones(1, device=mesh.device)
+    flops = model.depth * block_flops(model.width, model.mlp_ratio, len(x), TEXT)
+    with torch.no_grad():
+        forward = seconds(lambda: network(x, t, condition, layout), repeats=5)
+    found = {"weights": sum(p.numel() for p in network.parameters()), "one_step_s": forward, "one_step_mfu": flops / forward / peak}
+    found["one_step_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if backward:
+        free()
+
+        def both() -> None:
+            network(x, t, condition, layout).float().square().mean().backward()
+            for p in network.parameters():
+                p.grad = None
+
+        found["both_s"] = seconds(both, repeats=3)
+        found["train_mfu"] = 3 * flops / found["both_s"] / peak  # what is computed again does not count
+        found["train_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def fp8_recipes(device: torch.device) -> list[str]:
+    """Recipes this machine can run, with the reason on the screen where there is none."""
+    from megatron_apt.models.fp8 import require
+
+    able = []
+    for recipe in ("current", "delayed", "blockwise", "mxfp8"):
+        try:
+            require(Fp8Config(recipe), device)
+            able.append(recipe)
+        except ValueError as error:
+            print(f"FP8 {recipe} not measured: {error}", flush=True)
+    return able
+
+
+def row(name: str, found: dict) -> str:
+    if "error" in found:
+        return f"| {name} | failed: {found['error']} | | | | |"
+    cell = lambda key, digits: f"{found[key]:.{digits}f}" if key in found else ""  # noqa: E731
+    return (
+        f"| {name} | {cell('forward_s', 4)} | {cell('both_s', 4)} | {cell('train_mfu', 3)} | {cell('peak_gib', 1)} | "
+        + ("/".join(cell(key, 4) for key in "FIW") if "F" in found else "")
+        + " |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", default="")
+    parser.add_argument("--calibration", metavar="FILE", default="")
+    parser.add_argument("--depth", type=int, default=36, help="blocks of the whole model")
+    parser.add_argument("--no-model", action="store_true", help="measure a block only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("No CUDA GPU here: nothing is measured.")
+        return
+    mesh = start(ParallelConfig(row_multiple=16))
+    name = torch.cuda.get_device_name(mesh.device)
+    peak = next((value for key, value in PEAKS.items() if key in name), 989e12)
+    model, tokens = replace(seaweed_8b(), depth=options.depth), GRID[0] * GRID[1] * GRID[2]
+    variants = {"bf16": model} | {f"fp8 {recipe}": replace(model, fp8=Fp8Config(recipe)) for recipe in fp8_recipes(mesh.device)}
+    found: dict[str, dict] = {}
+
+    def attempt(key: str, function: Callable[[], dict]) -> None:
+        try:
+            found[key] = function()
+        except Exception as error:  # one figure that fails must not cost the others
+            found[key] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        print(row(key, found[key]), flush=True)
+
+    print(f"{name}, torch {torch.__version__}, {tokens:,} visual and {TEXT} text tokens, peak taken as {peak / 1e12:.0f} TFLOP/s")
+    print("| block | forward s | forward + backward s | train MFU | peak GiB | F/I/W s |\n|---|---|---|---|---|---|")
+    for key, variant in variants.items():
+        attempt(f"block {key}", lambda variant=variant: measure_block(variant, mesh, peak))
+    with implementation("reference"):
+        attempt("block bf16 without own kernels", lambda: measure_block(model, mesh, peak))
+    attempt("block bf16 diffusers", lambda: measure_diffusers(model, mesh.device, peak))
+    if not options.no_model:
+        able = [key for key in variants if key != "bf16" and "both_s" in found[f"block {key}"]]
+        for key in ("bf16", *sorted(able, key=lambda key: found[f"block {key}"]["both_s"])[:1]):
+            attempt(f"model {key}", lambda key=key: measure_model(variants[key], mesh, peak, backward=True))
+            whole, estimate = found[f"model {key}"], model.depth * found[f"block {key}"].get("forward_s", float("nan"))
+            whole["one_step_estimate_s"] = estimate
+            real = whole.get("one_step_s", float("nan"))
+            print(f"    one step: {estimate:.3f} s by {model.depth} measured blocks, {real:.3f} s in a real run")
+    result = {"device": name, "torch": torch.__version__, "visual_tokens": tokens, "text_tokens": TEXT, "peak_flops": peak, "figures": found}
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+    if options.calibration:
+        measured = {key.removeprefix("block "): value for key, value in found.items() if "F" in value}
+        blocks = {key: {kind: value[kind] for kind in "FIW"} for key, value in measured.items()}
+        shape = {"width": model.width, "mlp_ratio": model.mlp_ratio, "visual_tokens": tokens, "text_tokens": TEXT}
+        with open(options.calibration, "w", encoding="utf-8") as file:
+            json.dump({"device": name, **shape, "blocks": blocks}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
