@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_VERSION ?= 2.13.0
+TRITON_VERSION ?= 3.9.0
 # On a CPU-only machine only a CPU build of torch is accepted. Where the configured package index has none, give its address:
 #   make demo TORCH_INDEX=<address of the CPU wheels named on PyTorch's "Get Started" page>
 TORCH_INDEX ?=
@@ -33,7 +34,8 @@ else ifeq ($(shell uname -s),Linux)
 else
 	$(BIN)/pip install --quiet "torch==$(TORCH_VERSION)" $(INDEX_OPTION)
 endif
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(if $(HAS_GPU),dev$(comma)gpu,dev)]"
+	# A CUDA build of torch brings the Triton it was tested with; a CPU build brings none.
+	$(BIN)/pip install --quiet -c constraints.txt $(if $(HAS_GPU),,"triton==$(TRITON_VERSION); platform_system == 'Linux'") -e ".[$(if $(HAS_GPU),dev$(comma)gpu,dev)]"
 	touch $@
 
 demo: $(STAMP)

@@ -28,6 +28,7 @@ setup(
         "sentencepiece>=0.2",
         "tensorboard>=2.18",
         "transformers>=4.57",
+        'triton>=3.6; platform_system == "Linux"',
         "tyro>=0.9",
         "webdataset>=1.0",
     ],

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_apt.kernels.gated_residual import gated_residual, gated_residual_reference
+from megatron_apt.kernels.keyed_noise import Tokens, keyed_normal, keyed_normal_reference, keyed_uniform, token_mix
 from megatron_apt.kernels.launch import Launch, recording, triton
 from megatron_apt.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
 from megatron_apt.kernels.rows import Rows
 
 TOKENS, WIDTH, HEADS, HEAD_SIZE = 46_800, 3072, 24, 128
@@ -82,8 +84,65 @@ def pointwise(dtype: torch.dtype, tokens: int = TOKENS, samples: int = 1) -> lis
     return [*norms, residual]
 
 
+def update(dtype: torch.dtype, weights: int = 2**26) -> Case:
+    """Weights of `dtype` with fp32 gradients, masters, state and average."""
+    made: dict[int, Stretches] = {}
+
+    def inputs(device):
+        wide = [torch.rand(weights, device=device) for _ in range(4)]
+        return [*wide, torch.empty(weights, device=device, dtype=dtype)]
+
+    def stretches(grad: Tensor, parameters: Tensor) -> Stretches:
+        return made.setdefault(grad.data_ptr(), Stretches([Stretch(slice(0, weights), grad, parameters, 1.0)]))
+
+    numbers = (1e-5, 0.9, 1e-8, 0.995)
+
+    def ours(master, square, average, grad, parameters):
+        rmsprop_ema(master, square, average, stretches(grad, parameters), *numbers)
+
+    def eager(master, square, average, grad, parameters):
+        rmsprop_ema_reference(master, square, average, stretches(grad, parameters), *numbers)
+
+    return Case("rmsprop_ema", inputs, ours, eager, ((28 + dtype.itemsize) * weights, 0.0), backward=False)
+
+
+def noise(dtype: torch.dtype) -> list[Case]:
+    """One video's latents, 16 x 13 x 90 x 160, and the same as 46,800 tokens of 64 numbers, mixed into samples."""
+    size, grid = (13, 90, 160), (13, 45, 80)
+    count = 16 * size[0] * size[1] * size[2]
+
+    def tokens(device) -> Tokens:
+        positions = torch.cartesian_prod(*(torch.arange(n) for n in grid)).to(device)
+        return Tokens(positions, torch.zeros(TOKENS, dtype=torch.int64, device=device), torch.tensor([size]).to(device), (1, 2, 2))
+
+    places: dict[torch.device, Tokens] = {}
+
+    def mixed(x, ids, a, b):
+        return token_mix(7, ids, places.setdefault(x.device, tokens(x.device)), x, a, b)
+
+    def drawn_and_mixed(x, ids, a, b):
+        z = keyed_normal_reference(7, ids, count, dtype=x.dtype).view(16, 13, 45, 2, 80, 2)
+        return a.to(x.dtype) * x + b.to(x.dtype) * z.permute(1, 2, 4, 0, 3, 5).reshape(x.shape)  # to tokens, as patchify does
+
+    def tokens_inputs(device):
+        number = lambda value: torch.full((1,), value, device=device)  # noqa: E731
+        return [_normal(device, dtype, TOKENS, 64), torch.zeros(1, dtype=torch.int64, device=device), number(0.3), number(0.7)]
+
+    ids = lambda device: [torch.zeros(1, dtype=torch.int64, device=device)]  # noqa: E731
+    stream = Case(
+        "keyed_normal",
+        ids,
+        lambda ids: keyed_normal(7, ids, count, dtype=dtype),
+        lambda ids: keyed_normal_reference(7, ids, count, dtype=dtype),
+        (count * dtype.itemsize, 0.0),
+        backward=False,
+    )
+    uniform = Case("keyed_uniform", ids, lambda ids: keyed_uniform(7, ids, count, dtype=dtype), None, (count * dtype.itemsize, 0.0), backward=False)
+    return [stream, uniform, Case("token_mix", tokens_inputs, mixed, drawn_and_mixed, (2 * count * dtype.itemsize, 0.0), backward=False)]
+
+
 def cases(dtype: torch.dtype) -> list[Case]:
-    return pointwise(dtype)
+    return [*pointwise(dtype), update(dtype), *noise(dtype)]
 
 
 # --- without a GPU
