@@ -8,16 +8,20 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_apt.kernels.gated_residual import gated_residual, gated_residual_reference
 from megatron_apt.kernels.keyed_noise import Tokens, keyed_normal, keyed_normal_reference, keyed_uniform, token_mix
 from megatron_apt.kernels.launch import Launch, recording, triton
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, learnable_query_attention_reference
+from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling, learnable_query_pooling_reference
 from megatron_apt.kernels.modulated_norm import modulated_norm, modulated_norm_reference
+from megatron_apt.kernels.projected_scores import projected_query_pooling, projected_query_pooling_reference
 from megatron_apt.kernels.qk_norm_rope import joint_qkv, joint_qkv_reference
 from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
 from megatron_apt.kernels.rows import Rows
@@ -165,8 +169,52 @@ def noise(dtype: torch.dtype) -> list[Case]:
     return [stream, uniform, Case("token_mix", tokens_inputs, mixed, drawn_and_mixed, (2 * count * dtype.itemsize, 0.0), backward=False)]
 
 
+def queries(dtype: torch.dtype, tokens: int = TOKENS) -> list[Case]:
+    """The discriminator's heads; the second and third do without a value projection, the third includes that of keys."""
+    size, product, heads = tokens * WIDTH * dtype.itemsize, 2.0 * tokens * WIDTH * WIDTH, (HEADS, HEAD_SIZE)
+    cached: dict[torch.device, Rows] = {}
+
+    def shapes(*wide: tuple[int, ...]) -> Callable[[torch.device], list[Tensor]]:
+        return lambda device: [_normal(device, dtype, *shape) for shape in (heads, *wide, (HEAD_SIZE,))]
+
+    def on_rows(function: Callable) -> Callable:
+        return lambda *tensors: function(*tensors, cached.setdefault(tensors[0].device, Rows.uniform(1, tokens, tensors[0].device)))
+
+    def case(name, inputs, ours, eager, moved, flops=(0.0, 0.0)):
+        return Case(name, inputs, on_rows(ours), on_rows(eager), moved, flops)
+
+    def sdpa(q, kv, k_scale):
+        k, v = (t.transpose(1, 2) for t in kv.unbind(3))
+        return F.scaled_dot_product_attention(q[None, :, None], k, v)
+
+    kv, x, pooled = (1, tokens, HEADS, 2, HEAD_SIZE), (1, tokens, WIDTH), 2.0 * tokens * HEADS * WIDTH
+    projection = (WIDTH, WIDTH), (WIDTH,)
+    return [
+        replace(
+            case("learnable_query_attention", shapes(kv), learnable_query_attention, learnable_query_attention_reference, (2 * size, 4 * size)),
+            rival=("SDPA, keys normalised before", sdpa),
+        ),
+        case(
+            "learnable_query_pooling",
+            shapes((1, tokens, *heads), x),
+            learnable_query_pooling,
+            learnable_query_pooling_reference,
+            (2 * size, 4 * size),
+            (pooled, 2 * pooled),
+        ),
+        case(
+            "projected_query_pooling",
+            shapes(x, *projection),
+            projected_query_pooling,
+            projected_query_pooling_reference,
+            (2 * size, 6 * size),
+            (product + pooled, 3 * product + 2 * pooled),
+        ),
+    ]
+
+
 def cases(dtype: torch.dtype) -> list[Case]:
-    return [*pointwise(dtype), joint(dtype), update(dtype), *noise(dtype)]
+    return [*pointwise(dtype), joint(dtype), *queries(dtype), update(dtype), *noise(dtype)]
 
 
 # --- without a GPU

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config, run_phase
 
 from megatron_apt.config import AptConfig
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
+from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
+from megatron_apt.kernels.rows import Rows
 from megatron_apt.models.discriminator import head_blocks
 from megatron_apt.pipeline.execute import frozen
 
@@ -110,16 +112,13 @@ def test_5_the_whole_discriminator_trains_unless_told_otherwise(mesh):
 @pytest.mark.parametrize("cuts", [(5,), (1, 2), (3, 10, 16)])
 def test_6_the_head_softmax_is_one_softmax_over_all_tokens_of_a_sample(cuts):
     generator = torch.Generator().manual_seed(0)
-    k, v = torch.randn(2, 2, 17, 3, 8, generator=generator, dtype=torch.float64)
-    k = 30 * k  # sharp attention, where separate softmaxes would be far off
-    q = torch.randn(3, 8, generator=generator, dtype=torch.float64)
-    weights = torch.softmax(torch.einsum("hk,nshk->nhs", q, k) / 8**0.5, dim=-1)
+    kv = torch.randn(2, 17, 3, 2, 8, generator=generator, dtype=torch.float64)
+    q, k_scale = 30 * torch.randn(3, 8, generator=generator, dtype=torch.float64), torch.rand(8, generator=generator, dtype=torch.float64)
+    k, v = kv.unbind(-2)  # q is large: sharp attention, where separate softmaxes would be far off
+    weights = torch.softmax(torch.einsum("hk,nshk->nhs", q, F.rms_norm(k, (8,), k_scale, eps=1e-6)) / 8**0.5, dim=-1)
     want = torch.einsum("nhs,nshk->nhk", weights, v)
     bounds = [0, *cuts, 17]
-    parts = [learnable_query_attention(q, k[:, a:b], v[:, a:b], None, 2) for a, b in itertools.pairwise(bounds)]
-    top = torch.stack([p[0] for p in parts]).amax(0)
-    total = sum(p[1] * torch.exp(p[0] - top) for p in parts)
-    acc = sum(p[2] * torch.exp(p[0] - top).unsqueeze(-1) for p in parts)
+    _, total, acc = merge([learnable_query_attention(q, kv[:, a:b], k_scale, Rows.uniform(2, b - a)) for a, b in itertools.pairwise(bounds)])
     assert torch.allclose(acc / total.unsqueeze(-1), want, rtol=1e-12, atol=1e-14)
 
 

@@ -58,10 +58,7 @@ class QueryHead(nn.Module):
     def forward(self, h: Tensor, layout: Layout) -> Tensor:
         q = self.q_norm(self.linear_q(self.token)[0].view(self.heads, self.head_size))
         kv = self.linear_kv(self.norm_tokens(h))[0].unflatten(-1, (self.heads, 2, self.head_size))
-        stream = layout.visual
-        sample = None if stream.uniform else stream.sample
-        k, v = (kv if stream.uniform else stream.unfold(kv)).unbind(-2)
-        top, total, acc = learnable_query_attention(q, self.k_norm(k), v, sample, layout.samples)
+        top, total, acc = learnable_query_attention(q, kv, self.k_norm.weight, layout.visual.whole)
         attended = self._merge(top, total, acc).flatten(1).to(self.token.dtype)
         y = self.token + self.linear_proj(attended)[0]
         return y + self.linear_fc2(F.gelu(self.linear_fc1(self.norm_mlp(y))[0]))[0]

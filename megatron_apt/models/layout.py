@@ -33,6 +33,7 @@ class Stream:
     uniform: bool
     padding: int  # rows added at the end of the packed form so that it splits over the tensor-parallel ranks in multiples of mesh.row_multiple
     rows: Rows  # of this rank's (sequence-parallel) part of the folded form; padding counts to the last sample
+    whole: Rows  # of the whole folded form, as gathered over the tensor-parallel ranks; without padding
 
     def fold(self, x: Tensor) -> Tensor:
         """(T, ...) -> (n, s, ...) or (T + padding, 1, ...)."""
@@ -141,7 +142,8 @@ def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
     uniform = len(set(lengths)) == 1 and lengths[0] % mesh.cp.size == 0 and n % tp == 0 and n // tp * counts[0] % mesh.row_multiple == 0
     padding = 0 if uniform else -len(index) % (tp * mesh.row_multiple)
     rows = _rows(counts, uniform, padding, mesh.tp.rank if tp > 1 else 0, tp, mesh.device)
-    return Stream(lengths, counts, index.to(mesh.device), sample.to(mesh.device), uniform, padding, rows)
+    whole = Rows(tuple(accumulate(counts, initial=0)), mesh.device, None if uniform else sample.to(mesh.device))
+    return Stream(lengths, counts, index.to(mesh.device), sample.to(mesh.device), uniform, padding, rows, whole)
 
 
 def _rows(counts: tuple[int, ...], uniform: bool, padding: int, part: int, parts: int, device: torch.device) -> Rows:
