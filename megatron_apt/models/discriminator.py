@@ -3,21 +3,25 @@
 A head (APT paper, Figure 1), with h the visual tokens after its block:
     q = norm(Wq token); k = norm(Wk RMSNorm(h)); v = Wv RMSNorm(h)
     y = token + Wo attention(q, k, v);   y = y + MLP(Norm(y))
+With one query per head, attention(q, k, Wv x) = Wv attention(q, k, x): each head pools its input, and values are projected once per sample instead of
+once per token. That halves the head's arithmetic and the activations it keeps.
 The heads' tokens are joined on channels, normalised and projected to the logit. The last projection of the diffusion model is not used.
 """
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention
+from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling
 from megatron_apt.models import parameters
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.layout import Layout
+from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.mmdit import Condition, MMDiT, RMSNorm
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State, run_all
+from megatron_apt.parallel import deferred
 from megatron_apt.parallel.collectives import max_over, sum_over
 from megatron_apt.parallel.mesh import Mesh
 
@@ -34,6 +38,27 @@ def head_blocks(fractions: tuple[float, ...], depth: int) -> tuple[int, ...]:
     return tuple(sorted(blocks))
 
 
+class HeadLinear(nn.Module):
+    """A projection of whole tokens to this rank's heads: (..., D) -> (..., H K), features ordered (head, K); leaves communication to the caller."""
+
+    def __init__(self, width: int, dtype: torch.dtype, mesh: Mesh):
+        super().__init__()
+        self.group, out = mesh.tp.group, width // mesh.tp.size
+        self.weight = declare(nn.Parameter(torch.empty(out, width, dtype=dtype)), parameters.xavier, sharded_dim=0)
+        self.bias = declare(nn.Parameter(torch.empty(out, dtype=dtype)), parameters.zeros, sharded_dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        store = deferred.current()
+        if store is not None and self.weight.requires_grad and x.requires_grad:
+            return deferred.linear(x, self.weight, self.bias, store, False, False, self.group)
+        return F.linear(x, self.weight, self.bias)
+
+    def of_pooled(self, acc: Tensor, total: Tensor, head_size: int) -> Tensor:
+        """The projection of each head's own sums over tokens: (n, H, D), whose weights add up to total (n, H) -> (n, H, K), in acc's dtype."""
+        weight, bias = (p.to(acc.dtype).unflatten(0, (-1, head_size)) for p in (self.weight, self.bias))
+        return torch.einsum("nhd,hkd->nhk", acc, weight) + total.unsqueeze(-1) * bias
+
+
 class QueryHead(nn.Module):
     """One cross-attention-only transformer block whose single query is a learned token: visual tokens -> (n, D)."""
 
@@ -41,13 +66,12 @@ class QueryHead(nn.Module):
         super().__init__()
         self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
         d, dtype = model.width, DTYPES[model.dtype]
-        tokens = transformer_config(model, mesh)  # acts on visual tokens, split by sequence parallelism
         single = transformer_config(model, mesh, sequence_parallel=False)  # acts on one vector per sample, whole on every rank
         column, row = backend.column_parallel_linear, backend.row_parallel_linear
         self.token = declare(nn.Parameter(torch.empty(1, d, dtype=dtype)), parameters.normal(0.02))
         self.norm_tokens = RMSNorm((d,), dtype, tp_partial=mesh.sequence_parallel)
         self.linear_q = column_linear(column, d, d, single, mesh)
-        self.linear_kv = column_linear(column, d, 2 * d, tokens, mesh)  # output features ordered (head, k | v, K)
+        self.linear_k, self.linear_v = HeadLinear(d, dtype, mesh), HeadLinear(d, dtype, mesh)
         self.q_norm = RMSNorm((self.head_size,), dtype, tp_partial=True)
         self.k_norm = RMSNorm((self.head_size,), dtype, tp_partial=True)
         self.linear_proj = row_linear(row, d, d, single, mesh)
@@ -57,11 +81,21 @@ class QueryHead(nn.Module):
 
     def forward(self, h: Tensor, layout: Layout) -> Tensor:
         q = self.q_norm(self.linear_q(self.token)[0].view(self.heads, self.head_size))
-        kv = self.linear_kv(self.norm_tokens(h))[0].unflatten(-1, (self.heads, 2, self.head_size))
-        top, total, acc = learnable_query_attention(q, kv, self.k_norm.weight, layout.visual.whole)
-        attended = self._merge(top, total, acc).flatten(1).to(self.token.dtype)
+        x = self._all_tokens(self.norm_tokens(h), layout.visual)
+        k = self.linear_k(x).unflatten(-1, (self.heads, self.head_size))
+        top, total, acc = learnable_query_pooling(q, k, x, self.k_norm.weight, layout.visual.whole)
+        attended = self._merge(top, total, self.linear_v.of_pooled(acc, total, self.head_size)).flatten(1).to(self.token.dtype)
         y = self.token + self.linear_proj(attended)[0]
         return y + self.linear_fc2(F.gelu(self.linear_fc1(self.norm_mlp(y))[0]))[0]
+
+    def _all_tokens(self, x: Tensor, stream: Stream) -> Tensor:
+        """The folded tokens of this context-parallel rank, without padding. Their gradient is summed over the ranks that share the heads."""
+        group = self.mesh.tp.group
+        if self.mesh.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+        elif self.mesh.tp.size > 1:
+            x = copy_to_tensor_model_parallel_region(x, group=group)
+        return stream.unfold(x).unsqueeze(1) if stream.padding else x
 
     def _merge(self, top: Tensor, total: Tensor, acc: Tensor) -> Tensor:
         """Softmax over ALL tokens of a sample, whose parts lie on the context-parallel ranks: log-sum-exp of three small tensors."""
