@@ -276,10 +276,10 @@ def seed_by_rank(mesh):
 
 
 def average_only_on_the_main_rank(mesh):
-    from megatron_apt.optim.optimizers import Ema
+    from megatron_apt.optim.optimizers import RMSProp
 
-    original = Ema.update
-    return replaced(Ema, "update", lambda self: original(self) if mesh.is_main else None)
+    original = RMSProp.step
+    return replaced(RMSProp, "step", lambda self, lr, ema: original(self, lr, ema if mesh.is_main else None))
 
 
 BUGS = {

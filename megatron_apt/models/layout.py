@@ -56,11 +56,25 @@ class Stream:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionGroup:
-    """Samples of equal length: rows of the query and key arrays that attend to each other."""
+class Order:
+    """A permutation of rows that brings samples of equal length together."""
 
-    query: Tensor  # (g, lq)
-    key: Tensor  # (g, lk)
+    rows: Tensor
+    back: Tensor  # its inverse
+
+    @staticmethod
+    def of(rows: list[Tensor], device: torch.device) -> "Order":
+        order = torch.cat(rows)
+        return Order(order.to(device), torch.argsort(order).to(device))
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Samples of equal length, next to each other once rows are in order: how many, and how many queries and keys each has."""
+
+    samples: int
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +86,8 @@ class Layout:
     text: Stream
     token_counts: tuple[int, ...]  # visual + text tokens on each context-parallel rank
     groups: tuple[AttentionGroup, ...]  # of the packed attention; empty when the batched form applies
-    restore: Tensor | None  # puts the concatenated group outputs back in packed order
+    queries: Order | None  # of the packed attention's rows
+    keys: Order | None
     positions: Tensor  # (T_visual, 3) int64: frame, row, column of each local visual token
 
     @property
@@ -119,16 +134,16 @@ def build_layout(grids: tuple[Grid, ...], text_lengths: tuple[int, ...], mesh: M
             raise ValueError(f"a sample of {length} visual tokens does not split over parallel.cp={mesh.cp.size}; use larger samples or a smaller cp")
     visual = _stream(visual_lengths, mesh)
     text = _stream(text_lengths, mesh)
-    groups, restore = (), None
+    groups, queries, keys = (), None, None
     if mesh.cp.size > 1 or not (visual.uniform and text.uniform):
-        groups, restore = _attention_groups(visual_lengths, text_lengths, mesh)
+        groups, queries, keys = _attention_groups(visual_lengths, text_lengths, mesh)
     counts = tuple(
         sum(stop - start for lengths in (visual_lengths, text_lengths) for start, stop in (chunk(n, mesh.cp.size, r) for n in lengths))
         for r in range(mesh.cp.size)
     )
     cells = [torch.cartesian_prod(*(torch.arange(size) for size in grid)) for grid in grids]
     positions = torch.cat(cells).to(mesh.device).index_select(0, visual.index)
-    return Layout(grids, visual, text, counts, groups, restore, positions)
+    return Layout(grids, visual, text, counts, groups, queries, keys, positions)
 
 
 def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
@@ -158,7 +173,7 @@ def _rows(counts: tuple[int, ...], uniform: bool, padding: int, part: int, parts
     return Rows(cut, device, sample.chunk(parts)[part].to(device))
 
 
-def _attention_groups(visual: tuple[int, ...], text: tuple[int, ...], mesh: Mesh) -> tuple[tuple[AttentionGroup, ...], Tensor]:
+def _attention_groups(visual: tuple[int, ...], text: tuple[int, ...], mesh: Mesh) -> tuple[tuple[AttentionGroup, ...], Order, Order]:
     """Rows of each sample in the rank-major array [text | visual] of rank 0, then of rank 1, ...; queries stay local under all_gather."""
     rows = _gathered_rows(visual, text, mesh.cp.size)
     everything = range(mesh.cp.size)
@@ -169,12 +184,10 @@ def _attention_groups(visual: tuple[int, ...], text: tuple[int, ...], mesh: Mesh
         query = torch.cat([rows[i, r] for r in query_ranks]) - base
         key = torch.cat([rows[i, r] for r in everything])
         by_length.setdefault((len(query), len(key)), []).append((query, key))
-    groups = tuple(
-        AttentionGroup(torch.stack([q for q, _ in members]).to(mesh.device), torch.stack([k for _, k in members]).to(mesh.device))
-        for members in by_length.values()
-    )
-    order = torch.cat([group.query.flatten() for group in groups])
-    return groups, torch.argsort(order)
+    members = [pair for same in by_length.values() for pair in same]
+    groups = tuple(AttentionGroup(len(same), lq, lk) for (lq, lk), same in by_length.items())
+    queries, keys = (Order.of(rows, mesh.device) for rows in zip(*members, strict=True))
+    return groups, queries, keys
 
 
 def _gathered_rows(visual: tuple[int, ...], text: tuple[int, ...], ranks: int) -> dict:

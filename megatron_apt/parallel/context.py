@@ -65,9 +65,25 @@ def joint_attention(
     return layout.text.fold(text_out), layout.visual.fold(visual_out)
 
 
+class _Permuted(torch.autograd.Function):
+    """Rows in another order. Every row occurs once, so the gradient is rows in the order before: no sum, as indexing would have."""
+
+    @staticmethod
+    def forward(ctx, x, rows, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 def _attend_groups(q: Tensor, k: Tensor, v: Tensor, layout: Layout, attention) -> Tensor:
-    out = [attention(q[group.query], k[group.key], v[group.key]).flatten(0, 1) for group in layout.groups]
-    return torch.cat(out).index_select(0, layout.restore)
+    groups = layout.groups
+    q = _Permuted.apply(q, layout.queries.rows, layout.queries.back).split([g.samples * g.queries for g in groups])
+    k, v = (_Permuted.apply(x, layout.keys.rows, layout.keys.back).split([g.samples * g.keys for g in groups]) for x in (k, v))
+    out = [attention(*(x.unflatten(0, (g.samples, -1)) for x in qkv)).flatten(0, 1) for g, *qkv in zip(groups, q, k, v, strict=True)]
+    return _Permuted.apply(torch.cat(out), layout.queries.back, layout.queries.rows)
 
 
 def _ulysses(qkv: Tensor, layout: Layout, mesh: Mesh, attention) -> Tensor:
