@@ -82,9 +82,12 @@ class Fp8Blocks:
         """Context of one block's (from 0) passes."""
         if not self.holds(block):
             return contextlib.nullcontext()
-        import transformer_engine.pytorch
+        from transformer_engine import pytorch
 
-        return transformer_engine.pytorch.fp8_autocast(enabled=True, fp8_recipe=self.recipe, _graph=self.name == "delayed")
+        captured = self.name == "delayed"
+        if hasattr(pytorch, "autocast"):
+            return pytorch.autocast(enabled=True, recipe=self.recipe, _graph=captured)
+        return pytorch.fp8_autocast(enabled=True, fp8_recipe=self.recipe, _graph=captured)  # before Transformer Engine 2.9
 
 
 class Fp8State:
@@ -93,20 +96,18 @@ class Fp8State:
     def __init__(self, module: nn.Module, mesh: Mesh, trains: bool):
         self.mesh, self.layers, self._delayed = mesh, {}, {}
         for prefix, network in module.named_modules():
-            blocks = getattr(network, "fp8", None)
-            if not isinstance(blocks, Fp8Blocks):
+            if not isinstance(blocks := getattr(network, "fp8", None), Fp8Blocks):
                 continue
             if not trains:
                 blocks.never_steps()
-            for number, block in network.blocks.items():
-                if blocks.holds(int(number)):
-                    found = {
-                        f"{prefix + '.' if prefix else ''}blocks.{number}.{name}": m for name, m in block.named_modules() if hasattr(m, "fp8_meta")
-                    }
-                    self.layers |= found
-                    if blocks.name == "delayed":
-                        self._delayed |= found
-                        self._begin(blocks, int(number), found)
+            for number in (n for n in network.blocks if blocks.holds(int(n))):
+                named = network.blocks[number].named_modules(prefix=".".join(filter(None, (prefix, "blocks", number))))
+                # Attention has such a state too, and no FP8 products here.
+                found = {name: layer for name, layer in named if hasattr(layer, "fp8_meta") and isinstance(getattr(layer, "weight", None), Tensor)}
+                self.layers |= found
+                if blocks.name == "delayed":
+                    self._delayed |= found
+                    self._begin(blocks, int(number), found)
 
     @staticmethod
     @torch.no_grad()
