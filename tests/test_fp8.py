@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from problems import build, model_config, run_config
+from test_train import config
 
+from megatron_apt.checkpoint import store
 from megatron_apt.config import ParallelConfig, check_fits
 from megatron_apt.models.config import Fp8Config
 from megatron_apt.models.fp8 import Fp8Blocks, Fp8State
 from megatron_apt.models.layout import build_layout
+from megatron_apt.train import Trainer
 
 
 def fp8_run(recipe="current", row_multiple=16, **model):
@@ -133,3 +136,22 @@ def scale_after_unequal_maxima(mesh):
     network.blocks["1"]["fc"].fp8_meta["scaling_fwd"].amax_history[0, 0] = 2.0 + mesh.world.rank
     state.step()
     return network.blocks["1"]["fc"].fp8_meta["scaling_fwd"].scale.tolist()
+
+
+def test_scales_are_kept_in_checkpoints(mesh, datasets, tmp_path):
+    """A stand-in's tensors go through a real checkpoint; a run that has none in it says so."""
+    run = config(datasets, tmp_path / "run")
+    values = {"fp8.blocks.1.fc.forward.scale": torch.rand(3), "fp8.blocks.1.fc.forward.maxima": torch.rand(4, 3)}
+    trainer = Trainer(run, mesh)
+    trainer.networks["generator"].fp8 = SimpleNamespace(tensors=lambda: values, step=lambda: None)
+    trainer.step()
+    trainer.save()
+    folder = trainer.checkpoints.commit()
+    fresh = Trainer(run, mesh).networks["generator"]
+    restored = {name: torch.zeros_like(value) for name, value in values.items()}
+    fresh.fp8 = SimpleNamespace(tensors=lambda: restored, step=lambda: None)
+    fresh.restore(folder, updates=1, source="")
+    assert all(torch.equal(restored[name], value) for name, value in values.items())
+    fresh.fp8 = SimpleNamespace(tensors=lambda: {"fp8.blocks.2.fc.forward.scale": torch.zeros(3)}, step=lambda: None)
+    with pytest.raises(store.CheckpointError, match=r"has no tensor 'generator\.fp8\.blocks\.2\.fc\.forward\.scale'"):
+        fresh.restore(folder, updates=1, source="")

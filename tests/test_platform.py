@@ -66,17 +66,23 @@ def test_recomputation_keeps_the_random_state():
 
 
 def test_backends_are_chosen_by_machine(monkeypatch):
-    assert isinstance(choose_backend("cpu"), LocalBackend)
     from megatron_apt.models import spec
 
-    choose_backend.cache_clear()
-    monkeypatch.setattr(spec.te, "HAVE_TE", False)
-    with pytest.warns(UserWarning, match="Transformer Engine is not installed"):
-        assert isinstance(choose_backend("cuda"), LocalBackend)
-    choose_backend.cache_clear()
-    monkeypatch.setattr(spec.te, "HAVE_TE", True)
-    assert isinstance(choose_backend("cuda"), TransformerEngineBackend)
-    choose_backend.cache_clear()
+    def chosen(installed, recent):
+        choose_backend.cache_clear()
+        monkeypatch.setattr(spec.te, "HAVE_TE", installed)
+        monkeypatch.setattr(spec, "is_te_min_version", lambda version: recent)
+        return choose_backend("cuda")
+
+    try:
+        assert isinstance(choose_backend("cpu"), LocalBackend)
+        with pytest.warns(UserWarning, match="Transformer Engine is not installed"):
+            assert isinstance(chosen(installed=False, recent=False), LocalBackend)
+        with pytest.warns(UserWarning, match=r"is too old \(2\.3\.0 is needed\)"):
+            assert isinstance(chosen(installed=True, recent=False), LocalBackend)
+        assert isinstance(chosen(installed=True, recent=True), TransformerEngineBackend)
+    finally:
+        choose_backend.cache_clear()
 
 
 @cpu_only
