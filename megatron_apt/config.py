@@ -319,13 +319,13 @@ def _check_fp8(config: RunConfig) -> None:
     model, recipe = config.model, f"model.fp8.recipe={config.model.fp8.recipe!r}"
     if model.dtype != "bfloat16":
         raise ValueError(f'{recipe} stands on bf16 weights and activations: model.dtype={model.dtype!r} must be "bfloat16"')
-    if config.parallel.row_multiple % model.fp8.row_multiple:
-        raise ValueError(
-            f"{recipe} needs parallel.row_multiple={config.parallel.row_multiple} to be a multiple of {model.fp8.row_multiple}: set it to that"
-        )
+    # Sequence parallelism gathers quantised rows, in whole blocks of scales.
+    multiple = 128 if model.fp8.recipe == "blockwise" and config.parallel.sequence_parallel and config.parallel.tp > 1 else model.fp8.row_multiple
+    if config.parallel.row_multiple % multiple:
+        raise ValueError(f"{recipe} needs parallel.row_multiple={config.parallel.row_multiple} to be a multiple of {multiple}: set it to that")
     for name, width in (("width", model.width), ("width / tp", model.width // config.parallel.tp)):
-        if width % model.fp8.row_multiple:
-            raise ValueError(f"{recipe} needs model.{name}={width} to be a multiple of {model.fp8.row_multiple}; use another width, or bf16")
+        if width % multiple:
+            raise ValueError(f"{recipe} needs model.{name}={width} to be a multiple of {multiple}; use another width, or bf16")
     depth = round(model.depth * config.apt.discriminator_depth) if config.method == "apt" else model.depth
     if model.fp8.bf16_first + model.fp8.bf16_last >= depth:
         raise ValueError(f"{recipe}: bf16_first={model.fp8.bf16_first} + bf16_last={model.fp8.bf16_last} leave none of {depth} blocks; lower them")

@@ -45,6 +45,7 @@ class Network:
         source = source or self.role.source
         if source:
             self.source = load_weights(source, self.module.get_submodule(self.role.target), self.mesh, self)
+        self.fp8.start()
         self.begin_average()
 
     def begin_average(self) -> None:

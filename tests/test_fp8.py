@@ -1,5 +1,6 @@
 """What FP8 needs apart from the chip: configuration, padding, and the scales of two networks. The products themselves have not been run."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,15 +10,17 @@ from test_train import config
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import ParallelConfig, check_fits
+from megatron_apt.models import fp8
 from megatron_apt.models.config import Fp8Config
 from megatron_apt.models.fp8 import Fp8Blocks, Fp8State
 from megatron_apt.models.layout import build_layout
 from megatron_apt.train import Trainer
 
 
-def fp8_run(recipe="current", row_multiple=16, **model):
+def fp8_run(recipe="current", row_multiple=16, tp=1, sequence_parallel=False, **model):
     changes = {"dtype": "bfloat16", "width": 64, "heads": 4, "depth": 4} | model
-    return run_config("apt", model_config(fp8=Fp8Config(recipe=recipe), **changes), parallel=ParallelConfig(row_multiple=row_multiple))
+    parallel = ParallelConfig(row_multiple=row_multiple, tp=tp, sequence_parallel=sequence_parallel)
+    return run_config("apt", model_config(fp8=Fp8Config(recipe=recipe), **changes), parallel=parallel)
 
 
 def test_a_sound_configuration_passes():
@@ -31,6 +34,7 @@ def test_a_sound_configuration_passes():
         (lambda: fp8_run(dtype="float32"), r'model\.dtype=\'float32\' must be "bfloat16"'),
         (lambda: fp8_run(row_multiple=1), r"parallel\.row_multiple=1 to be a multiple of 16"),
         (lambda: fp8_run("mxfp8"), r"parallel\.row_multiple=16 to be a multiple of 32"),
+        (lambda: fp8_run("blockwise", tp=2, sequence_parallel=True), r"parallel\.row_multiple=16 to be a multiple of 128"),
         (lambda: fp8_run(width=72), r"model\.width=72 to be a multiple of 16"),
         (lambda: fp8_run(depth=2), r"bf16_first=1 \+ bf16_last=1 leave none of 2 blocks"),
     ],
@@ -110,6 +114,25 @@ def test_scales_follow_the_largest_value_of_recent_updates(mesh):
     assert set(state.tensors()) == {
         f"fp8.blocks.{i}.fc.{way}.{what}" for i in (1, 2) for way in ("forward", "backward") for what in ("scale", "maxima")
     }
+
+
+def test_the_first_weights_need_no_measuring(mesh):
+    network = Network()
+    state = Fp8State(network, mesh, trains=True)
+    with torch.no_grad():
+        network.blocks["1"]["fc"].weight.fill_(-0.25)
+    state.start()
+    first, second = (layer.fp8_meta["scaling_fwd"].scale.tolist() for layer in state.layers.values())
+    assert first == [1.0, 448 / 0.25 / 2, 1.0]
+    assert second == [1.0, 1.0, 1.0]  # all zero: nothing to measure
+
+
+def test_passes_outside_updates_run_without_fp8():
+    network = Network()
+    del network.fp8.products
+    with fp8.without(network):
+        assert isinstance(network.fp8.products(1), contextlib.nullcontext)
+    assert not network.fp8.off
 
 
 def test_a_networks_step_leaves_the_others_scales(mesh):

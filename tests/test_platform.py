@@ -68,19 +68,20 @@ def test_recomputation_keeps_the_random_state():
 def test_backends_are_chosen_by_machine(monkeypatch):
     from megatron_apt.models import spec
 
-    def chosen(installed, recent):
+    def chosen(installed, recent, dtype="bfloat16"):
         choose_backend.cache_clear()
         monkeypatch.setattr(spec.te, "HAVE_TE", installed)
         monkeypatch.setattr(spec, "is_te_min_version", lambda version: recent)
-        return choose_backend("cuda")
+        return choose_backend("cuda", dtype)
 
     try:
-        assert isinstance(choose_backend("cpu"), LocalBackend)
+        assert isinstance(choose_backend("cpu", "bfloat16"), LocalBackend)
         with pytest.warns(UserWarning, match="Transformer Engine is not installed"):
             assert isinstance(chosen(installed=False, recent=False), LocalBackend)
-        with pytest.warns(UserWarning, match=r"is too old \(2\.3\.0 is needed\)"):
+        with pytest.warns(UserWarning, match=r"is too old \(2\.8\.0 is needed\)"):
             assert isinstance(chosen(installed=True, recent=False), LocalBackend)
         assert isinstance(chosen(installed=True, recent=True), TransformerEngineBackend)
+        assert isinstance(chosen(installed=True, recent=True, dtype="float32"), LocalBackend)
     finally:
         choose_backend.cache_clear()
 

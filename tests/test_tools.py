@@ -91,7 +91,7 @@ def test_one_state_saves_a_third_of_what_adam_shards(mesh, tmp_path, capsys):
 
 def head_traffic(mesh, samples: int):
     model = model_config()
-    head = QueryHead(model, mesh, choose_backend("cpu"))
+    head = QueryHead(model, mesh, choose_backend("cpu", "float32"))
     layout = build_layout(((2, 4, 4),) * samples, (3,) * samples, mesh)
     x = torch.randn(samples, 32 // mesh.cp.size, model.width, requires_grad=True)
     with Traffic(mesh) as traffic:

@@ -13,6 +13,7 @@ from megatron_apt.config import AptConfig, DataConfig, GuardConfig, InitConfig, 
 from megatron_apt.data.batches import Batches, deal
 from megatron_apt.guards import BadLoss, Collapse
 from megatron_apt.log import read_rows
+from megatron_apt.models.discriminator import Discriminator
 from megatron_apt.networks import BadGradient
 from megatron_apt.train import Trainer, train
 
@@ -213,6 +214,25 @@ def test_exact_r1_is_reported_beside_its_estimate(mesh, datasets, tmp_path):
     first, second = trainer.step(), trainer.step()
     assert 0.1 < first["check/r1_approximate"] / first["check/r1_exact"] < 5.0  # chi-square of 8 samples around 1
     assert "check/r1_exact" not in second
+
+
+def test_exact_r1_asks_no_gradient_of_a_weight(mesh, datasets, tmp_path, monkeypatch):
+    """Layers that add a weight's gradient to the update's themselves would spoil the update."""
+    trainer = Trainer(config(datasets, tmp_path, apt=AptConfig(exact_r1_every=1)), mesh)
+    seen, forward, check = [], Discriminator.forward, trainer.method.check
+
+    def watched(networks, batch):
+        def recorded(self, *inputs):
+            seen.append(any(p.requires_grad for p in self.parameters()))
+            return forward(self, *inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Discriminator, "forward", recorded)
+            return check(networks, batch)
+
+    trainer.method = replace(trainer.method, check=watched)
+    trainer.step()
+    assert seen and not any(seen)
 
 
 def test_the_summary_reports_the_correlation_of_exact_and_approximate_r1(mesh, datasets, tmp_path):

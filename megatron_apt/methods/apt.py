@@ -21,7 +21,7 @@ from megatron_apt.data.microbatch import Microbatch, dropped, rolled
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Grad, Inputs, Method, Metrics, Outputs, Phase, Role, Segment, Values
 from megatron_apt.methods.flow import generator
-from megatron_apt.models import parameters
+from megatron_apt.models import fp8, parameters
 from megatron_apt.models.discriminator import Discriminator
 from megatron_apt.models.mmdit import Condition
 from megatron_apt.models.stages import Cut
@@ -274,16 +274,10 @@ def signs_of_collapse(values: Values, guards: GuardConfig) -> dict[str, str]:
 
 
 def _exact_r1(apt: AptConfig):
-    def check(networks: dict, batch: Microbatch) -> Metrics:
-        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the labels and conditions of the D phase that follows.
-
-        Measured beside aR1 / sigma^2 of the same weights, which estimates it to first order.
-        """
-        batch = batch.for_phase("d")
+    def measure(discriminator: Discriminator, batch: Microbatch) -> Metrics:
         condition = condition_of(batch, apt)
         x = batch.x.clone().requires_grad_(True)
         t, layout = label(batch, apt, "t_pair" if apt.loss == "relativistic" else "t_real"), batch.layout_for(condition)
-        discriminator = networks["discriminator"]
         logits = discriminator(x, t, condition, layout)
         # Each context-parallel rank returns the same logits: a share of each makes the ranks' contributions add up to their sum.
         (gradient,) = torch.autograd.grad(logits.sum() / batch.mesh.cp.size, x)
@@ -292,5 +286,15 @@ def _exact_r1(apt: AptConfig):
         exact = layout.sample_sum(gradient.square()).sum() / batch.global_batch
         approximate = batch.sample_mean(losses.approximate_r1(logits.detach(), perturbed)) / apt.ar1_sigma**2
         return {"check/r1_exact": exact, "check/r1_approximate": approximate}
+
+    def check(networks: dict, batch: Microbatch) -> Metrics:
+        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the labels and conditions of the D phase that follows.
+
+        Measured beside aR1 / sigma^2 of the same weights, which estimates it to first order.
+        """
+        discriminator = networks["discriminator"]
+        # Frozen, because layers that fuse the weight's gradient with its accumulation add it to the update's, whatever autograd was asked for.
+        with parameters.frozen(discriminator), fp8.without(discriminator):
+            return measure(discriminator, batch.for_phase("d"))
 
     return check

@@ -122,7 +122,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.taps, self.cut = head_blocks(head_fractions, depth), cut
         self.backbone = MMDiT(model, mesh, depth=depth, output=False, cut=cut)
-        backend, width = choose_backend(mesh.device.type), len(self.taps) * model.width
+        backend, width = choose_backend(mesh.device.type, model.dtype), len(self.taps) * model.width
         held = [i for i, tap in enumerate(self.taps) if cut.holds(depth, tap - 1)]
         self.heads = nn.ModuleDict({str(i): QueryHead(model, mesh, backend) for i in held})
         if not cut.last:

@@ -12,6 +12,8 @@ maxima to its own next version. FP8 copies of weights are likewise made once for
 """
 
 import contextlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from megatron_apt.parallel.mesh import Mesh
 # the layers below. With this one maxima from 1e-9 to 5e-2 survive until they have been measured.
 _FIRST_GRADIENT_SCALE = 2.0**20
 _LARGEST = {"scaling_fwd": 448.0, "scaling_bwd": 57344.0}  # of E4M3 and E5M2
+_WEIGHT = 1  # place among input, weight and output
 
 
 def require(config: Fp8Config, device: torch.device) -> None:
@@ -65,6 +68,7 @@ class Fp8Blocks:
 
     def __init__(self, config: Fp8Config, depth: int, device: torch.device):
         self.config, self.depth, self.recipe = config, depth, None
+        self.off = False
         self.name = config.recipe
         if config.recipe != "none" and device.type != "meta":  # a model on meta is built for its shapes alone
             require(config, device)
@@ -80,7 +84,7 @@ class Fp8Blocks:
 
     def products(self, block: int) -> contextlib.AbstractContextManager:
         """Context of one block's (from 0) passes."""
-        if not self.holds(block):
+        if self.off or not self.holds(block):
             return contextlib.nullcontext()
         from transformer_engine import pytorch
 
@@ -88,6 +92,19 @@ class Fp8Blocks:
         if hasattr(pytorch, "autocast"):
             return pytorch.autocast(enabled=True, recipe=self.recipe, _graph=captured)
         return pytorch.fp8_autocast(enabled=True, fp8_recipe=self.recipe, _graph=captured)  # before Transformer Engine 2.9
+
+
+@contextlib.contextmanager
+def without(module: nn.Module) -> Iterator[None]:
+    """Inside, every product has the dtype of the weights: passes that belong to no update would leave their maxima to the next version's scales."""
+    blocks = [network.fp8 for network in module.modules() if isinstance(getattr(network, "fp8", None), Fp8Blocks)]
+    for part in blocks:
+        part.off = True
+    try:
+        yield
+    finally:
+        for part in blocks:
+            part.off = False
 
 
 class Fp8State:
@@ -117,6 +134,19 @@ class Fp8State:
             for layer in layers.values():
                 layer.init_fp8_metadata(num_gemms=1)
                 layer.fp8_meta["scaling_bwd"].scale.fill_(_FIRST_GRADIENT_SCALE)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """The network has its first weights, whose scales need no pass to be measured. Activations begin with a scale of 1."""
+        if not self._delayed:
+            return
+        largest = torch.stack([layer.weight.abs().amax().float() for layer in self._delayed.values()])
+        if self.mesh.tp.size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.mesh.tp.group)
+        for layer, value in zip(self._delayed.values(), largest, strict=True):
+            state = layer.fp8_meta["scaling_fwd"]
+            if 0.0 < value < math.inf:
+                state.scale[_WEIGHT] = _LARGEST["scaling_fwd"] / value / 2.0**state.recipe.margin
 
     @torch.no_grad()
     def step(self) -> None:

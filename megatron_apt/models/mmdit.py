@@ -174,7 +174,7 @@ class MMDiT(nn.Module):
             self.time_embed = TimestepEmbedding(d, dtype)
             self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
             self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
-        spec = mmdit_block_spec(choose_backend(mesh.device.type))
+        spec = mmdit_block_spec(choose_backend(mesh.device.type, model.dtype))
         last_text = [i < model.depth - 1 or model.last_block_text for i in range(self.depth)]
         held = [i for i in range(self.depth) if cut.holds(self.depth, i)]
         self.blocks = nn.ModuleDict({str(i): Block(model, mesh, spec, i + 1, last_text[i]) for i in held})

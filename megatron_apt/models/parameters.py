@@ -5,8 +5,9 @@ Every parameter carries two facts set where it is built:
     tp_partial    True when each tensor-parallel rank sees only a part of the tokens or heads, so its gradient is a part of the sum
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.transformer.spec_utils import build_module
@@ -122,3 +123,16 @@ def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
 def count(model: nn.Module, mesh: Mesh) -> int:
     """Number of weights over all tensor-parallel ranks."""
     return sum(math.prod(full_shape(parameter, mesh)) for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's parameters take no gradient, so no weight-gradient product is computed for them."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,5 +1,6 @@
 """Which classes a model is built from: Transformer Engine on CUDA, torch on CPU. Nothing else in the package asks which machine it is."""
 
+import copy
 import functools
 import warnings
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from megatron_apt.parallel import deferred
 from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
 
-OLDEST = "2.3.0"  # the first Transformer Engine with delayed weight gradients
+OLDEST = "2.8.0"  # of Transformer Engine: delayed weight gradients, and parameters that say so to Megatron-Core
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -27,6 +28,11 @@ class _FusedBias:
 
     Megatron-Core's own function adds the bias in a second pass over the output, and cannot put the weight gradient off.
     """
+
+    def __init__(self, *args, config: TransformerConfig, **kwargs):
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion &= _grad_accum_fusion_available  # here it is Apex's
+        super().__init__(*args, config=config, **kwargs)
 
     def _forward_impl(self, input, weight, bias=None, allreduce_dgrad=False, sequence_parallel=False, **kwargs):
         store = deferred.current()
@@ -53,7 +59,8 @@ class _Layer:
     """Transformer Engine's linear among several networks and branches. Never run: there was no GPU to run it on.
 
     Weight gradients: its own delayed ones, which the pass's store calls. Its queue gives out products first in, first out, so the W of one microbatch
-    may do another's. Both go into the same STEP, which waits for all.
+    may do another's. Both go into the same STEP, which waits for all. Everything goes into the fp32 buffer as soon as it is there, because a second
+    microbatch may be on its way before the first one's W: `.grad`, which Transformer Engine's own backward_dw goes through, holds one gradient.
 
     FP8 copies of the weight: kept from one STEP to the next (models/fp8.py). It never hears of a first microbatch, at which it would also overwrite
     the weight's gradient; and a pass without gradients keeps no copy, because the one it makes lacks the layout that backward passes need.
@@ -62,6 +69,15 @@ class _Layer:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.is_first_microbatch = False
+        if self.config.delay_wgrad_compute:
+            # What autograd brings: of the weight a placeholder, of the bias its gradient where the product for the weight does not make it.
+            self.weight.register_post_accumulate_grad_hook(_drop)
+            self.bias.register_post_accumulate_grad_hook(_add_to_buffer)
+
+    def backward_dw(self) -> None:
+        (_, bias_gradient), _ = self.wgrad_store.pop()  # the weight's was added to the buffer
+        if bias_gradient is not None and self.bias.requires_grad:
+            self.bias.main_grad.add_(bias_gradient)
 
     def forward(self, x):
         self.disable_parameter_transpose_cache = not (torch.is_grad_enabled() and x.requires_grad)
@@ -71,6 +87,16 @@ class _Layer:
             output.register_hook(lambda _: store.later(self.backward_dw))  # a layer whose output gets no gradient has nothing to do later
             return output, bias
         return super().forward(x)
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _add_to_buffer(parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:  # called too where a function returns no gradient for it
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
 
 
 def _layer(linear: type) -> type:
@@ -84,7 +110,7 @@ class LocalAttention(torch.nn.Module):
         super().__init__()
         if mesh.context_parallel in RINGS:
             raise ValueError(
-                f"parallel.context_parallel={mesh.context_parallel!r} needs Transformer Engine, which is not installed; use ulysses or all_gather"
+                f"parallel.context_parallel={mesh.context_parallel!r} needs Transformer Engine and model.dtype='bfloat16'; use ulysses or all_gather"
             )
 
     def forward(self, q, k, v):
@@ -103,6 +129,14 @@ class TransformerEngineAttention(torch.nn.Module):
         import transformer_engine.pytorch
 
         heads = config.num_attention_heads // config.tensor_model_parallel_size
+        if mesh.context_parallel == "ulysses":
+            heads //= mesh.cp.size
+        if config.kv_channels % 8 and layer_number == 1:
+            warnings.warn(
+                f"model.width / model.heads = {config.kv_channels} is no multiple of 8, which Transformer Engine's fused attention needs: "
+                "its other one keeps all scores in memory; use another number of heads",
+                stacklevel=2,
+            )
         self.attention = transformer_engine.pytorch.DotProductAttention(
             heads, config.kv_channels, qkv_format="bshd", attn_mask_type="no_mask", attention_dropout=0.0, layer_number=layer_number
         )
@@ -115,7 +149,9 @@ class TransformerEngineAttention(torch.nn.Module):
             )
 
     def forward(self, q, k, v):
-        return self.attention(q.contiguous(), k.contiguous(), v.contiguous()).unflatten(-1, q.shape[-2:])
+        # It takes no tensor for contiguous that does not begin its storage, as every group of packed samples after the first.
+        qkv = (x.contiguous() if x.storage_offset() == 0 else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        return self.attention(*qkv).unflatten(-1, q.shape[-2:])
 
 
 @functools.lru_cache
@@ -145,9 +181,12 @@ class TransformerEngineBackend:
 
 
 @functools.lru_cache
-def choose_backend(device_type: str) -> Backend:
-    """Transformer Engine where it can run; otherwise torch, with one warning if that wastes a GPU."""
-    if device_type != "cuda":
+def choose_backend(device_type: str, dtype: str) -> Backend:
+    """Transformer Engine where it can run; otherwise torch, with one warning if that wastes a GPU.
+
+    Transformer Engine is for bfloat16 alone: it multiplies float32 in TF32, and knows no float64.
+    """
+    if device_type != "cuda" or dtype != "bfloat16":
         return LocalBackend()
     if te.HAVE_TE and is_te_min_version(OLDEST):  # without it the classes are mocks that build silently
         return TransformerEngineBackend()
@@ -203,8 +242,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool |
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # On CUDA the weight gradient's product adds into the fp32 buffer, where Transformer Engine or Apex can.
-        gradient_accumulation_fusion=mesh.device.type == "cuda" and (te.HAVE_TE or _grad_accum_fusion_available),
+        gradient_accumulation_fusion=mesh.device.type == "cuda",  # the weight gradient's product adds into the fp32 buffer, in layers that can
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
     )

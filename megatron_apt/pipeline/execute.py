@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Branch, Metrics, Segment
 from megatron_apt.models.layout import Layout
+from megatron_apt.models.parameters import frozen
 from megatron_apt.models.stages import State
 from megatron_apt.parallel.deferred import WeightGradients, deferring
 from megatron_apt.parallel.mesh import Mesh
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
 
 Load = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window; of -1, the one before it, none if there was none
 _OUTPUT = "output"  # name of a segment's output beside the names of a state
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's parameters take no gradient, so no weight-gradient product is computed for them."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 @dataclass
