@@ -13,8 +13,9 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
-from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.networks import load_weights
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Mesh

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from megatron_apt.conventions import interpolate, one_step_sample, predict_sample, shift
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.embeddings import patch_grid, patchify, unpatchify
 from megatron_apt.models.layout import build_layout
-from megatron_apt.models.mmdit import Condition
 from megatron_apt.parallel.mesh import Mesh
 
 Velocity = Callable[[Tensor, float], Tensor]  # (latents (n, C, F, H, W), t) -> velocity

@@ -7,10 +7,10 @@ import torch
 from megatron_apt.config import AptConfig, InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.methods import METHODS
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
 from megatron_apt.models.layout import build_layout
-from megatron_apt.models.mmdit import Condition
 from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.execute import Executor

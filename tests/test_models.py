@@ -12,10 +12,11 @@ from problems import IMAGES, MIXED, build, microbatch, model_config, run_config
 from megatron_apt.kernels.qk_norm_rope import rotate
 from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from megatron_apt.models import parameters
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, seaweed_8b, tiny
 from megatron_apt.models.embeddings import patchify, rotary_split, unpatchify
 from megatron_apt.models.layout import build_layout, chunk
-from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.parallel.mesh import Axis
 
 F64 = model_config(dtype="float64")

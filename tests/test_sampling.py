@@ -5,7 +5,7 @@ import torch
 from problems import build, model_config, run_config
 
 from megatron_apt.conventions import shift
-from megatron_apt.models.mmdit import Condition
+from megatron_apt.models.condition import Condition
 from megatron_apt.sampling import Sampler, sample_noise
 
 

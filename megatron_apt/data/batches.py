@@ -11,10 +11,10 @@ from megatron_apt.config import DataConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
 from megatron_apt.models.layout import build_layout, chunk
-from megatron_apt.models.mmdit import Condition
 from megatron_apt.parallel.mesh import Mesh
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_apt.conventions import interpolate
 from megatron_apt.kernels.keyed_noise import Tokens, derive_key, keyed_normal, keyed_uniform, token_mix, token_noise
 from megatron_apt.kernels.launch import use_kernels
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.layout import Grid, Layout, build_layout
-from megatron_apt.models.mmdit import Condition
 from megatron_apt.parallel.mesh import Mesh
 
 LatentShape = tuple[int, int, int, int]

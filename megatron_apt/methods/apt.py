@@ -22,8 +22,8 @@ from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Grad, Inputs, Method, Metrics, Outputs, Phase, Role, Segment, Values
 from megatron_apt.methods.flow import generator
 from megatron_apt.models import fp8, parameters
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.discriminator import Discriminator
-from megatron_apt.models.mmdit import Condition
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_apt.config import GuardConfig, OptimizerConfig
 from megatron_apt.data.microbatch import Microbatch
-from megatron_apt.models.mmdit import Condition
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.stages import Cut
 
 Grad = Literal["full", "input", "none"]

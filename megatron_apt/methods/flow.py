@@ -8,7 +8,8 @@ from megatron_apt.data.microbatch import Microbatch, dropped
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
 from megatron_apt.models import parameters
-from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.condition import Condition
+from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 

@@ -76,6 +76,11 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def rotary(self) -> bool:
+        """Positions turn queries and keys."""
+        return True
+
+    @property
     def patch_width(self) -> int:
         """Numbers in one visual token before embedding."""
         f, h, w = self.patch

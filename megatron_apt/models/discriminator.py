@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling
 from megatron_apt.models import parameters
+from megatron_apt.models.backbone import RMSNorm
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import Layout, Stream
-from megatron_apt.models.mmdit import Condition, MMDiT, RMSNorm
+from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State, run_all

@@ -16,9 +16,10 @@ import torch
 
 from megatron_apt.config import OptimizerConfig, ParallelConfig
 from megatron_apt.models import parameters
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import build_layout
-from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.spec import DTYPES
 from megatron_apt.optim.optimizers import AdamW
 from megatron_apt.optim.sharded import ShardedParameters
