@@ -37,8 +37,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def joint_qkv_reference(
     text: Tensor,
     visual: Tensor,
-    text_weight: Tensor,
-    visual_weight: Tensor,
+    text_weight: Tensor | None,
+    visual_weight: Tensor | None,
     rotary: Tensor | None,
     tokens: tuple[int, int] | None = None,
     form: Form = "apart",
@@ -46,7 +46,8 @@ def joint_qkv_reference(
 ) -> tuple[Tensor, ...]:
     """The definition, differentiated by autograd (and rms_norm)."""
     (text_qk, text_v), (visual_qk, visual_v) = text.split((2, 1), dim=-2), visual.split((2, 1), dim=-2)
-    text_qk, visual_qk = rms_norm(text_qk, text_weight), rms_norm(visual_qk, visual_weight)
+    text_qk = text_qk if text_weight is None else rms_norm(text_qk, text_weight)
+    visual_qk = visual_qk if visual_weight is None else rms_norm(visual_qk, visual_weight)
     if rotary is not None:
         visual_qk = rotate(visual_qk, rotary)
     if tokens is None:
@@ -77,7 +78,7 @@ def _forward(
     x_at, weight_at, table_at, q_at, k_at, v_at,
     q_sample, q_token, q_group, q_head, k_sample, k_token, k_group, k_head, v_sample, v_token, v_group, v_head,
     length, period, heads, group, each,
-    ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    NORM: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -86,8 +87,9 @@ def _forward(
     row = sample * length + token
     if ROTARY:
         cos, sin = _phases(table_at, row % period, mask, column, K, ROWS, TILE)
-    q_weight = tl.load(weight_at + column, mask=column < K, other=0.0).to(tl.float32)
-    k_weight = tl.load(weight_at + K + column, mask=column < K, other=0.0).to(tl.float32)
+    if NORM:
+        q_weight = tl.load(weight_at + column, mask=column < K, other=0.0).to(tl.float32)
+        k_weight = tl.load(weight_at + K + column, mask=column < K, other=0.0).to(tl.float32)
     x_place = row[:, None] * heads * (3 * K) + column[None, :]
     token = token[:, None].to(tl.int64)
     q_at += sample * q_sample + token * q_token + column[None, :]
@@ -99,8 +101,9 @@ def _forward(
         q = tl.load(x, mask=mask, other=0.0).to(tl.float32)
         k = tl.load(x + K, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(x + 2 * K, mask=mask, other=0.0)
-        q = q * tl.rsqrt(tl.sum(q * q, 1, keep_dims=True) / K + 1e-6) * q_weight[None, :]
-        k = k * tl.rsqrt(tl.sum(k * k, 1, keep_dims=True) / K + 1e-6) * k_weight[None, :]
+        if NORM:
+            q = q * tl.rsqrt(tl.sum(q * q, 1, keep_dims=True) / K + 1e-6) * q_weight[None, :]
+            k = k * tl.rsqrt(tl.sum(k * k, 1, keep_dims=True) / K + 1e-6) * k_weight[None, :]
         if ROTARY:
             q = _rotated(q, cos, sin, ROWS, TILE)
             k = _rotated(k, cos, sin, ROWS, TILE)
@@ -124,7 +127,7 @@ def _backward(
     x_at, weight_at, table_at, dq_at, dk_at, dv_at, dx_at, dweight_at,
     q_sample, q_token, q_group, q_head, k_sample, k_token, k_group, k_head, v_sample, v_token, v_group, v_head,
     length, period, heads, group, each,
-    ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    NORM: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -134,8 +137,9 @@ def _backward(
     if ROTARY:
         cos, sin = _phases(table_at, row % period, mask, column, K, ROWS, TILE)
         sin = -sin
-    q_weight = tl.load(weight_at + column, mask=column < K, other=0.0).to(tl.float32)
-    k_weight = tl.load(weight_at + K + column, mask=column < K, other=0.0).to(tl.float32)
+    if NORM:
+        q_weight = tl.load(weight_at + column, mask=column < K, other=0.0).to(tl.float32)
+        k_weight = tl.load(weight_at + K + column, mask=column < K, other=0.0).to(tl.float32)
     dq_weight = tl.zeros((ROWS, TILE), tl.float32)
     dk_weight = tl.zeros((ROWS, TILE), tl.float32)
     x_place = row[:, None] * heads * (3 * K) + column[None, :]
@@ -150,22 +154,24 @@ def _backward(
         dk = tl.load(dk_at + far * k_group + near * k_head, mask=mask, other=0.0).to(tl.float32)
         dv = tl.load(dv_at + far * v_group + near * v_head, mask=mask, other=0.0)
         place = x_place + head * (3 * K)
-        q = tl.load(x_at + place, mask=mask, other=0.0).to(tl.float32)
-        k = tl.load(x_at + place + K, mask=mask, other=0.0).to(tl.float32)
         if ROTARY:
             dq = _rotated(dq, cos, sin, ROWS, TILE)
             dk = _rotated(dk, cos, sin, ROWS, TILE)
-        dq, q_part = _norm_backward(q, q_weight, dq, K)
-        dk, k_part = _norm_backward(k, k_weight, dk, K)
-        dq_weight += q_part
-        dk_weight += k_part
+        if NORM:
+            q = tl.load(x_at + place, mask=mask, other=0.0).to(tl.float32)
+            k = tl.load(x_at + place + K, mask=mask, other=0.0).to(tl.float32)
+            dq, q_part = _norm_backward(q, q_weight, dq, K)
+            dk, k_part = _norm_backward(k, k_weight, dk, K)
+            dq_weight += q_part
+            dk_weight += k_part
         tl.store(dx_at + place, dq.to(dx_at.dtype.element_ty), mask=mask)
         tl.store(dx_at + place + K, dk.to(dx_at.dtype.element_ty), mask=mask)
         tl.store(dx_at + place + 2 * K, dv, mask=mask)
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    part = dweight_at + program.to(tl.int64) * (2 * K) + column
-    tl.store(part, tl.sum(dq_weight, 0), mask=column < K)
-    tl.store(part + K, tl.sum(dk_weight, 0), mask=column < K)
+    if NORM:
+        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        part = dweight_at + program.to(tl.int64) * (2 * K) + column
+        tl.store(part, tl.sum(dq_weight, 0), mask=column < K)
+        tl.store(part + K, tl.sum(dk_weight, 0), mask=column < K)
 
 
 def _views(tensors: tuple[Tensor, ...], form: Form) -> list[Tensor]:
@@ -187,20 +193,24 @@ def _grid(samples: int, length: int, heads: int, width: int) -> tuple[tuple[int,
     return (tiles, -(-heads // each), samples), each, {"K": width, "ROWS": rows, "TILE": tile}
 
 
-def _launch(kernel, joint: list[Tensor], start: int, length: int, x: Tensor, weight: Tensor, table: Tensor | None, *results: Tensor) -> None:
+def _launch(
+    kernel, joint: list[Tensor], start: int, length: int, x: Tensor, weight: Tensor | None, table: Tensor | None, *results: Tensor | None
+) -> None:
     """One stream, whose tokens of a sample are `start` to `start + length` of the joint ones."""
+    if not length:
+        return
     joint = [t.narrow(1, start, length) for t in joint]
     samples, _, groups, group, width = joint[0].shape
     grid, each, shape = _grid(samples, length, groups * group, width)
     strides = [stride for t in joint for stride in t.stride()[:-1]]
     numbers = (length, 1 if table is None else len(table), groups * group, group, each)
-    launch(kernel, grid, x, weight, table, *joint, *results, *strides, *numbers, ROTARY=table is not None, **shape)
+    launch(kernel, grid, x, weight, table, *joint, *results, *strides, *numbers, NORM=weight is not None, ROTARY=table is not None, **shape)
 
 
 class _JointQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text, visual, text_weight, visual_weight, table, samples, lengths, form, ranks):
-        text, visual, text_weight, visual_weight = (t.contiguous() for t in (text, visual, text_weight, visual_weight))
+        text, visual, text_weight, visual_weight = (t if t is None else t.contiguous() for t in (text, visual, text_weight, visual_weight))
         heads, width, tokens = text.shape[-3], text.shape[-1], sum(lengths)
         shapes = {
             "apart": [(samples, tokens, heads, width)] * 3,
@@ -223,10 +233,12 @@ class _JointQkv(torch.autograd.Function):
         for x, weight, phases, length in zip((text, visual), (text_weight, visual_weight), (None, table), ctx.lengths, strict=True):
             dx = torch.empty_like(x)
             dx.flatten(0, 1)[ctx.samples * length :].zero_()  # padding
-            grid, *_ = _grid(ctx.samples, length, x.shape[-3], x.shape[-1])
-            parts = torch.empty(math.prod(grid), *weight.shape, dtype=torch.float32, device=x.device)
+            parts = None
+            if weight is not None:
+                grid, *_ = _grid(ctx.samples, length, x.shape[-3], x.shape[-1])
+                parts = torch.empty(math.prod(grid), *weight.shape, dtype=torch.float32, device=x.device)
             _launch(_backward, joint, start, length, x, weight, phases, dx, parts)
-            found.append((dx, parts.sum(0).to(weight.dtype)))
+            found.append((dx, None if weight is None else parts.sum(0).to(weight.dtype)))
             start += length
         (dtext, dtext_weight), (dvisual, dvisual_weight) = found
         return dtext, dvisual, dtext_weight, dvisual_weight, None, None, None, None, None
@@ -235,8 +247,8 @@ class _JointQkv(torch.autograd.Function):
 def joint_qkv(
     text: Tensor,
     visual: Tensor,
-    text_weight: Tensor,
-    visual_weight: Tensor,
+    text_weight: Tensor | None,
+    visual_weight: Tensor | None,
     rotary: Tensor | None,
     tokens: tuple[int, int] | None = None,
     form: Form = "apart",
@@ -246,7 +258,7 @@ def joint_qkv(
 
     Args:
         text, visual: (a, b, H, 3, K) projections to q, k and v. Without `tokens`: (n, l_text, ...) and (n, l_visual, ...).
-        text_weight, visual_weight: (2, K) scales of q and of k.
+        text_weight, visual_weight: (2, K) scales of q and of k; None: not normalised (here).
         rotary: (a or 1, b, 1, 1, K / 2) unit complex numbers for the visual tokens; None: no rotation.
         tokens: the packed form, in which so many rows of each stream are tokens and the rest, at the end, is padding, whose gradient is zero.
         form: how a packed form is laid out.
@@ -256,7 +268,7 @@ def joint_qkv(
         Without `tokens`: q, k and v (n, l_text + l_visual, H, K), text first in each sample. With `tokens`, T = sum(tokens), all text first:
         "apart" q, k and v (T, H, K); "keys_values" q (T, H, K) and one (T, H, 2, K); "by_rank" one (ranks, T, H / ranks, 3, K).
     """
-    if not use_kernels(text, visual, text_weight, visual_weight):
+    if not use_kernels(text, visual, *(w for w in (text_weight, visual_weight) if w is not None)):
         return joint_qkv_reference(text, visual, text_weight, visual_weight, rotary, tokens, form, ranks)
     table = None if rotary is None else torch.view_as_real(rotary).flatten(0, -3).flatten(-2).contiguous()
     samples, lengths = (len(text), (text.shape[1], visual.shape[1])) if tokens is None else (1, tokens)

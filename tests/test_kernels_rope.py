@@ -54,6 +54,17 @@ def test_without_rotation():
     check(tensors((2, 3), (2, 5), 2, 16), torch.float32, None)
 
 
+@pytest.mark.parametrize("tokens", [None, (5, 40)])
+def test_without_norms(tokens):
+    """Models that normalise elsewhere, or not at all."""
+    text, visual, weight, _ = tensors((2, 3) if tokens is None else (6, 1), (2, 20) if tokens is None else (43, 1), 2, 16)
+    rotary = phases(20, 16)[None] if tokens is None else phases(43, 16)[:, None]
+    for own in (None, weight):
+        inputs = [text, visual] if own is None else [text, visual, own]
+        check_with = [partial(lambda f, t, v, w=None: f(t, v, None, w, rotary, tokens), f) for f in (joint_qkv, joint_qkv_reference)]
+        compare(*check_with, inputs, torch.float32)
+
+
 @pytest.mark.parametrize(
     "after",
     [
