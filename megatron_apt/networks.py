@@ -182,7 +182,7 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
 
     Args:
         source: a checkpoint or run folder.
-        module: an MMDiT, or a part of one (a discriminator's backbone).
+        module: a backbone, or a part of one (a discriminator's backbone).
         network: the one that owns the module, whose masters then take the same weights.
 
     Returns:

@@ -13,9 +13,10 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
-from megatron_apt.models.mmdit import MMDiT
+from megatron_apt.models.families import build_backbone
 from megatron_apt.networks import load_weights
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Mesh
@@ -33,7 +34,7 @@ class Loaded:
         two_step_t: where the two-step procedure returns to noise.
     """
 
-    model: MMDiT
+    model: Backbone
     text_length: int
     shards: tuple[str, ...]
     two_step_t: float
@@ -49,7 +50,7 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     if weights == "ema" and not state["ema"]:
         raise store.CheckpointError(f"{checkpoint}: was trained without EMA (optimizer.ema=0); use --weights raw")
     config = state["config"]
-    model = MMDiT(model_config(config["model"]), mesh).to(mesh.device)
+    model = build_backbone(model_config(config["model"]), mesh).to(mesh.device)
     load_weights(f"{checkpoint}:{weights}", model, mesh)
     data = config["data"]
     return Loaded(model.eval().requires_grad_(False), data["text_length"], tuple(data["shards"]), config["apt"]["two_step_t"])

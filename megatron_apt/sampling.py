@@ -28,7 +28,7 @@ class Sampler:
     """A trained network with the conditions of some samples. Without context parallelism: every rank samples whole latents.
 
     Attributes:
-        model: an MMDiT.
+        model: a backbone.
         condition, negative: text of the n samples, and what guidance points away from.
     """
 

@@ -145,15 +145,15 @@ def dropped(batch: Microbatch, probability: float, purpose: str) -> Condition:
 
 
 def choose(a: Condition, b: Condition, take_a: list[bool]) -> Condition:
-    """Per sample: a's text where the flag is set, else b's."""
+    """Per sample: a's text where the flag is set, else b's; b's pictures."""
     texts_a, texts_b = a.tokens.split(a.lengths), b.tokens.split(b.lengths)
     texts = [ta if flag else tb for ta, tb, flag in zip(texts_a, texts_b, take_a, strict=True)]
     mask = torch.tensor(take_a, device=a.pooled.device)[:, None]
-    return Condition(torch.cat(texts), tuple(len(t) for t in texts), torch.where(mask, a.pooled, b.pooled))
+    return replace(b, tokens=torch.cat(texts), lengths=tuple(len(t) for t in texts), pooled=torch.where(mask, a.pooled, b.pooled))
 
 
 def rolled(condition: Condition) -> Condition:
     """Each sample's text given to the next sample: unmatched pairs."""
     texts = condition.tokens.split(condition.lengths)
     texts = (texts[-1], *texts[:-1])
-    return Condition(torch.cat(texts), tuple(len(t) for t in texts), condition.pooled.roll(1, 0))
+    return replace(condition, tokens=torch.cat(texts), lengths=tuple(len(t) for t in texts), pooled=condition.pooled.roll(1, 0))

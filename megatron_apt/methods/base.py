@@ -23,7 +23,7 @@ Outputs = Mapping[int, Tensor]  # of segments of a branch, by number
 Values = dict[str, float]
 
 
-Inputs = tuple[Tensor, Tensor]  # x and t of a forward pass, as MMDiT.forward takes them
+Inputs = tuple[Tensor, Tensor]  # x and t of a forward pass, as Backbone.forward takes them
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ from megatron_apt.data.microbatch import Microbatch, dropped
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
 from megatron_apt.models import parameters
+from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.mmdit import MMDiT
+from megatron_apt.models.families import build_backbone
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 
 
-def build_generator(config: RunConfig, mesh: Mesh, cut: Cut) -> MMDiT:
+def build_generator(config: RunConfig, mesh: Mesh, cut: Cut) -> Backbone:
     """A diffusion transformer with weights drawn from the run's seed."""
-    model = MMDiT(config.model, mesh, cut=cut)
+    model = build_backbone(config.model, mesh, cut=cut)
     parameters.initialise(model, mesh, config.seed)
     return model
 

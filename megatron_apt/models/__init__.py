@@ -1,1 +1,1 @@
-"""The MMDiT, its discriminator, codecs and text encoders."""
+"""Diffusion transformers, their discriminator, codecs and text encoders."""

@@ -1,18 +1,30 @@
 """What a model is told about each sample besides its noise and its time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megatron_apt.models.layout import Layout
+
 
 @dataclass(frozen=True)
 class Condition:
-    """Text conditions of a microbatch, whole on every rank: packed tokens (sum of lengths, E), their lengths, and each sample's mean (n, E)."""
+    """Conditions of a microbatch of n samples, whole on every rank.
+
+    Attributes:
+        tokens: packed text (sum of lengths, E).
+        lengths: text tokens of each sample.
+        pooled: (n, E) mean of each sample's text, or what its text encoder gives for the whole caption.
+        visual: further channels of every visual token, packed (sum of visual lengths, C * patch), as `patchify` orders them.
+        image: (n, L, E) tokens of an image encoder.
+    """
 
     tokens: Tensor
     lengths: tuple[int, ...]
     pooled: Tensor
+    visual: Tensor | None = None
+    image: Tensor | None = None
 
     @staticmethod
     def pack(texts: list[Tensor], length: int = 0) -> "Condition":
@@ -33,11 +45,24 @@ class Condition:
 
     def repeat(self, n: int) -> "Condition":
         """A single sample's condition for n samples."""
-        return Condition(self.tokens.repeat(n, 1), self.lengths * n, self.pooled.repeat(n, 1))
+        visual, image = self.visual, self.image
+        return Condition(
+            self.tokens.repeat(n, 1),
+            self.lengths * n,
+            self.pooled.repeat(n, 1),
+            None if visual is None else visual.repeat(n, 1),
+            None if image is None else image.repeat(n, 1, 1),
+        )
 
     def to(self, device: torch.device) -> "Condition":
-        return Condition(self.tokens.to(device), self.lengths, self.pooled.to(device))
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def join(self, other: "Condition") -> "Condition":
         """The samples of both, one after the other."""
-        return Condition(torch.cat((self.tokens, other.tokens)), self.lengths + other.lengths, torch.cat((self.pooled, other.pooled)))
+        both = {name: torch.cat((value, getattr(other, name))) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, lengths=self.lengths + other.lengths, **both)
+
+    def beside(self, x: Tensor, layout: Layout) -> Tensor:
+        """This rank's visual tokens (T, P) with their given channels after the latent's own."""
+        return x if self.visual is None else torch.cat((x, self.visual.to(x.dtype).index_select(0, layout.visual.index)), dim=1)

@@ -1,6 +1,7 @@
 """Shape of the diffusion transformer."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -33,17 +34,32 @@ class Fp8Config:
 
 
 @dataclass(frozen=True)
+class WanConfig:
+    """What only Wan has."""
+
+    cross_norm: bool = True
+    """A norm with learned scale and shift before the text's cross-attention."""
+    image_width: int = 0
+    """Width of the first frame's CLIP tokens, which a second cross-attention reads (Wan2.1 I2V); 0: there are none."""
+    image_tokens: int = 257
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """MMDiT: separate text and visual weights in every layer, joint attention, 3D rotary embedding on visual tokens.
+    """Shape of a diffusion transformer of any family. Defaults are the `tiny` preset, which trains on a CPU in minutes."""
 
-    Defaults are the `tiny` preset, which trains on a CPU in minutes.
-    """
-
+    family: Literal["mmdit", "wan"] = "mmdit"
+    """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text.
+    Both rotate visual queries and keys by their place in the video."""
     depth: int = 6
     width: int = 64
     heads: int = 4
     mlp_ratio: int = 4
+    mlp_width: int = 0
+    """Of the blocks' MLPs; 0: mlp_ratio * width."""
     latent_channels: int = 4
+    condition_channels: int = 0
+    """Further input channels that are given, not generated (the first frame and its mask in Wan I2V)."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns that make one token."""
     text_width: int = 32
@@ -59,11 +75,19 @@ class ModelConfig:
     recompute: Literal["none", "full"] = "none"
     """`full` keeps only each block's input and runs the block again in the backward pass."""
     fp8: Fp8Config = Fp8Config()
+    wan: WanConfig = WanConfig()
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "mlp_ratio", "latent_channels", "text_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("mlp_width", "condition_channels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must not be negative")
+        if self.family == "wan" and (self.modulation != "single" or self.pooled_text):
+            raise ValueError(
+                f"model.family='wan' has model.modulation='single' and no model.pooled_text; here they are {self.modulation!r} and {self.pooled_text}"
+            )
         if min(self.patch) < 1:
             raise ValueError(f"model.patch={self.patch}: each side must be at least 1")
         if self.width % self.heads:
@@ -76,15 +100,24 @@ class ModelConfig:
         return self.width // self.heads
 
     @property
+    def mlp(self) -> int:
+        """Width of the blocks' MLPs."""
+        return self.mlp_width or self.mlp_ratio * self.width
+
+    @property
     def rotary(self) -> bool:
         """Positions turn queries and keys."""
         return True
 
     @property
     def patch_width(self) -> int:
-        """Numbers in one visual token before embedding."""
-        f, h, w = self.patch
-        return self.latent_channels * f * h * w
+        """Numbers of one visual token of a latent."""
+        return self.latent_channels * math.prod(self.patch)
+
+    @property
+    def input_width(self) -> int:
+        """Numbers of one visual token before embedding."""
+        return (self.latent_channels + self.condition_channels) * math.prod(self.patch)
 
 
 def tiny() -> ModelConfig:
@@ -104,3 +137,30 @@ def seaweed_8b() -> ModelConfig:
         dtype="bfloat16",
         recompute="full",
     )
+
+
+def wan_1_3b() -> ModelConfig:
+    """Wan2.1-T2V-1.3B."""
+    return ModelConfig(
+        family="wan",
+        depth=30,
+        width=1536,
+        heads=12,
+        mlp_width=8960,
+        latent_channels=16,
+        text_width=4096,
+        modulation="single",
+        pooled_text=False,
+        dtype="bfloat16",
+        recompute="full",
+    )
+
+
+def wan_14b() -> ModelConfig:
+    """Wan2.1-T2V-14B, and each of the two networks of Wan2.2-T2V-A14B."""
+    return replace(wan_1_3b(), depth=40, width=5120, heads=40, mlp_width=13824)
+
+
+def wan_14b_i2v() -> ModelConfig:
+    """Wan2.1-I2V-14B: the first frame as latent and mask on further channels, and as CLIP tokens."""
+    return replace(wan_14b(), condition_channels=20, wan=WanConfig(image_width=1280))

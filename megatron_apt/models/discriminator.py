@@ -18,8 +18,8 @@ from megatron_apt.models import parameters
 from megatron_apt.models.backbone import RMSNorm
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, Stream
-from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State, run_all
@@ -123,7 +123,7 @@ class Discriminator(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...], cut: Cut = WHOLE):
         super().__init__()
         self.taps, self.cut = head_blocks(head_fractions, depth), cut
-        self.backbone = MMDiT(model, mesh, depth=depth, output=False, cut=cut)
+        self.backbone = build_backbone(model, mesh, depth=depth, output=False, cut=cut)
         backend, width = choose_backend(mesh.device.type, model.dtype), len(self.taps) * model.width
         held = [i for i, tap in enumerate(self.taps) if cut.holds(depth, tap - 1)]
         self.heads = nn.ModuleDict({str(i): QueryHead(model, mesh, backend) for i in held})
@@ -137,7 +137,7 @@ class Discriminator(nn.Module):
         self.logit = linear(width, 1, logit_dtype, parameters.zeros)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
-        """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank. Arguments as in MMDiT.forward."""
+        """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank. Arguments as in Backbone.forward."""
         return run_all(self, x, t, condition, layout)
 
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:

@@ -39,8 +39,8 @@ class BlockStream(nn.Module):
         self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True)
         if update:
             self.linear_proj = row_linear(parts.linear_proj, d, d, config, mesh)
-            self.linear_fc1 = column_linear(parts.linear_fc1, d, model.mlp_ratio * d, config, mesh)
-            self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp_ratio * d, d, config, mesh)
+            self.linear_fc1 = column_linear(parts.linear_fc1, d, model.mlp, config, mesh)
+            self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp, d, config, mesh)
 
     def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream):
         """x (a, b, D) -> q, k and v (a, b, H, 3, K), not yet normalised, and the vectors for `after_attention`."""
@@ -83,7 +83,7 @@ class MMDiT(Backbone):
         super().__init__(model, mesh, depth, output, cut)
         dtype, d = DTYPES[model.dtype], model.width
         if cut.first:
-            self.x_embed = linear(model.patch_width, d, dtype)
+            self.x_embed = linear(model.input_width, d, dtype)
             self.text_embed = linear(model.text_width, d, dtype)
             self.time_embed = TimestepEmbedding(d, dtype)
             self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
@@ -96,7 +96,7 @@ class MMDiT(Backbone):
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
         """Embeddings: hidden states of both streams, the condition vector c (n, D) and, with modulation "single", the shared (n, 6 D) vectors."""
         dtype = self.x_embed.weight.dtype
-        h = layout.visual.fold(self.x_embed(x.to(dtype)))
+        h = layout.visual.fold(self.x_embed(condition.beside(x, layout).to(dtype)))
         text = layout.text.fold(self.text_embed(condition.tokens.to(dtype).index_select(0, layout.text.index)))
         c = self.time_embed(t)
         if self.pooled_embed is not None:

@@ -104,11 +104,14 @@ def _layer(linear: type) -> type:
 
 
 class LocalAttention(torch.nn.Module):
-    """Full attention on (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K)."""
+    """Full attention on (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K).
 
-    def __init__(self, config: TransformerConfig, layer_number: int, mesh: Mesh):
+    `cross`: keys and values come from elsewhere and are whole on every rank, so that neither they nor heads are exchanged.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, mesh: Mesh, cross: bool = False):
         super().__init__()
-        if mesh.context_parallel in RINGS:
+        if mesh.context_parallel in RINGS and not cross:
             raise ValueError(
                 f"parallel.context_parallel={mesh.context_parallel!r} needs Transformer Engine and model.dtype='bfloat16'; use ulysses or all_gather"
             )
@@ -124,12 +127,12 @@ class TransformerEngineAttention(torch.nn.Module):
     then q, k and v are this rank's tokens of samples that are equally long on every rank. Without a mask their order does not matter.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, mesh: Mesh):
+    def __init__(self, config: TransformerConfig, layer_number: int, mesh: Mesh, cross: bool = False):
         super().__init__()
         import transformer_engine.pytorch
 
         heads = config.num_attention_heads // config.tensor_model_parallel_size
-        if mesh.context_parallel == "ulysses":
+        if mesh.context_parallel == "ulysses" and not cross:
             heads //= mesh.cp.size
         if config.kv_channels % 8 and layer_number == 1:
             warnings.warn(
@@ -138,9 +141,15 @@ class TransformerEngineAttention(torch.nn.Module):
                 stacklevel=2,
             )
         self.attention = transformer_engine.pytorch.DotProductAttention(
-            heads, config.kv_channels, qkv_format="bshd", attn_mask_type="no_mask", attention_dropout=0.0, layer_number=layer_number
+            heads,
+            config.kv_channels,
+            qkv_format="bshd",
+            attn_mask_type="no_mask",
+            attention_dropout=0.0,
+            layer_number=layer_number,
+            attention_type="cross" if cross else "self",
         )
-        if mesh.cp.size > 1 and mesh.context_parallel in RINGS:
+        if mesh.cp.size > 1 and not cross and mesh.context_parallel in RINGS:
             self.attention.set_context_parallel_group(
                 list(mesh.cp_levels) or mesh.cp.group,
                 torch.distributed.get_process_group_ranks(mesh.cp.group),
@@ -231,7 +240,7 @@ def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool |
     config = TransformerConfig(
         num_layers=model.depth,
         hidden_size=model.width,
-        ffn_hidden_size=model.width * model.mlp_ratio,
+        ffn_hidden_size=model.mlp,
         num_attention_heads=model.heads,
         kv_channels=model.head_size,
         tensor_model_parallel_size=mesh.tp.size,

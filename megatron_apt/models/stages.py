@@ -49,7 +49,7 @@ class Staged(Protocol):
     dtype: torch.dtype  # of the tensors that travel
 
     def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
-        """What the first stage begins with. Arguments as in MMDiT.forward."""
+        """What the first stage begins with. Arguments as in Backbone.forward."""
 
     def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
         """What leaves a stage; the network's output after the last one."""

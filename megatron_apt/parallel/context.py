@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 from megatron_apt.kernels.qk_norm_rope import joint_qkv
-from megatron_apt.models.layout import Layout
+from megatron_apt.models.layout import Layout, build_layout
 from megatron_apt.parallel.collectives import gather_rows
 from megatron_apt.parallel.mesh import Mesh
 
@@ -23,8 +23,8 @@ RINGS = ("p2p", "a2a+p2p")
 def joint_attention(
     text: Tensor,
     visual: Tensor,
-    norms: tuple[Tensor, Tensor],
-    rotary: Tensor,
+    norms: tuple[Tensor | None, Tensor | None],
+    rotary: Tensor | None,
     layout: Layout,
     mesh: Mesh,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -33,8 +33,8 @@ def joint_attention(
 
     Args:
         text, visual: (a, b, H, 3, K) projections to q, k and v in the layout's folded form, this rank's tokens and heads.
-        norms: (2, K) scales of the text's and of the visual tokens' queries and keys.
-        rotary: `rotary_table` of the visual tokens.
+        norms: (2, K) scales of the text's and of the visual tokens' queries and keys; None where those are not normalised here.
+        rotary: `rotary_table` of the visual tokens; None: no rotation.
         attention: (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K).
 
     Returns:
@@ -63,6 +63,31 @@ def joint_attention(
         out = _attend_groups(q, *keys_values.unbind(2), layout, attention)
     text_out, visual_out = out.flatten(1).split(counts)
     return layout.text.fold(text_out), layout.visual.fold(visual_out)
+
+
+def self_attention(visual: Tensor, norm: Tensor | None, rotary: Tensor | None, layout: Layout, mesh: Mesh, attention) -> Tensor:
+    """Attention of each sample over its own visual tokens: joint attention beside texts of no tokens. Arguments as there."""
+    layout = build_layout(layout.grids, (0,) * layout.samples, mesh)
+    text = visual[:, :0] if layout.text.uniform else visual[:0]
+    return joint_attention(text, visual, (None, norm), rotary, layout, mesh, attention)[1]
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], layout: Layout, attention) -> Tensor:
+    """Attention of each sample's visual tokens over tokens that are whole on every rank.
+
+    Args:
+        q: (a, b, H, K) of this rank's visual tokens and heads, in the layout's folded form.
+        k, v: (sum of lengths, H, K) packed.
+        lengths: tokens of each sample in k and v.
+
+    Returns:
+        (a, b, H * K), folded.
+    """
+    stream = layout.visual
+    if stream.uniform and len(set(lengths)) == 1:
+        return attention(q, *(x.unflatten(0, (layout.samples, -1)) for x in (k, v))).flatten(2)
+    samples = zip(stream.unfold(q).split(stream.counts), k.split(lengths), v.split(lengths), strict=True)
+    return stream.fold(torch.cat([attention(*(x.unsqueeze(0) for x in qkv)).squeeze(0) for qkv in samples]).flatten(1))
 
 
 class _Permuted(torch.autograd.Function):

@@ -1,0 +1,87 @@
+"""Wan 2.1 and 2.2, dense: diffusers' WanTransformer3DModel, text to video and image to video."""
+
+from dataclasses import replace
+
+from megatron_apt.convert.family import Family, only
+from megatron_apt.convert.weights import ByHead, ChannelsFirst, Rule, Stacked, View, joined, layer
+from megatron_apt.models.config import ModelConfig, WanConfig, wan_1_3b
+
+_CLASS = "WanTransformer3DModel"
+
+
+def _read(config: dict) -> ModelConfig:
+    only(config, _CLASS, qk_norm="rms_norm_across_heads", eps=1e-6, freq_dim=256, pos_embed_seq_len=None)
+    heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
+    out, image = config.get("out_channels") or channels, config.get("image_dim") or 0
+    only(config, _CLASS, added_kv_proj_dim=heads * size if image else None)
+    return replace(
+        wan_1_3b(),
+        depth=config["num_layers"],
+        width=heads * size,
+        heads=heads,
+        mlp_width=config["ffn_dim"],
+        latent_channels=out,
+        condition_channels=channels - out,
+        patch=tuple(config["patch_size"]),
+        text_width=config["text_dim"],
+        wan=WanConfig(config.get("cross_attn_norm", True), image),
+    )
+
+
+def _write(model: ModelConfig) -> dict:
+    return {
+        "_class_name": _CLASS,
+        "patch_size": list(model.patch),
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.head_size,
+        "in_channels": model.latent_channels + model.condition_channels,
+        "out_channels": model.latent_channels,
+        "text_dim": model.text_width,
+        "freq_dim": 256,
+        "ffn_dim": model.mlp,
+        "num_layers": model.depth,
+        "cross_attn_norm": model.wan.cross_norm,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": model.wan.image_width or None,
+        "added_kv_proj_dim": model.width if model.wan.image_width else None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
+
+
+def _rules(model: ModelConfig) -> list[Rule]:
+    channels, row = model.latent_channels + model.condition_channels, View((1, -1), (-1,))
+    outside, block, cross = "condition_embedder", "blocks.{i}", "blocks.{i}.attn2"
+    return [
+        Rule("x_embed.weight", ("patch_embedding.weight",), View((model.width, -1), (model.width, channels, *model.patch))),
+        Rule("x_embed.bias", ("patch_embedding.bias",)),
+        *layer("time_embed.linear_1", f"{outside}.time_embedder.linear_1"),
+        *layer("time_embed.linear_2", f"{outside}.time_embedder.linear_2"),
+        *layer("shared_modulation", f"{outside}.time_proj"),
+        *layer("text_embed_1", f"{outside}.text_embedder.linear_1"),
+        *layer("text_embed_2", f"{outside}.text_embedder.linear_2"),
+        *layer("image_embed.norm_in", f"{outside}.image_embedder.norm1"),
+        *layer("image_embed.linear_1", f"{outside}.image_embedder.ff.net.0.proj"),
+        *layer("image_embed.linear_2", f"{outside}.image_embedder.ff.net.2"),
+        *layer("image_embed.norm_out", f"{outside}.image_embedder.norm2"),
+        Rule(f"{block}.modulation.offset", (f"{block}.scale_shift_table",), View((-1,), (1, 6, model.width))),
+        *joined(f"{block}.linear_qkv", [f"{block}.attn1.to_{x}" for x in "qkv"], ByHead(model.heads, 3)),
+        Rule(f"{block}.qk_norm.weight", (f"{block}.attn1.norm_q.weight", f"{block}.attn1.norm_k.weight"), Stacked(2)),
+        *layer(f"{block}.linear_proj", f"{block}.attn1.to_out.0"),
+        *layer(f"{block}.cross_norm", f"{block}.norm2"),
+        *layer(f"{block}.cross.linear_q", f"{cross}.to_q"),
+        Rule(f"{block}.cross.q_norm.weight", (f"{cross}.norm_q.weight",), row),
+        *joined(f"{block}.cross.linear_kv.text", [f"{cross}.to_k", f"{cross}.to_v"], ByHead(model.heads, 2)),
+        Rule(f"{block}.cross.k_norm.text.weight", (f"{cross}.norm_k.weight",), row),
+        *joined(f"{block}.cross.linear_kv.image", [f"{cross}.add_k_proj", f"{cross}.add_v_proj"], ByHead(model.heads, 2)),
+        Rule(f"{block}.cross.k_norm.image.weight", (f"{cross}.norm_added_k.weight",), row),
+        *layer(f"{block}.cross.linear_proj", f"{cross}.to_out.0"),
+        *layer(f"{block}.linear_fc1", f"{block}.ffn.net.0.proj"),
+        *layer(f"{block}.linear_fc2", f"{block}.ffn.net.2"),
+        Rule("final.modulation.offset", ("scale_shift_table",), View((-1,), (1, 2, model.width))),
+        *layer("final.linear", "proj_out", ChannelsFirst(model.patch)),
+    ]
+
+
+WAN = Family("wan", _CLASS, _read, _write, _rules)
