@@ -22,7 +22,7 @@ from megatron_apt.parallel import startup
 
 @dataclass(frozen=True)
 class Import:
-    """A Hugging Face transformer into a run folder, from whose weights any recipe can start (--init.generator). Killed, it goes on when called again."""
+    """A Hugging Face transformer into a run folder, from which any recipe can start (--init.generator). Killed, it goes on where it was."""
 
     source: Annotated[str, tyro.conf.Positional]
     """Folder of a transformer or of a whole pipeline, or one .safetensors file."""

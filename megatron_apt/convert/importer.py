@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_apt.checkpoint import store
@@ -124,7 +125,14 @@ def _written(work: _Work, source: Source, moved: Moved) -> Iterator[Path]:
             tensors = {f"{ROLE}.{mapped.name}": mapped for mapped in part}
             empty = {key: torch.empty(m.shape, dtype=_dtype(m, source), device="meta") for key, m in tensors.items()}
             writer = FileSystemWriter(temporary, single_file_per_rank=True, thread_count=1)
-            dcp.save(empty, storage_writer=writer, planner=_Streaming(source, tensors, moved), no_dist=True)
+            try:
+                dcp.save(empty, storage_writer=writer, planner=_Streaming(source, tensors, moved), no_dist=True)
+            except CheckpointException as error:  # derives from BaseException
+                (cause, _), *_ = error.failures.values()
+                if isinstance(cause, KeyboardInterrupt):
+                    raise cause from None
+                reason = f"{type(cause).__name__}: {cause}"
+                raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
             temporary.rename(folder)
             store.sync(work.folder)
         yield folder

@@ -1,0 +1,258 @@
+"""Hugging Face checkpoints in and out: files, refusals, interruption, and the pipelines that load what we write."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from megatron_apt.checkpoint import store
+from megatron_apt.cli import main
+from megatron_apt.convert import FAMILIES, ConvertError, family_of, family_of_model
+from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+from megatron_apt.convert.importer import import_checkpoint
+from megatron_apt.convert.source import open_source
+from megatron_apt.convert.weights import ByHead, ChannelsFirst, Reordered, Rule, Stacked, View, mapped
+from megatron_apt.models.config import ModelConfig
+
+SHAPE = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 10, "ffn_dim": 37, "num_layers": 2}
+
+
+@pytest.fixture
+def wan(tmp_path):
+    """A folder with a small sharded Wan of random weights, some of them bf16."""
+    torch.manual_seed(1)
+    model = WanTransformer3DModel(**SHAPE)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.2)
+        if "attn" in name:
+            p.data = p.data.bfloat16()
+    model.save_pretrained(tmp_path / "wan", max_shard_size="60KB")
+    return tmp_path / "wan"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def imported(source: Path, target: Path, mesh, **options) -> Path:
+    opened = open_source(source)
+    return import_checkpoint(opened, family_of(opened.config, str(source)), target, mesh, **options)
+
+
+def exported(checkpoint: Path, target: Path, mesh, **options) -> Path:
+    opened = Checkpoint.open(str(checkpoint))
+    export_pipeline(opened, family_of_model(opened.model, ""), target, mesh, **options)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "shapes"),
+    [
+        (ByHead(3, 2), [(12, 5), (12, 5)]),
+        (ByHead(3, 3), [(12,)] * 3),
+        (Stacked(2), [(7,), (7,)]),
+        (View((6, -1), (6, 2, 1, 3, 3)), [(6, 2, 1, 3, 3)]),
+        (Reordered((1, 0)), [(8, 3)]),
+        (Reordered((2, 0, 1)), [(9,)]),
+        (ChannelsFirst((1, 2, 2)), [(12, 5)]),
+    ],
+)
+def test_changes_undo_each_other(change, shapes):
+    parts = [torch.randn(shape) for shape in shapes]
+    back = change.theirs(change.ours(parts))
+    assert all(torch.equal(a, b) for a, b in zip(parts, back, strict=True))
+    empty = change.theirs(torch.empty(change.ours(parts).shape, device="meta"))
+    assert [tuple(t.shape) for t in empty] == shapes
+
+
+def test_a_tensor_of_ours_without_a_rule_is_named():
+    with pytest.raises(ValueError, match=r"0 rules for our tensor 'b\.weight'"):
+        mapped([Rule("a.weight", ("x",))], {"a.weight": torch.Size((1,)), "b.weight": torch.Size((1,))})
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2**16, 2**30])
+def test_import_and_export_keep_every_bit(mesh, wan, tmp_path, part_bytes):
+    folder = imported(wan, tmp_path / "run", mesh, part_bytes=part_bytes)
+    assert store.damages(folder) == []
+    out = exported(folder, tmp_path / "out", mesh, shard_bytes=50_000)
+    before, after = tensors(wan), tensors(out / "transformer")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+    assert json.loads((out / "transformer/config.json").read_text()) == json.loads((wan / "config.json").read_text())
+    index = json.loads((out / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
+    assert not list(tmp_path.glob(".*"))  # nothing half-written is left
+
+
+def test_a_file_and_a_pipelines_folder_are_sources_too(mesh, wan, tmp_path):
+    save_file(tensors(wan), tmp_path / "one.safetensors")
+    with pytest.raises(ConvertError, match=r"config\.json does not exist.*--config"):
+        open_source(tmp_path / "one.safetensors")
+    one = open_source(tmp_path / "one.safetensors", config=str(wan / "config.json"))
+    (tmp_path / "pipeline").mkdir()
+    shutil.copytree(wan, tmp_path / "pipeline/transformer")
+    shutil.copytree(wan, tmp_path / "pipeline/transformer_2")
+    two = open_source(tmp_path / "pipeline")
+    assert two.path.name == "transformer" and open_source(tmp_path / "pipeline", "transformer_2").path.name == "transformer_2"
+    assert one.entries.keys() == two.entries.keys()
+
+
+def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
+    def run(*argv):
+        with pytest.raises(SystemExit) as stopped:
+            main(["convert", *map(str, argv)])
+        return stopped.value.code
+
+    assert run("import", wan, tmp_path / "run", "--json", tmp_path / "import.json") == 0
+    assert json.loads((tmp_path / "import.json").read_text())["bytes"] == sum(t.nbytes for t in tensors(wan).values())
+    assert run("verify", tmp_path / "run", wan, "--json", tmp_path / "verify.json") == 0
+    assert json.loads((tmp_path / "verify.json").read_text())["difference"] < 1e-5
+    file = sorted(wan.glob("*.safetensors"))[0]
+    changed = load_file(file)
+    name = next(iter(changed))
+    changed[name][0] += 0.5
+    save_file(changed, file)
+    assert run("verify", tmp_path / "run", wan) == 1
+    assert "NOT equal" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
+    def attempt(change, message, error=ConvertError):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(wan, folder)
+        change(folder)
+        with pytest.raises(error, match=message):
+            imported(folder, tmp_path / "target", mesh)
+        assert not list((tmp_path / "target").glob("checkpoints/iteration-*"))
+
+    files = sorted(f.name for f in wan.glob("*.safetensors"))
+
+    def with_config(**fields):
+        return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((wan / "config.json").read_text()) | fields))
+
+    def with_tensors(change):
+        def apply(folder):
+            held = tensors(folder)
+            change(held)
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
+            save_file(held, folder / "model.safetensors")
+
+        return apply
+
+    attempt(with_config(_class_name="UNet"), r"_class_name='UNet' is not known; there are WanTransformer3DModel")
+    attempt(with_config(qk_norm=None), r"qk_norm=None of a WanTransformer3DModel is not supported", ValueError)
+    attempt(with_config(num_layers=3), r"lacks blocks\.2\.\S+, .* and \d+ more; config\.json describes another model")
+    attempt(with_config(ffn_dim=36), r"blocks\.0\.ffn\.net\.0\.proj\.weight has shape \(37, 48\), config\.json asks for \(36, 48\)")
+    attempt(with_tensors(lambda t: t.pop("proj_out.bias")), r"lacks proj_out\.bias")
+    attempt(with_tensors(lambda t: t.update(extra=torch.ones(1))), r"has unknown extra")
+    attempt(with_tensors(lambda t: t.update({"proj_out.bias": torch.ones(16, dtype=torch.int8)})), r"proj_out\.bias has dtype I8")
+    attempt(with_tensors(lambda t: t.update({"blocks.0.attn1.to_q.bias": torch.ones(48)})), r"to_q\.bias.* become one tensor, and have dtypes")
+    attempt(lambda folder: (folder / files[1]).unlink(), rf"index\.json: names {files[1]} \(for \S+\), which is not there")
+    attempt(lambda folder: os.truncate(folder / files[0], 5000), rf"{files[0]}: is no whole safetensors file")
+    attempt(lambda folder: save_file({"x": torch.ones(1)}, folder / files[0]), rf"{files[0]}: lacks \S+, which \S+index\.json says it holds")
+    attempt(lambda folder: (folder / "config.json").write_text("{"), r"config\.json: is not JSON")
+
+    def only_pickle(folder):
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+        (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+    attempt(only_pickle, r"only diffusion_pytorch_model\.bin, a pickle")
+    with pytest.raises(ConvertError, match="does not exist"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_targets_are_not_overwritten(mesh, wan, tmp_path):
+    folder = imported(wan, tmp_path / "run", mesh)
+    with pytest.raises(ConvertError, match="holds checkpoints already"):
+        imported(wan, tmp_path / "run", mesh)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConvertError, match="exists already"):
+        exported(folder, tmp_path / "out", mesh)
+    with pytest.raises(ConvertError, match=r"model\.family='mmdit' has no counterpart"):
+        family_of_model(ModelConfig(), "here")
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_interrupted_import_goes_on_where_it_was(mesh, wan, tmp_path):
+    total, seen = sum(t.nbytes for t in tensors(wan).values()), []
+
+    def die(count):
+        seen.append(count)
+        if sum(seen) > total / 2:
+            raise Killed
+
+    with pytest.raises(ConvertError, match=r"part-\d+\.tmp: could not be written \(Killed"):
+        imported(wan, tmp_path / "run", mesh, part_bytes=2**14, moved=die)
+    work = tmp_path / "run/checkpoints/.import.tmp"
+    done = [p for p in work.glob("part-*") if not p.suffix]
+    times = {p: p.stat().st_mtime_ns for p in done}
+    assert len(done) > 1 and store.latest(tmp_path / "run") is None
+    counted = []
+    folder = imported(wan, tmp_path / "run", mesh, part_bytes=2**14, moved=counted.append)
+    assert sum(counted) == total
+    assert all((folder / p.name).stat().st_mtime_ns == t for p, t in times.items())  # not written again
+    out = exported(folder, tmp_path / "out", mesh)
+    assert all(torch.equal(a, tensors(out / "transformer")[name]) for name, a in tensors(wan).items())
+
+
+def test_an_import_of_another_source_starts_anew(mesh, wan, tmp_path):
+    with pytest.raises(ConvertError, match=r"part-\d+\.tmp: could not be written \(Killed"):
+        imported(wan, tmp_path / "run", mesh, part_bytes=2**14, moved=_die)
+    changed = {name: tensor + 1 for name, tensor in tensors(wan).items()}
+    for file in wan.glob("*.safetensors*"):
+        file.unlink()
+    save_file(changed, wan / "model.safetensors")
+    folder = imported(wan, tmp_path / "run", mesh, part_bytes=2**14)
+    out = exported(folder, tmp_path / "out", mesh)
+    assert all(torch.equal(a, tensors(out / "transformer")[name]) for name, a in changed.items())
+
+
+def _die(count):
+    raise Killed
+
+
+def test_an_interrupted_export_leaves_nothing_under_its_name(mesh, wan, tmp_path):
+    folder, seen = imported(wan, tmp_path / "run", mesh), []
+
+    def die(count):
+        seen.append(count)
+        if len(seen) > 40:
+            raise Killed
+
+    with pytest.raises(Killed):
+        exported(folder, tmp_path / "out", mesh, shard_bytes=30_000, moved=die)
+    assert not (tmp_path / "out").exists()
+    finished = {f.name: f.stat().st_mtime_ns for f in (tmp_path / ".out.export.tmp/transformer").glob("*.safetensors")}
+    assert finished
+    out = exported(folder, tmp_path / "out", mesh, shard_bytes=30_000)
+    assert all((out / "transformer" / name).stat().st_mtime_ns == t for name, t in finished.items())
+    assert all(torch.equal(a, tensors(out / "transformer")[name]) for name, a in tensors(wan).items())
+
+
+def test_every_family_writes_the_configuration_it_reads():
+    for family in FAMILIES.values():
+        model = family.read_config(WanTransformer3DModel(**SHAPE).config if family.name == "wan" else family.write_config(ModelConfig()))
+        assert family.read_config(family.write_config(model)) == model
+
+
+def test_a_trained_checkpoint_is_exported_in_the_dtype_asked_for(mesh, wan, tmp_path):
+    folder = imported(wan, tmp_path / "run", mesh)
+    out = exported(folder, tmp_path / "out", mesh, dtype="float16")
+    assert {t.dtype for t in tensors(out / "transformer").values()} == {torch.float16}
+    with pytest.raises(store.CheckpointError, match="keeps no average"):
+        Checkpoint.open(str(folder), "ema")
+    with pytest.raises(ConvertError, match="holds no discriminator"):
+        exported(folder, tmp_path / "other", mesh, discriminator=True)
