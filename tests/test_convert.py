@@ -4,16 +4,19 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from megatron_apt.checkpoint import store
-from megatron_apt.cli import main
 from megatron_apt.convert import FAMILIES, ConvertError, family_of, family_of_model
+from megatron_apt.convert.command import Command, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
@@ -106,9 +109,7 @@ def test_a_file_and_a_pipelines_folder_are_sources_too(mesh, wan, tmp_path):
 
 def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
     def run(*argv):
-        with pytest.raises(SystemExit) as stopped:
-            main(["convert", *map(str, argv)])
-        return stopped.value.code
+        return perform(tyro.cli(Command, args=list(map(str, argv))), mesh)
 
     assert run("import", wan, tmp_path / "run", "--json", tmp_path / "import.json") == 0
     assert json.loads((tmp_path / "import.json").read_text())["bytes"] == sum(t.nbytes for t in tensors(wan).values())
@@ -180,6 +181,15 @@ def test_targets_are_not_overwritten(mesh, wan, tmp_path):
         exported(folder, tmp_path / "out", mesh)
     with pytest.raises(ConvertError, match=r"model\.family='mmdit' has no counterpart"):
         family_of_model(ModelConfig(), "here")
+
+
+def test_the_command_line(wan, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_apt", "convert"]
+    done = subprocess.run([*command, "import", wan, tmp_path / "run"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GB/s" in done.stdout and str(tmp_path / "run/checkpoints/iteration-00000000") in done.stdout
+    done = subprocess.run([*command, "import", tmp_path, tmp_path / "other"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
 
 
 class Killed(Exception):

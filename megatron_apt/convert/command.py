@@ -18,6 +18,7 @@ from megatron_apt.convert.importer import Moved, import_checkpoint
 from megatron_apt.convert.source import open_source
 from megatron_apt.convert.verify import parity
 from megatron_apt.parallel import startup
+from megatron_apt.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -85,33 +86,38 @@ def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
     mesh = startup.start(ParallelConfig())
     try:
-        if isinstance(command, Import):
-            source = open_source(command.source, command.subfolder, command.config)
-            family = family_of(source.config, str(source.path))
-            with _measured("import", sum(entry.bytes for entry in source.entries.values()), command.json) as moved:
-                print(import_checkpoint(source, family, Path(command.target), mesh, moved))
-            return 0
-        checkpoint = Checkpoint.open(command.checkpoint, command.weights)
-        family = family_of_model(checkpoint.model, str(checkpoint.folder))
-        if isinstance(command, Export):
-            target = Path(command.target)
-            options = {name: getattr(command, name) for name in ("base", "dtype", "discriminator", "license", "shard_bytes")}
-            with _measured("export", None, command.json) as moved:
-                export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
-            print(target)
-            return 0
-        source = open_source(command.source, command.subfolder)
-        kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
-        found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
-        good = found <= command.tolerance
-        verdict = f"tolerance {command.tolerance:.0e}: {'equal' if good else 'NOT equal'}"
-        print(f"{family.architecture}: largest difference {found:.2e} of the largest value, {verdict}")
-        if command.json:
-            result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture}
-            Path(command.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        return int(not good)
+        return perform(command, mesh)
     finally:
         startup.stop()
+
+
+def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
+    """The command on a mesh of one process; returns the exit code."""
+    if isinstance(command, Import):
+        source = open_source(command.source, command.subfolder, command.config)
+        family = family_of(source.config, str(source.path))
+        with _measured("import", sum(entry.bytes for entry in source.entries.values()), command.json) as moved:
+            print(import_checkpoint(source, family, Path(command.target), mesh, moved))
+        return 0
+    checkpoint = Checkpoint.open(command.checkpoint, command.weights)
+    family = family_of_model(checkpoint.model, str(checkpoint.folder))
+    if isinstance(command, Export):
+        target = Path(command.target)
+        options = {name: getattr(command, name) for name in ("base", "dtype", "discriminator", "license", "shard_bytes")}
+        with _measured("export", None, command.json) as moved:
+            export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
+        print(target)
+        return 0
+    source = open_source(command.source, command.subfolder)
+    kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
+    found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
+    good = found <= command.tolerance
+    verdict = f"tolerance {command.tolerance:.0e}: {'equal' if good else 'NOT equal'}"
+    print(f"{family.architecture}: largest difference {found:.2e} of the largest value, {verdict}")
+    if command.json:
+        result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture}
+        Path(command.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return int(not good)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ Tensors keep the dtype they have. The commit is a run folder's iteration 0: trai
 import json
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def import_checkpoint(source: Source, family: Family, target: Path, mesh: Mesh, 
     Raises:
         ConvertError: source and model do not fit, or the target holds a run.
     """
-    model = family.read_config(source.config)
+    model = replace(family.read_config(source.config), dtype=_main_dtype(source))
     tensors = family.tensors(model, mesh)
     source.check(tensors)
     root = target / "checkpoints"
@@ -136,6 +137,14 @@ def _written(work: _Work, source: Source, moved: Moved) -> Iterator[Path]:
             temporary.rename(folder)
             store.sync(work.folder)
         yield folder
+
+
+def _main_dtype(source: Source) -> str:
+    """What the model is run in, unless a recipe says otherwise: bfloat16 where most numbers are; float16 would not hold training's range."""
+    numbers = Counter()
+    for entry in source.entries.values():
+        numbers[entry.dtype] += entry.shape.numel()
+    return "bfloat16" if max(numbers, key=numbers.get) == torch.bfloat16 else "float32"
 
 
 def _dtype(mapped: Mapped, source: Source) -> torch.dtype:
