@@ -5,9 +5,11 @@ Needs torch and Triton only. Shapes are those of the 8B model at 1280x720, 2 s: 
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,22 +116,21 @@ def joint(dtype: torch.dtype, text: int = 256) -> Case:
 
 def update(dtype: torch.dtype, weights: int = 2**26) -> Case:
     """Weights of `dtype` with fp32 gradients, masters, state and average."""
-    made: dict[int, Stretches] = {}
+    made: list[Stretches] = []  # of the gradient and the parameters of the latest inputs
 
     def inputs(device):
-        wide = [torch.rand(weights, device=device) for _ in range(4)]
-        return [*wide, torch.empty(weights, device=device, dtype=dtype)]
-
-    def stretches(grad: Tensor, parameters: Tensor) -> Stretches:
-        return made.setdefault(grad.data_ptr(), Stretches([Stretch(slice(0, weights), grad, parameters, 1.0)]))
+        master, square, average, grad = (torch.rand(weights, device=device) for _ in range(4))
+        parameters = torch.empty(weights, device=device, dtype=dtype)
+        made[:] = [Stretches([Stretch(slice(0, weights), grad, parameters, 1.0)])]
+        return [master, square, average]
 
     numbers = (1e-5, 0.9, 1e-8, 0.995)
 
-    def ours(master, square, average, grad, parameters):
-        rmsprop_ema(master, square, average, stretches(grad, parameters), *numbers)
+    def ours(*shard):
+        rmsprop_ema(*shard, made[0], *numbers)
 
-    def eager(master, square, average, grad, parameters):
-        rmsprop_ema_reference(master, square, average, stretches(grad, parameters), *numbers)
+    def eager(*shard):
+        rmsprop_ema_reference(*shard, made[0], *numbers)
 
     return Case("rmsprop_ema", inputs, ours, eager, ((28 + dtype.itemsize) * weights, 0.0), backward=False)
 
@@ -146,7 +147,9 @@ def noise(dtype: torch.dtype) -> list[Case]:
     places: dict[torch.device, Tokens] = {}
 
     def mixed(x, ids, a, b):
-        return token_mix(7, ids, places.setdefault(x.device, tokens(x.device)), x, a, b)
+        if x.device not in places:
+            places[x.device] = tokens(x.device)
+        return token_mix(7, ids, places[x.device], x, a, b)
 
     def drawn_and_mixed(x, ids, a, b):
         z = keyed_normal_reference(7, ids, count, dtype=x.dtype).view(16, 13, 45, 2, 80, 2)
@@ -254,86 +257,110 @@ def _leaves(case: Case, device: torch.device) -> list[Tensor]:
     return [t.requires_grad_(case.backward and t.is_floating_point()) for t in case.inputs(device)]
 
 
-def _run(case: Case, call: Callable, leaves: list[Tensor]) -> None:
+def _smooth(call: Callable, leaves: list[Tensor]) -> list[Tensor]:
+    """The outputs that have a gradient."""
     out = call(*leaves)
+    return [o for o in ([out] if isinstance(out, Tensor) else out or ()) if o.requires_grad]
+
+
+def _run(case: Case, call: Callable, leaves: list[Tensor]) -> None:
+    smooth = _smooth(call, leaves)
     if case.backward:
-        smooth = [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
         torch.autograd.backward(smooth, [torch.empty_like(o) for o in smooth])
 
 
-def _milliseconds(function: Callable[[], object], leaves: list[Tensor] = ()) -> float:
-    return triton.testing.do_bench(function, warmup=25, rep=100, grad_to_none=list(leaves), return_mode="median")
+def _milliseconds(function: Callable[[], object]) -> tuple[float, bool]:
+    """Median time of a call that finds nothing in L2, and whether of a CUDA graph: Python takes longer to launch a short kernel than it runs."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function()
+            with torch.cuda.graph(graph, stream=stream):
+                function()
+        call = graph.replay
+    except Exception:  # something in it cannot be captured, or it fails, and will say so below
+        call = function
+    return triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median"), call is not function
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy of 2 GiB reads and writes."""
     source = torch.empty(2**31, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (_milliseconds(lambda: target.copy_(source)) * 1e-3)
+    return 2 * source.numel() / (_milliseconds(lambda: target.copy_(source))[0] * 1e-3)
 
 
-def _timed(case: Case, call: Callable, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of a forward pass alone and of both."""
+def _timed(case: Case, call: Callable, device: torch.device) -> tuple[float, float, bool]:
+    """Milliseconds of a forward pass alone and of both, and whether both were CUDA graphs."""
     leaves = _leaves(case, device)
     with torch.no_grad():
-        forward = _milliseconds(lambda: call(*leaves))
+        forward, captured = _milliseconds(lambda: call(*leaves))
     if not case.backward:
-        return forward, forward
-    out = call(*leaves)
-    smooth = [o for o in ([out] if isinstance(out, Tensor) else out) if o.requires_grad]
-    weights = [torch.randn_like(o) for o in smooth]
-
-    def both() -> None:
-        made = call(*leaves)
-        torch.autograd.backward([o for o in ([made] if isinstance(made, Tensor) else made) if o.requires_grad], weights)
-
-    return forward, _milliseconds(both, [leaf for leaf in leaves if leaf.requires_grad])
+        return forward, forward, captured
+    weights = [torch.randn_like(o) for o in _smooth(call, leaves)]
+    inputs = [leaf for leaf in leaves if leaf.requires_grad]
+    both, both_captured = _milliseconds(lambda: torch.autograd.grad(_smooth(call, leaves), inputs, weights, allow_unused=True))
+    return forward, both, captured and both_captured
 
 
-def measure(dtype: torch.dtype, device: torch.device, only: str = "") -> list[dict]:
-    """Times of each case by our kernels, torch as written, torch.compile, and a library's own."""
-    bandwidth = copy_bandwidth(device)
-    found = []
-    for case in cases(dtype):
-        if only not in case.name:
-            continue
-        contenders: dict[str, Callable] = {"ours": case.ours}
-        if case.eager is not None:
-            contenders |= {"eager": case.eager, "compiled": torch.compile(case.eager, dynamic=False)}
-        if case.rival is not None:
-            contenders[case.rival[0]] = case.rival[1]
-        for name, call in contenders.items():
-            row = {"kernel": case.name, "dtype": str(dtype).removeprefix("torch."), "by": name}
-            try:
-                forward, both = _timed(case, call, device)
-            except Exception as error:  # one contender that fails must not cost the others' figures
-                found.append(row | {"error": f"{type(error).__name__}: {error}"[:200]})
-                continue
-            moved = case.moved[0] + (case.moved[1] if case.backward else 0.0)
-            found.append(
-                row
-                | {
-                    "forward_ms": forward,
-                    "both_ms": both,
-                    "gb_per_s": moved / both / 1e6,
-                    "of_copy": moved / (both * 1e-3) / bandwidth,
-                    "forward_of_copy": case.moved[0] / (forward * 1e-3) / bandwidth,
-                    "tflop_per_s": sum(case.flops) / both / 1e9,
-                }
-            )
+def _figures(case: Case, call: Callable, device: torch.device, bandwidth: float) -> dict:
+    """A contender's, or its error, which must not cost the others theirs."""
+    try:
+        forward, both, captured = _timed(case, call, device)
         torch.cuda.empty_cache()
-    return [{"kernel": "copy", "dtype": "uint8", "by": "torch", "gb_per_s": bandwidth / 1e9, "of_copy": 1.0}, *found]
+    except Exception as error:
+        return {"error": one_line(error)}
+    moved = case.moved[0] + (case.moved[1] if case.backward else 0.0)
+    return {
+        "forward_ms": forward,
+        "both_ms": both,
+        "gb_per_s": moved / both / 1e6,
+        "of_copy": moved / (both * 1e-3) / bandwidth,
+        "forward_of_copy": case.moved[0] / (forward * 1e-3) / bandwidth,
+        "tflop_per_s": sum(case.flops) / both / 1e9,
+        "graph": captured,
+    }
 
 
-def time_table(rows: list[dict]) -> str:
-    lines = ["| kernel | dtype | by | forward ms | forward + backward ms | GB/s | of copy bandwidth |", "|---|---|---|---|---|---|---|"]
-    for r in rows:
-        if "error" in r:
-            lines.append(f"| {r['kernel']} | {r['dtype']} | {r['by']} | failed: {r['error']} | | | |")
+def one_line(error: Exception, length: int = 200) -> str:
+    """For a cell of a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "/")[:length]
+
+
+def measure(dtype: torch.dtype, device: torch.device, only: str = "", seconds: float = math.inf) -> Iterator[dict]:
+    """Times of each case by our kernels, torch as written and a library's own; then, while less than `seconds` have passed, by torch.compile."""
+    begin, bandwidth = time.monotonic(), copy_bandwidth(device)
+    yield {"kernel": "copy", "dtype": "uint8", "by": "torch", "gb_per_s": bandwidth / 1e9, "of_copy": 1.0}
+    chosen = [(case, {"kernel": case.name, "dtype": str(dtype).removeprefix("torch.")}) for case in cases(dtype) if only in case.name]
+    for case, head in chosen:
+        for name, call in (("ours", case.ours), ("eager", case.eager), case.rival or ("", None)):
+            if call is not None:
+                yield head | {"by": name} | _figures(case, call, device, bandwidth)
+    for case, head in chosen:
+        if case.eager is None:
             continue
-        times = [f"{r[key]:.3f}" if key in r else "" for key in ("forward_ms", "both_ms")]
-        lines.append(f"| {r['kernel']} | {r['dtype']} | {r['by']} | {times[0]} | {times[1]} | {r['gb_per_s']:.0f} | {r['of_copy']:.2f} |")
-    return "\n".join(lines)
+        if time.monotonic() - begin > seconds:
+            yield head | {"by": "compiled", "skipped": "out of time"}
+            continue
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        figures = _figures(case, torch.compile(case.eager, dynamic=False), device, bandwidth)
+        yield head | {"by": "compiled"} | figures | {"graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values())}
+
+
+TIME_HEAD = """| kernel | dtype | by | forward ms | forward + backward ms | GB/s | of copy bandwidth | |
+|---|---|---|---|---|---|---|---|"""
+
+
+def time_line(row: dict) -> str:
+    """One row of the table."""
+    figures = [f"{row[key]:.{digits}f}" if key in row else "" for key, digits in (("forward_ms", 3), ("both_ms", 3), ("gb_per_s", 0), ("of_copy", 2))]
+    notes = [f"{'failed' if key == 'error' else key}: {row[key]}" for key in ("error", "skipped") if key in row]
+    notes += ["not a CUDA graph"] if not row.get("graph", True) else []
+    notes += [f"{row['graph_breaks']} graph breaks"] if row.get("graph_breaks") else []
+    return "| " + " | ".join([row["kernel"], row["dtype"], row["by"], *figures, ", ".join(notes)]) + " |"
 
 
 def main() -> int:
@@ -341,8 +368,14 @@ def main() -> int:
     parser.add_argument("--compile-only", action="store_true", help="compile every kernel for a chip and print its resources; needs no GPU")
     parser.add_argument("--capability", type=int, default=90, help="the chip to compile for: 90 is Hopper, 100 Blackwell")
     parser.add_argument("--only", default="", help="measure kernels whose name contains this")
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, begin no more comparisons with torch.compile")
+    parser.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file, as they come")
     options = parser.parse_args()
+
+    def write(rows: list[dict]) -> None:
+        if options.json:
+            Path(options.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
     if triton is None:
         print("Triton is not installed here (it needs Linux): no kernel can be compiled or run; models take the references in torch.")
         return 0
@@ -357,10 +390,14 @@ def main() -> int:
     else:
         device = torch.device("cuda")
         print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}")
-        found, problems = measure(torch.bfloat16, device, options.only), []
-        print(time_table(found))
-    if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(f"\n{TIME_HEAD}")
+        found = []
+        for row in measure(torch.bfloat16, device, options.only, options.seconds):
+            found.append(row)
+            print(time_line(row), flush=True)
+            write(found)
+        problems = [row for row in found if row["by"] == "ours" and "error" in row]
+    write(found)
     return 1 if problems else 0
 
 

@@ -77,7 +77,7 @@ def waken(networks: dict[str, Network], seed: int = 1) -> None:
             if parameter.sharded_dim is not None:
                 whole = whole.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
             with torch.no_grad():
-                parameter.add_(whole.to(parameter.dtype))
+                parameter.add_(whole.to(parameter))
         if network.shards is not None:
             network.shards.adopt()
             network.begin_average()

@@ -11,7 +11,8 @@ from PIL import Image
 
 from megatron_apt.data.decode import Clip, decode_clip, decode_clips
 from megatron_apt.data.digits import digit_clip, load_digit_pictures, write_digit_clips, write_grey_vp9
-from megatron_apt.data.video import RejectedInput, choose_frames, decode_with_pyav, probe
+from megatron_apt.data.rejected import RejectedInput
+from megatron_apt.data.video import choose_frames, decode_with_pyav, probe
 
 COUNT = 100
 FORMATS = {

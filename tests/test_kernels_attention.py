@@ -128,8 +128,8 @@ def test_rows_of_padding_take_no_part():
     rows = Rows.packed([3, 5], DEVICE)
     q, kv, k_scale = random(2, 8), random(11, 1, 2, 2, 8, seed=1), random(8, seed=2) + 1
     compare(partial(learnable_query_attention, rows=rows), partial(learnable_query_attention_reference, rows=rows), [q, kv, k_scale], torch.float32)
-    kv = kv.requires_grad_()
-    _, total, acc = learnable_query_attention(q, kv, k_scale, rows)
+    q, kv, k_scale = (t.to(DEVICE) for t in (q, kv, k_scale))
+    _, total, acc = learnable_query_attention(q, kv.requires_grad_(), k_scale, rows)
     (total.sum() + acc.sum()).backward()
     assert kv.grad[:8].any() and not kv.grad[8:].any()
 
@@ -157,6 +157,7 @@ def test_pooling_then_projecting_is_attention():
     q, x, k_scale = random(heads, width), random(37, 1, depth, seed=1), random(width, seed=2) + 1
     wk, wv = random(2, heads, width, depth, seed=3)
     bk, bv = random(2, heads, width, seed=4)
+    q, x, k_scale, wk, wv, bk, bv = (t.to(DEVICE) for t in (q, x, k_scale, wk, wv, bk, bv))
     k, v = (torch.einsum("abd,hkd->abhk", x, w) + b for w, b in ((wk, bk), (wv, bv)))
     want = learnable_query_attention(q, torch.stack((k, v), -2), k_scale, rows)
     for top, total, acc in (

@@ -18,7 +18,8 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 from torch import Tensor
 
-from megatron_apt.data.video import RejectedInput, VideoInfo, choose_frames, decode_with_pyav, file_size, probe
+from megatron_apt.data.rejected import RejectedInput
+from megatron_apt.data.video import VideoInfo, choose_frames, decode_with_pyav, file_size, probe
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_apt.data.decode import Clip, decode_clips
 from megatron_apt.data.manifest import Entry, read_entries
+from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.data.shards import TOKENIZER, EncodeStopped, OpenShard, ShardWriter, disk_full_named
-from megatron_apt.data.video import RejectedInput
 from megatron_apt.models.codec import PixelCodec, PixelCodecConfig, WanCodec
 from megatron_apt.models.text import BuiltinTextEncoder, HuggingFaceTextEncoder, train_sentencepiece
 

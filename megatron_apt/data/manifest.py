@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_apt.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from megatron_apt.data.video import RejectedInput
+from megatron_apt.data.rejected import RejectedInput
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from megatron_apt.data.video import RejectedInput
+from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.models.codec import load_codec
 from megatron_apt.models.text import load_text_encoder
 

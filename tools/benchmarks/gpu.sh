@@ -1,46 +1,71 @@
 #!/usr/bin/env bash
 # Everything there is to measure on one GPU, in under eight minutes, without a network:
 #   bash tools/benchmarks/gpu.sh [FOLDER]
-# Needs torch and Triton; pytest with hypothesis, megatron-core, Transformer Engine and diffusers add what they make possible.
-# Writes FOLDER (runs/gpu): kernels.json, model.json, calibration.json, and report.md with every table.
+# Writes FOLDER (runs/gpu): kernels.json, model.json, calibration.json, and report.md with every table. All are written as figures come.
+# Needs torch and Triton. The tests need pytest, hypothesis and megatron-core, the model megatron-core; pytest-xdist, Transformer Engine and diffusers
+# add what they make possible. On a machine without megatron-core bring its folder `megatron` and its .dist-info (read for the version where a test runs
+# on the CPU), the same release as in constraints.txt, on PYTHONPATH; it is plain Python. This package need not be installed.
 set -uo pipefail
+shopt -s extglob
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 OUT=${1:-runs/gpu}
+# What this Python has, looked up once: importing torch takes seconds.
+HAVE=" $("$PYTHON" -c '
+from importlib.util import find_spec
+import torch
+def there(name):
+    try:
+        return find_spec(name)
+    except ImportError:
+        return None
+if torch.cuda.is_available():
+    print("cuda", *filter(there, ("megatron_apt.kernels.bench", "megatron.core", "pytest", "hypothesis", "xdist")))
+' 2>/dev/null) "
+has() { [[ $HAVE == *" $1 "* ]]; }
 
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+if ! has cuda; then
   echo "No CUDA GPU (or no torch) for $PYTHON: nothing is measured."
   exit 0
 fi
 mkdir -p "$OUT"
-if ! "$PYTHON" -c 'import megatron_apt.kernels.bench' 2>/dev/null; then
-  # Not installed: kernels/ is a part of the package by setup.py only, so lay the tree out as an installation would.
+OUT=$(realpath "$OUT")
+REVISION=$(git rev-parse --short HEAD 2>/dev/null || echo 'an unknown commit')
+if ! has megatron_apt.kernels.bench; then
+  # Not installed: kernels/ is a part of the package by setup.py only, so lay the tree out as an installation would, and work there: Python looks for
+  # packages in the current folder first.
   TREE=$(mktemp -d)
   trap 'rm -rf "$TREE"' EXIT
-  cp -r megatron_apt "$TREE"
+  cp -r megatron_apt tests tools pyproject.toml "$TREE"
   cp -r kernels "$TREE/megatron_apt/kernels"
+  cd "$TREE"
   export PYTHONPATH="$TREE${PYTHONPATH:+:$PYTHONPATH}"
 fi
-has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+# A lone process still opens its groups, which look for a network.
+export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo PYTHONUNBUFFERED=1
 run() { # run SECONDS TITLE COMMAND...
   local limit=$1 title=$2 rc=0
   shift 2
   printf '\n## %s\n\n' "$title"
-  timeout "$limit" "$@" 2>&1 || rc=$?
+  # Interrupted, so that it says how far it came; killed if it does not listen.
+  timeout -s INT -k 10 "$limit" "$@" 2>&1 || rc=$?
   if ((rc)); then echo "exit code $rc: $*"; fi
 }
+tests() { run "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"; }
 
 {
-  echo "# GPU figures of $(git rev-parse --short HEAD 2>/dev/null || echo 'an unknown commit')"
+  echo "# GPU figures of $REVISION"
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null
   if has pytest && has hypothesis && has megatron.core; then
-    run 180 "Tests on the GPU" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_kernels_*.py tests/test_gpu.py
+    # Compiling for a GPU that need not be there is tested without one. These compile some 400 kernels for this one: in several processes, if they can.
+    tests 100 "Kernels against references" $(has xdist && echo "-n 12") tests/test_kernels_!(compile).py
+    tests 60 "APT on the GPU" tests/test_gpu.py
   else
     printf '\nTests on the GPU not run: they need pytest, hypothesis and megatron-core.\n'
   fi
-  run 120 "Kernels" "$PYTHON" -m megatron_apt.kernels.bench --json "$OUT/kernels.json"
+  run 110 "Kernels" "$PYTHON" -m megatron_apt.kernels.bench --seconds 75 --json "$OUT/kernels.json"
   if has megatron.core; then
-    run 170 "8B model" "$PYTHON" tools/benchmarks/gpu_model.py --json "$OUT/model.json" --calibration "$OUT/calibration.json"
+    run 140 "8B model" "$PYTHON" tools/benchmarks/gpu_model.py --seconds 85 --json "$OUT/model.json" --calibration "$OUT/calibration.json"
   else
     printf '\n8B model not measured: it needs megatron-core.\n'
   fi

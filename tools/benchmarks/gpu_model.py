@@ -1,26 +1,30 @@
 """One block and the whole of the 8B model at 46,800 visual tokens (1280x720, 2 s) on one GPU, in BF16 and FP8, beside diffusers' block with SDPA.
 
-    python tools/benchmarks/gpu_model.py --json FILE [--calibration FILE]
+    python tools/benchmarks/gpu_model.py --json FILE [--calibration FILE] [--seconds S]
 
 MFU counts matrix products and attention of a forward pass once and of a backward pass twice, over the chip's dense BF16 peak, for FP8 too. The
 calibration file holds a block's forward, input-gradient and weight-gradient seconds, which `megatron-apt schedule`, `megatron-apt plan` and
-`--pipeline.calibration` read.
+`--pipeline.calibration` read. Both files are written again after every figure; the exit code is 1 if the bf16 block or the bf16 model lacks one.
 """
 
 import argparse
 import gc
 import itertools
 import json
-from collections.abc import Callable
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
 from megatron_apt.config import ParallelConfig
+from megatron_apt.kernels.bench import one_line
 from megatron_apt.kernels.launch import implementation
-from megatron_apt.models import parameters
 from megatron_apt.models.config import Fp8Config, ModelConfig, seaweed_8b
 from megatron_apt.models.embeddings import rotary_table
 from megatron_apt.models.layout import Layout, build_layout
@@ -36,24 +40,32 @@ TEXT = 256
 PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "B100": 1750e12, "A100": 312e12}  # dense BF16
 
 
-def seconds(function: Callable[[], object], repeats: int = 10) -> float:
+def seconds(function: Callable[[], object], repeats: int = 5, warm: int = 2) -> float:
     """Median time of a call on the GPU."""
     times = []
-    for i in range(repeats + 3):  # three to warm up
+    for _ in range(warm + repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         function()
         end.record()
         torch.cuda.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end) * 1e-3)
-    return sorted(times)[len(times) // 2]
+        times.append(begin.elapsed_time(end) * 1e-3)
+    return sorted(times[warm:])[repeats // 2]
 
 
 def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def build(model: ModelConfig, mesh: Mesh, **parts) -> MMDiT:
+    """A network with random weights: their values do not matter for time, finite ones do."""
+    network = MMDiT(model, mesh, **parts).to(mesh.device)
+    for p in network.parameters():
+        p.normal_(std=0.02)
+    return network
 
 
 def buffers(network: torch.nn.Module) -> None:
@@ -67,8 +79,7 @@ class BlockProblem:
 
     def __init__(self, model: ModelConfig, mesh: Mesh):
         self.model = replace(model, depth=3, recompute="none")
-        self.network = MMDiT(self.model, mesh, output=False, cut=Cut())
-        parameters.initialise(self.network, mesh, 0)
+        self.network = build(self.model, mesh, output=False, cut=Cut())
         buffers(self.network)
         layout = build_layout((GRID,), (TEXT,), mesh)
         make = lambda *shape: torch.randn(*shape, device=mesh.device, dtype=torch.bfloat16)  # noqa: E731
@@ -111,44 +122,38 @@ class BlockProblem:
             self.clear()
             return tuple(a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks))
 
-        runs = [parts() for _ in range(10)][3:]
+        runs = [parts() for _ in range(7)][2:]
         return dict(zip("FIW", (sorted(values)[len(values) // 2] for values in zip(*runs, strict=True)), strict=True))
 
 
-def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> dict[str, float]:
-    free()
+Figures = Iterator[dict[str, float]]  # a few at a time, so that what fails later costs none of them
+
+
+def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
     flops = block_flops(model.width, model.mlp_ratio, GRID[0] * GRID[1] * GRID[2], TEXT)
     problem = BlockProblem(model, mesh)
     with torch.no_grad():
         forward = seconds(problem.forward)
+    yield {"forward_s": forward, "forward_mfu": flops / forward / peak, "tflop": flops / 1e12}
     torch.cuda.reset_peak_memory_stats()
     both = seconds(problem.both)
-    found = {
-        "forward_s": forward,
-        "both_s": both,
-        "forward_mfu": flops / forward / peak,
-        "train_mfu": 3 * flops / both / peak,
-        "tflop": flops / 1e12,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    yield {"both_s": both, "train_mfu": 3 * flops / both / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     # Transformer Engine puts weight gradients off only in layers that were built for a pipeline.
     staged = BlockProblem(model, replace(mesh, pp=Axis(2, 0, mesh.pp.group)))
     for t in staged.inputs:
         t.requires_grad_(True)
-    return found | staged.split()
+    yield staged.split()
 
 
-def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> dict[str, float]:
+def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> Figures:
     """diffusers' SD3 block, which has the same matrix products (no rotation), as its users run it: SDPA, and torch.compile."""
     from diffusers.models.attention import JointTransformerBlock
 
-    free()
     flops = block_flops(model.width, model.mlp_ratio, GRID[0] * GRID[1] * GRID[2], TEXT)
     block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(device, torch.bfloat16)
     make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     x, text, c = make(1, GRID[0] * GRID[1] * GRID[2], model.width), make(1, TEXT, model.width), make(1, model.width)
     gradients = [torch.randn_like(t) for t in (text, x)]
-    found = {}
     for name, call in (("", block), ("compiled_", torch.compile(block))):
         run = lambda call=call: call(hidden_states=x, encoder_hidden_states=text, temb=c)  # noqa: E731
 
@@ -160,43 +165,40 @@ def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> 
         for t in (x, text):
             t.requires_grad_(False)
         with torch.no_grad():
-            found[f"{name}forward_s"] = seconds(run)
+            yield {f"{name}forward_s": seconds(run)}
         for t in (x, text):
             t.requires_grad_(True)
-        found[f"{name}both_s"] = seconds(both)
-        found[f"{name}train_mfu"] = 3 * flops / found[f"{name}both_s"] / peak
-    return found
+        trained = seconds(both)
+        yield {f"{name}both_s": trained, f"{name}train_mfu": 3 * flops / trained / peak}
 
 
-def measure_model(model: ModelConfig, mesh: Mesh, peak: float, backward: bool) -> dict[str, float]:
+def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
     """The whole network on one sample: one step of the generator (no gradient), and a forward and backward pass with recomputation."""
-    free()
-    with torch.device(mesh.device):
-        network = MMDiT(model, mesh)
-    for p in network.parameters():  # values do not matter for time, finite ones do
-        torch.nn.init.normal_(p, std=0.02)
+    network = build(model, mesh)
     layout: Layout = build_layout((GRID,), (TEXT,), mesh)
     x = torch.randn(len(layout.positions), model.patch_width, device=mesh.device, dtype=torch.bfloat16)
     text = torch.randn(TEXT, model.text_width, device=mesh.device, dtype=torch.bfloat16)
     condition, t = Condition(text, (TEXT,), text.mean(0, keepdim=True)), torch.ones(1, device=mesh.device)
     flops = model.depth * block_flops(model.width, model.mlp_ratio, len(x), TEXT)
     with torch.no_grad():
-        forward = seconds(lambda: network(x, t, condition, layout), repeats=5)
-    found = {"weights": sum(p.numel() for p in network.parameters()), "one_step_s": forward, "one_step_mfu": flops / forward / peak}
-    found["one_step_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if backward:
-        free()
-        buffers(network)
+        forward = seconds(lambda: network(x, t, condition, layout), repeats=2, warm=1)
+    yield {
+        "weights": sum(p.numel() for p in network.parameters()),
+        "forward_s": forward,
+        "forward_mfu": flops / forward / peak,
+        "forward_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    free()
+    buffers(network)
 
-        def both() -> None:
-            network(x, t, condition, layout).float().square().mean().backward()
-            for p in network.parameters():
-                p.grad = None
+    def both() -> None:
+        network(x, t, condition, layout).float().square().mean().backward()
+        for p in network.parameters():
+            p.grad = None
 
-        found["both_s"] = seconds(both, repeats=3)
-        found["train_mfu"] = 3 * flops / found["both_s"] / peak  # what is computed again does not count
-        found["train_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
+    trained = seconds(both, repeats=1, warm=1)
+    # What is computed again does not count.
+    yield {"both_s": trained, "train_mfu": 3 * flops / trained / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def fp8_recipes(device: torch.device) -> list[str]:
@@ -208,72 +210,85 @@ def fp8_recipes(device: torch.device) -> list[str]:
         try:
             require(Fp8Config(recipe), device)
             able.append(recipe)
-        except ValueError as error:
-            print(f"FP8 {recipe} not measured: {error}", flush=True)
+        except Exception as error:
+            print(f"FP8 {recipe} not measured: {one_line(error)}", flush=True)
     return able
 
 
+HEAD = "| what | forward s | forward + backward s | train MFU | peak GiB | F/I/W s | |\n|---|---|---|---|---|---|---|"
+
+
 def row(name: str, found: dict) -> str:
-    if "error" in found:
-        return f"| {name} | failed: {found['error']} | | | | |"
     cell = lambda key, digits: f"{found[key]:.{digits}f}" if key in found else ""  # noqa: E731
-    return (
-        f"| {name} | {cell('forward_s', 4)} | {cell('both_s', 4)} | {cell('train_mfu', 3)} | {cell('peak_gib', 1)} | "
-        + ("/".join(cell(key, 4) for key in "FIW") if "F" in found else "")
-        + " |"
-    )
+    cells = [cell("forward_s", 4), cell("both_s", 4), cell("train_mfu", 3), cell("peak_gib", 1)]
+    cells.append("/".join(cell(key, 4) for key in "FIW") if "F" in found else "")
+    cells.append(f"failed: {found['error']}" if "error" in found else f"skipped: {found['skipped']}" if "skipped" in found else "")
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", default="")
     parser.add_argument("--calibration", metavar="FILE", default="")
     parser.add_argument("--depth", type=int, default=36, help="blocks of the whole model")
     parser.add_argument("--no-model", action="store_true", help="measure a block only")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, begin no other measurement")
+    options, begin = parser.parse_args(), time.monotonic()
     if not torch.cuda.is_available():
         print("No CUDA GPU here: nothing is measured.")
-        return
+        return 0
     mesh = start(ParallelConfig(row_multiple=16))
     name = torch.cuda.get_device_name(mesh.device)
     peak = next((value for key, value in PEAKS.items() if key in name), 989e12)
     model, tokens = replace(seaweed_8b(), depth=options.depth), GRID[0] * GRID[1] * GRID[2]
-    variants = {"bf16": model} | {f"fp8 {recipe}": replace(model, fp8=Fp8Config(recipe)) for recipe in fp8_recipes(mesh.device)}
+    eights = {f"fp8 {recipe}": replace(model, fp8=Fp8Config(recipe)) for recipe in fp8_recipes(mesh.device)}
     found: dict[str, dict] = {}
 
-    def attempt(key: str, function: Callable[[], dict]) -> None:
-        try:
-            found[key] = function()
-        except Exception as error:  # one figure that fails must not cost the others
-            found[key] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(row(key, found[key]), flush=True)
+    def write() -> None:
+        shape = {"device": name, "visual_tokens": tokens, "text_tokens": TEXT}
+        if options.json:
+            result = shape | {"torch": torch.__version__, "peak_flops": peak, "figures": found}
+            Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        blocks = {key.removeprefix("block "): {kind: value[kind] for kind in "FIW"} for key, value in found.items() if "F" in value}
+        if options.calibration and blocks:
+            result = shape | {"width": model.width, "mlp_ratio": model.mlp_ratio, "blocks": blocks}
+            Path(options.calibration).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
-    print(f"{name}, torch {torch.__version__}, {tokens:,} visual and {TEXT} text tokens, peak taken as {peak / 1e12:.0f} TFLOP/s")
-    print("| block | forward s | forward + backward s | train MFU | peak GiB | F/I/W s |\n|---|---|---|---|---|---|")
-    for key, variant in variants.items():
-        attempt(f"block {key}", lambda variant=variant: measure_block(variant, mesh, peak))
-    with implementation("reference"):
-        attempt("block bf16 without own kernels", lambda: measure_block(model, mesh, peak))
-    attempt("block bf16 diffusers", lambda: measure_diffusers(model, mesh.device, peak))
+    def attempt(key: str, measure: Callable[[], Figures]) -> None:
+        found[key] = {}
+        if time.monotonic() - begin > options.seconds:
+            found[key]["skipped"] = "out of time"
+        else:
+            free()
+            try:
+                for figures in measure():
+                    found[key] |= figures
+                    write()
+            except Exception as error:  # one figure that fails must not cost the others
+                found[key]["error"] = one_line(error, 300)
+        print(row(key, found[key]), flush=True)
+        write()
+
+    print(f"{name}, torch {torch.__version__}, {tokens:,} visual and {TEXT} text tokens, peak taken as {peak / 1e12:.0f} TFLOP/s\n\n{HEAD}")
+    block = lambda variant: lambda: measure_block(variant, mesh, peak)  # noqa: E731
+    whole = lambda variant: lambda: measure_model(variant, mesh, peak)  # noqa: E731
+    attempt("block bf16", block(model))
     if not options.no_model:
-        able = [key for key in variants if key != "bf16" and "both_s" in found[f"block {key}"]]
-        for key in ("bf16", *sorted(able, key=lambda key: found[f"block {key}"]["both_s"])[:1]):
-            attempt(f"model {key}", lambda key=key: measure_model(variants[key], mesh, peak, backward=True))
-            whole, estimate = found[f"model {key}"], model.depth * found[f"block {key}"].get("forward_s", float("nan"))
-            whole["one_step_estimate_s"] = estimate
-            real = whole.get("one_step_s", float("nan"))
-            print(f"    one step: {estimate:.3f} s by {model.depth} measured blocks, {real:.3f} s in a real run")
-    result = {"device": name, "torch": torch.__version__, "visual_tokens": tokens, "text_tokens": TEXT, "peak_flops": peak, "figures": found}
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-    if options.calibration:
-        measured = {key.removeprefix("block "): value for key, value in found.items() if "F" in value}
-        blocks = {key: {kind: value[kind] for kind in "FIW"} for key, value in measured.items()}
-        shape = {"width": model.width, "mlp_ratio": model.mlp_ratio, "visual_tokens": tokens, "text_tokens": TEXT}
-        with open(options.calibration, "w", encoding="utf-8") as file:
-            json.dump({"device": name, **shape, "blocks": blocks}, file, indent=1)
+        attempt("model bf16", whole(model))
+    with implementation("reference"):
+        attempt("block bf16 without own kernels", block(model))
+    for key, variant in eights.items():
+        attempt(f"block {key}", block(variant))
+    able = [key for key in eights if "both_s" in found[f"block {key}"]]
+    if able and not options.no_model:
+        best = min(able, key=lambda key: found[f"block {key}"]["both_s"])
+        attempt(f"model {best}", whole(eights[best]))
+    attempt("block bf16 diffusers", lambda: measure_diffusers(model, mesh.device, peak))
+    alone = model.depth * found["block bf16"].get("forward_s", math.nan)
+    print(f"\nA step of the generator is one forward pass of the model. Its {model.depth} blocks by themselves: {alone:.3f} s in bf16.")
+    wanted = ["block bf16"] if options.no_model else ["block bf16", "model bf16"]
+    return 1 if any("both_s" not in found[key] or "error" in found[key] for key in wanted) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
