@@ -25,10 +25,11 @@ import megatron_apt  # noqa: F401  (must stand before any import of megatron.cor
 from megatron_apt.config import ParallelConfig
 from megatron_apt.kernels.bench import one_line
 from megatron_apt.kernels.launch import implementation
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig, seaweed_8b
 from megatron_apt.models.embeddings import rotary_table
 from megatron_apt.models.layout import Layout, build_layout
-from megatron_apt.models.mmdit import Condition, MMDiT
+from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.mesh import Axis, Mesh
