@@ -90,6 +90,9 @@ def test_the_papers_examples_build():
     for name in ("image", "video"):
         for stage in ("flow", "consistency", "apt"):
             check_fits(load_recipe(f"{examples}/{name}.py:{stage}"))
+    for stage in ("consistency", "image", "video"):
+        for size in ("", "_14b"):
+            check_fits(load_recipe(f"{examples}/wan.py:{stage}{size}"))
     apt = load_recipe(f"{examples}/image.py:apt")
     assert (apt.optimizer.kind, apt.optimizer.alpha, apt.optimizer.ema, apt.apt.ar1_lambda, apt.apt.ar1_sigma) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
 

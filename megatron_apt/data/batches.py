@@ -48,6 +48,11 @@ class Batches:
                 f"global_batch={global_batch} in microbatches of micro_batch={micro_batch} on {mesh.dp.size} data-parallel ranks leaves one of "
                 f"{fewest}; this method needs {least} in each, use a multiple of {micro_batch * mesh.dp.size} with micro_batch of at least {least}"
             )
+        if model.condition_channels or model.wan.image_width:
+            raise ValueError(
+                f"model.condition_channels={model.condition_channels}, model.wan.image_width={model.wan.image_width}: datasets do not hold first frames yet; "
+                "a model conditioned on them can be converted and verified, not trained"
+            )
         self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
         self.global_batch, self.parts = global_batch, everyone[mesh.dp.rank]
         self.sources = [LatentShards(path) for path in data.shards]
