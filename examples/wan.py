@@ -8,8 +8,8 @@
     srun megatron-apt train examples/wan.py:video
     megatron-apt convert export runs/wan/video wan-one-step --base Wan2.1-T2V-1.3B-Diffusers
 
-Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's. Batches are not: it had 1,024 GPUs. RMSProp's steps hardly depend
-on the size of a gradient, so smaller batches keep the learning rate and take noisier steps.
+Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's. Batches are not: it had 1,024 GPUs. RMSProp's steps hardly
+depend on the size of a gradient, so smaller batches keep the learning rate and take noisier steps.
 """
 
 from dataclasses import replace
