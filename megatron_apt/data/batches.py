@@ -50,8 +50,8 @@ class Batches:
             )
         if model.condition_channels or model.wan.image_width:
             raise ValueError(
-                f"model.condition_channels={model.condition_channels}, model.wan.image_width={model.wan.image_width}: datasets do not hold first frames "
-                "yet; a model conditioned on them can be converted and verified, not trained"
+                f"model.condition_channels={model.condition_channels}, model.wan.image_width={model.wan.image_width}: datasets hold no first "
+                "frames yet; a model conditioned on them can be converted and verified, not trained"
             )
         self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
         self.global_batch, self.parts = global_batch, everyone[mesh.dp.rank]
