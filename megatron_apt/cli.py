@@ -118,6 +118,12 @@ def _checkpoint(argv: list[str]) -> None:
     sys.exit(run(tyro.cli(Command, args=argv, prog="megatron-apt checkpoint")))
 
 
+def _convert(argv: list[str]) -> None:
+    from megatron_apt.convert.command import Command, run
+
+    sys.exit(run(tyro.cli(Command, args=argv, prog="megatron-apt convert")))
+
+
 def _plan(argv: list[str]) -> None:
     from megatron_apt.plan import PlanConfig, plan
 
@@ -138,6 +144,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (_train, "train a recipe: FILE.py:FUNCTION [--field value ...]"),
     "sample": (_sample, "pictures and clips from a checkpoint"),
     "checkpoint": (_checkpoint, "inspect | verify | reshard a checkpoint"),
+    "convert": (_convert, "import | export | verify: Hugging Face checkpoints in, diffusers pipelines out"),
     "plan": (_plan, "what a recipe needs on a cluster: memory of weights, gradients, optimiser and average"),
     "schedule": (_schedule, "what a pipeline of two networks costs: bubbles and memory, interleaved and phase by phase"),
     "report": (_report, "write the demo's report again from its results"),
@@ -168,6 +175,7 @@ def _quiet_libraries() -> None:
         ".*load_state_dict. is deprecated",
         ".*all_gather_into_tensor. is deprecated",  # newer torch; Megatron-Core calls it by this name
         ".*reduce_scatter_tensor. is deprecated",
+        "torch.distributed is disabled, unavailable or uninitialized, assuming",  # of checkpoints read and written by one process
     ):
         warnings.filterwarnings("ignore", message=message)
 

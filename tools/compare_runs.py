@@ -62,7 +62,7 @@ def compare_logs(a: Path, b: Path, rtol: float) -> dict:
 def compare_tensors(a: Path, b: Path, rtol: float) -> dict:
     """First tensor that differs, if any, and the largest difference relative to a tensor's largest entry."""
     first, largest, count = "", 0.0, 0
-    names_a, names_b = set(store.shapes(a)), set(store.shapes(b))
+    names_a, names_b = set(store.index(a)), set(store.index(b))
     if names_a != names_b:
         first = f"tensors of one only: {sorted(names_a ^ names_b)[:3]}"
     for (key, x), (other, y) in zip(store.read_tensors(a), store.read_tensors(b), strict=False):

@@ -72,13 +72,13 @@ def inspect(command: Inspect) -> Iterator[str]:
     folder = store.resolve(command.path)
     state = store.read_state(folder)
     config = state["config"]
-    shapes = store.shapes(folder)
+    stored = store.index(folder)
     groups: dict[str, list[int]] = {}
-    for key, (shape, size) in shapes.items():
+    for key, (shape, dtype) in stored.items():
         role, _, rest = key.partition(".")
         kind = rest.split(".")[0] if rest.startswith("ema.") else ".".join(rest.split(".")[:2]) if rest.startswith("optimizer.") else "weights"
         total = groups.setdefault(f"{role} {kind}", [0, 0, 0])
-        for i, value in enumerate((1, shape.numel(), shape.numel() * size)):
+        for i, value in enumerate((1, shape.numel(), shape.numel() * dtype.itemsize)):
             total[i] += value
     yield f"{folder}"
     parallel = config["parallel"]
@@ -90,7 +90,7 @@ def inspect(command: Inspect) -> Iterator[str]:
     for group, (tensors, numbers, size) in groups.items():
         yield f"  {group:32} {tensors:5} tensors {numbers:15,} numbers {size / 2**20:12,.1f} MiB"
     if command.tensors:
-        yield from (f"  {key} {tuple(shape)}" for key, (shape, _) in shapes.items())
+        yield from (f"  {key} {tuple(shape)}" for key, (shape, _) in stored.items())
     if command.json:
         summary = {name: {"tensors": t, "numbers": n, "bytes": b} for name, (t, n, b) in groups.items()}
         Path(command.json).write_text(json.dumps({"folder": str(folder), **state, "groups": summary}, indent=1), encoding="utf-8")

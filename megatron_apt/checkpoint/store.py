@@ -184,21 +184,27 @@ def verify(folder: Path, mesh: Mesh) -> None:
         raise CheckpointError("; ".join(wrong) + ". Use an older checkpoint: point `latest` at another iteration-* folder")
 
 
-def shapes(folder: Path) -> dict[str, tuple[torch.Size, int]]:
-    """Shape and bytes per number of every tensor of a commit."""
+def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor of a commit, in order of names."""
     _check_index(folder)
-    index = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    return {key: (meta.size, meta.properties.dtype.itemsize) for key, meta in sorted(index.items())}
+    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {key: (meta.size, meta.properties.dtype) for key, meta in sorted(stored.items())}
+
+
+def read_tensor(folder: Path, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """One tensor of a commit, whole, as `index` describes it; in one process and without a model."""
+    wanted = {key: torch.empty(shape, dtype=dtype)}
+    torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
+    return wanted[key]
 
 
 def read_tensors(folder: Path, at_once: int = 2**28) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a commit, whole, in order of names, in one process and without a model; about `at_once` bytes in memory."""
-    _check_index(folder)
-    index = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    stored = index(folder)
     wanted: dict[str, Tensor] = {}
-    for key, meta in sorted(index.items()):
-        wanted[key] = torch.empty(meta.size, dtype=meta.properties.dtype)
-        if sum(t.nbytes for t in wanted.values()) >= at_once or key == max(index):
+    for key, (shape, dtype) in stored.items():
+        wanted[key] = torch.empty(shape, dtype=dtype)
+        if sum(t.nbytes for t in wanted.values()) >= at_once or key == max(stored):
             torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
             yield from wanted.items()
             wanted = {}

@@ -4,12 +4,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from megatron_apt.convert.weights import Mapped, Rule, mapped
+from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model of either library is given: latents (n, C, F, H, W), times (n,) in [0, 1], conditions, and channels beside the latents."""
+
+    latents: Tensor
+    t: Tensor
+    text: Tensor  # (n, L, E)
+    pooled: Tensor | None = None  # (n, E')
+    given: Tensor | None = None  # (n, C', F, H, W)
+    image: Tensor | None = None  # (n, L', E'')
+
+    def condition(self, patch: tuple[int, int, int]) -> Condition:
+        n, length = self.text.shape[:2]
+        pooled = self.text.mean(1) if self.pooled is None else self.pooled
+        visual = None if self.given is None else patchify(self.given, patch)
+        return Condition(self.text.flatten(0, 1), (length,) * n, pooled, visual, self.image)
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,8 @@ class Family:
         read_config: our shape from config.json; raises ValueError naming a field whose value we do not have.
         write_config: config.json from our shape; read_config undoes it.
         rules: the map of weights for one shape.
+        example: random inputs of n samples for a model of this shape.
+        forward: the velocity (n, C, F, H, W) that diffusers' model gives for such inputs.
     """
 
     name: str
@@ -29,6 +52,8 @@ class Family:
     read_config: Callable[[dict], ModelConfig]
     write_config: Callable[[ModelConfig], dict]
     rules: Callable[[ModelConfig], list[Rule]]
+    example: Callable[[ModelConfig, int, torch.Generator], Inputs]
+    forward: Callable[[nn.Module, Inputs], Tensor]
 
     def tensors(self, model: ModelConfig, mesh: Mesh) -> list[Mapped]:
         """Every tensor of a model of this shape, with what it is made of."""

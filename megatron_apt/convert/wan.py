@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from megatron_apt.convert.family import Family, only
+import torch
+from torch import Tensor, nn
+
+from megatron_apt.convert.family import Family, Inputs, only
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, Rule, Stacked, View, joined, layer
 from megatron_apt.models.config import ModelConfig, WanConfig, wan_1_3b
 
@@ -84,4 +87,24 @@ def _rules(model: ModelConfig) -> list[Rule]:
     ]
 
 
-WAN = Family("wan", _CLASS, _read, _write, _rules)
+def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size = tuple(tokens * side for tokens, side in zip((3, 4, 5), model.patch, strict=True))
+    image = model.wan.image_width
+    return Inputs(
+        normal(samples, model.latent_channels, *size),
+        torch.rand(samples, generator=generator),
+        normal(samples, 512 if image else 77, model.text_width),  # beside image tokens, diffusers takes the last 512 for the text
+        given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
+        image=normal(samples, model.wan.image_tokens, image) if image else None,
+    )
+
+
+def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
+    latents = inputs.latents if inputs.given is None else torch.cat((inputs.latents, inputs.given), dim=1)
+    return original(latents, 1000 * inputs.t, inputs.text, inputs.image, return_dict=False)[0]
+
+
+WAN = Family("wan", _CLASS, _read, _write, _rules, _example, _forward)

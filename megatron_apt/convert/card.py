@@ -1,0 +1,56 @@
+"""The model card of an exported generator: what it is, what made it, how to run it."""
+
+import json
+
+from megatron_apt.convert.family import Family
+
+_TASKS = {"WanTransformer3DModel": "text-to-video", "SD3Transformer2DModel": "text-to-image"}
+
+
+def model_card(state: dict, family: Family, average: bool, license: str, base: str) -> str:
+    """Markdown with Hugging Face's front matter.
+
+    Args:
+        state: state.json of the checkpoint.
+        average: the weights are the average over training (EMA).
+        base: pipeline whose other parts were copied, or "".
+    """
+    config = state["config"]
+    trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
+    optimizer = config["optimizer"]
+    lines = [
+        "---",
+        f"license: {license}",
+        "library_name: diffusers",
+        f"pipeline_tag: {_TASKS.get(family.architecture, 'text-to-video')}",
+        "tags: [one-step, adversarial-post-training]" if one_step else "tags: [flow-matching]",
+        "---",
+        "",
+        f"# {'One-step generator' if one_step else 'Flow-matching model'} ({family.architecture})",
+        "",
+    ]
+    if one_step:
+        lines += [
+            "Makes a sample in one evaluation, without guidance: the scheduler beside it takes one Euler step from noise to data, x = z - v(z, 1).",
+            "",
+            "```python",
+            "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
+            "pipeline(prompt, num_inference_steps=1, guidance_scale=1)",
+            "```",
+            "",
+        ]
+    lines += ["## Recipe", ""]
+    if trained:
+        lines += [
+            f"- method `{config['method']}`, {state['iteration']} iterations of {config['global_batch']} samples, seed {config['seed']}",
+            f"- {optimizer['kind']}, learning rate {optimizer['lr']}" + (f", weights averaged with decay {optimizer['ema']}" if average else ""),
+        ]
+        if config["method"] == "apt":
+            apt = config["apt"]
+            lines.append(f"- loss `{apt['loss']}`, aR1 with sigma {apt['ar1_sigma']} and lambda {apt['ar1_lambda']}")
+    lines += [f"- {role} started from `{source}`" for role, source in state["sources"].items() if source]
+    lines += [f"- other parts of the pipeline copied from `{base}`"] if base else []
+    lines += ["", "## Data", "", *([f"- `{folder}`" for folder in config["data"]["shards"]] if trained else ["Not trained further."])]
+    if state.get("values"):
+        lines += ["", "## Metrics at the last checkpoint", "", "```json", json.dumps(state["values"], indent=1), "```"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,134 @@
+"""megatron-apt convert: Hugging Face checkpoints in, one-step generators for diffusers' pipelines out, and proof that they are the same."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_apt.config import ParallelConfig
+from megatron_apt.convert import family_of, family_of_model
+from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+from megatron_apt.convert.importer import Moved, import_checkpoint
+from megatron_apt.convert.source import open_source
+from megatron_apt.convert.verify import parity
+from megatron_apt.parallel import startup
+
+
+@dataclass(frozen=True)
+class Import:
+    """A Hugging Face transformer into a run folder, from whose weights any recipe can start (--init.generator). Killed, it goes on when called again."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Folder of a transformer or of a whole pipeline, or one .safetensors file."""
+    target: Annotated[str, tyro.conf.Positional]
+    subfolder: str = ""
+    """Of a pipeline's folder; empty: transformer. Wan2.2 has transformer_2 too."""
+    config: str = ""
+    """config.json of a file that has none beside it."""
+    json: str = ""
+    """Also writes bytes, seconds and GB/s to this file."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A generator into a folder that diffusers loads, with a scheduler whose one step is our one-step sample."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Run folder (its latest checkpoint) or iteration-* folder."""
+    target: Annotated[str, tyro.conf.Positional]
+    base: str = ""
+    """Folder of a whole pipeline, whose VAE, text encoders and tokenizers are copied beside; empty: transformer and scheduler alone."""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    """auto: the average where there is one."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """Of the weights written; a trained checkpoint stores float32."""
+    discriminator: bool = False
+    """Also writes backbone and heads of the discriminator, under our names."""
+    license: str = "other"
+    """Of the model card; that of the checkpoint you started from binds you too."""
+    shard_bytes: int = 5 * 10**9
+    """Largest file."""
+    json: str = ""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compares our forward pass with diffusers' on random inputs, in float32; exit code 1 above the tolerance."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Run folder or iteration-* folder."""
+    source: Annotated[str, tyro.conf.Positional]
+    """The transformer it was imported from or exported to, as for import."""
+    subfolder: str = ""
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    tolerance: float = 1e-5
+    """Of the largest difference, relative to the largest value."""
+    samples: int = 2
+    seed: int = 0
+    json: str = ""
+
+
+Command = (
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def run(command: Import | Export | Verify) -> int:
+    """Returns the exit code."""
+    mesh = startup.start(ParallelConfig())
+    try:
+        if isinstance(command, Import):
+            source = open_source(command.source, command.subfolder, command.config)
+            family = family_of(source.config, str(source.path))
+            with _measured("import", sum(entry.bytes for entry in source.entries.values()), command.json) as moved:
+                print(import_checkpoint(source, family, Path(command.target), mesh, moved))
+            return 0
+        checkpoint = Checkpoint.open(command.checkpoint, command.weights)
+        family = family_of_model(checkpoint.model, str(checkpoint.folder))
+        if isinstance(command, Export):
+            target = Path(command.target)
+            options = {name: getattr(command, name) for name in ("base", "dtype", "discriminator", "license", "shard_bytes")}
+            with _measured("export", None, command.json) as moved:
+                export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
+            print(target)
+            return 0
+        source = open_source(command.source, command.subfolder)
+        kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
+        found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
+        good = found <= command.tolerance
+        verdict = f"tolerance {command.tolerance:.0e}: {'equal' if good else 'NOT equal'}"
+        print(f"{family.architecture}: largest difference {found:.2e} of the largest value, {verdict}")
+        if command.json:
+            result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture}
+            Path(command.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return int(not good)
+    finally:
+        startup.stop()
+
+
+@contextmanager
+def _measured(name: str, total: int | None, file: str) -> Iterator[Moved]:
+    """A progress bar with bytes and speed, and the figures at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    done, start = 0, time.perf_counter()
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(name, total=total)
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(task, completed=done)
+
+        yield moved
+    seconds = time.perf_counter() - start
+    print(f"{name}: {done / 1e9:.2f} GB in {seconds:.1f} s, {done / 1e9 / seconds:.2f} GB/s")
+    if file:
+        Path(file).write_text(json.dumps({"bytes": done, "seconds": seconds, "gb_per_second": done / 1e9 / seconds}, indent=1), encoding="utf-8")

@@ -1,0 +1,242 @@
+"""One of our checkpoints into a folder that diffusers' pipelines load, one tensor at a time.
+
+    TARGET/transformer/       the generator: config.json, *.safetensors and their index
+    TARGET/scheduler/         flow-matching Euler, whose one step from sigma 1 to 0 is x = z - v: our one-step sample
+    TARGET/discriminator/     if asked for: backbone and heads under our names, for those who continue training
+    TARGET/README.md          model card
+    TARGET/...                what else the pipeline needs (VAE, text encoders, tokenizers), copied from a base pipeline if one is given
+
+Everything is written under another name and renamed at the end. Files that a killed export has finished are kept by the next one.
+"""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.commands import from_dict
+from megatron_apt.convert.card import model_card
+from megatron_apt.convert.family import Family
+from megatron_apt.convert.importer import ROLE, Moved
+from megatron_apt.convert.source import DTYPES, ConvertError
+from megatron_apt.convert.weights import Mapped, Same
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.parallel.mesh import Mesh
+
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+_NAME = "diffusion_pytorch_model"
+_PLAN = "export.json"  # what an export under way is of
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of ours, of which one set of weights is exported.
+
+    Attributes:
+        prefix: of the weights' names in it.
+    """
+
+    folder: Path
+    state: dict
+    model: ModelConfig
+    prefix: str
+
+    @staticmethod
+    def open(path: str, weights: str = "auto") -> "Checkpoint":
+        """`weights`: ema, raw, or auto (ema where there is one).
+
+        Raises:
+            CheckpointError: nothing there, or no such weights.
+        """
+        folder = store.resolve(path)
+        state = store.read_state(folder)
+        if weights == "ema" and not state["ema"]:
+            raise store.CheckpointError(f"{folder}: keeps no average (optimizer.ema=0); use --weights raw")
+        average = state["ema"] and weights != "raw"
+        return Checkpoint(folder, state, from_dict(ModelConfig, state["config"]["model"]), f"{ROLE}.ema." if average else f"{ROLE}.")
+
+    def original(self) -> dict | None:
+        """config.json of the Hugging Face checkpoint it goes back to, where that can still be found."""
+        state = self.state
+        for _ in range(8):  # stages: imported, flow, consistency, APT on images, on videos
+            if "imported" in state:
+                return state["imported"]
+            source = str(state["sources"].get(ROLE, "")).removesuffix(":ema").removesuffix(":raw")
+            if not source or not Path(source, "state.json").is_file():
+                return None
+            state = store.read_state(Path(source))
+        return None
+
+
+def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mesh: Mesh, dtype: str, moved: Moved, shard_bytes: int) -> None:
+    """Writes config.json and weights of the generator into `folder`, which exists."""
+    tensors = family.tensors(checkpoint.model, mesh)
+    config = family.write_config(checkpoint.model)
+    original = checkpoint.original()
+    if original is not None and family.read_config(original) == family.read_config(config):
+        config = original  # with fields that change nothing, as it was
+    _write_weights(checkpoint.folder, checkpoint.prefix, tensors, folder, _NAME, dtype, moved, shard_bytes)
+    store.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def export_discriminator(checkpoint: Checkpoint, folder: Path, dtype: str, moved: Moved, shard_bytes: int) -> None:
+    """Writes backbone and heads under our names, with what is needed to build them, into `folder`, which exists.
+
+    Raises:
+        ConvertError: a checkpoint without one.
+    """
+    role, others = "discriminator.", ("optimizer.", "ema.", "fp8.")
+    named = {key.removeprefix(role): shape for key, (shape, _) in store.index(checkpoint.folder).items() if key.startswith(role)}
+    tensors = [Mapped(name, shape, {name: shape}, Same()) for name, shape in named.items() if not name.startswith(others)]
+    if not tensors:
+        raise ConvertError(f"{checkpoint.folder}: holds no discriminator; export one of a run with method='apt'")
+    _write_weights(checkpoint.folder, role, tensors, folder, "model", dtype, moved, shard_bytes)
+    config = checkpoint.state["config"]
+    described = {"architecture": "megatron_apt Discriminator", "model": config["model"], "apt": config["apt"]}
+    store.write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def export_pipeline(
+    checkpoint: Checkpoint,
+    family: Family,
+    target: Path,
+    mesh: Mesh,
+    *,
+    base: str = "",
+    dtype: str = "stored",
+    discriminator: bool = False,
+    license: str = "other",
+    moved: Moved = lambda count: None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the target folder.
+
+    Args:
+        base: a pipeline's folder whose other parts are copied; empty: transformer and scheduler alone.
+        dtype: of the weights, a name of torch's, or "stored" for the checkpoint's own.
+        license: of the model card.
+
+    Raises:
+        ConvertError: the target exists, the base is no pipeline, or the checkpoint lacks something.
+    """
+    if target.exists():
+        raise ConvertError(f"{target} exists already; give another target")
+    index = _base_index(base, family) if base else None
+    work = target.with_name(f".{target.name}.export.tmp")
+    written = (checkpoint.folder / store.SUMS).stat().st_mtime_ns
+    plan = json.dumps([str(checkpoint.folder.resolve()), written, checkpoint.prefix, dtype, shard_bytes])
+    if work.exists() and not ((work / _PLAN).is_file() and (work / _PLAN).read_text(encoding="utf-8") == plan):
+        shutil.rmtree(work)  # of another checkpoint
+    work.mkdir(parents=True, exist_ok=True)
+    store.write_atomically(work / _PLAN, plan)
+    for name in ("transformer", "scheduler", *(("discriminator",) if discriminator else ())):
+        (work / name).mkdir(exist_ok=True)
+    export_transformer(checkpoint, family, work / "transformer", mesh, dtype, moved, shard_bytes)
+    if discriminator:
+        export_discriminator(checkpoint, work / "discriminator", dtype, moved, shard_bytes)
+    store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
+    if index is not None:
+        for part in index:
+            if (source := Path(base, part)).is_dir() and part not in ("transformer", "scheduler"):
+                shutil.copytree(source, work / part, dirs_exist_ok=True)
+        index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
+        store.write_atomically(work / "model_index.json", json.dumps(index, indent=2) + "\n")
+    store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
+    (work / _PLAN).unlink()
+    work.rename(target)
+    store.sync(target.parent)
+
+
+def _base_index(base: str, family: Family) -> dict:
+    file = Path(base) / "model_index.json"
+    if not file.is_file():
+        raise ConvertError(f"{file} does not exist; --base wants the folder of a whole pipeline")
+    index = json.loads(file.read_text(encoding="utf-8"))
+    if index.get("transformer", [None, None])[1] != family.architecture:
+        raise ConvertError(f"{file}: its transformer is {index.get('transformer')}, not a {family.architecture}; give a pipeline of this family")
+    return index
+
+
+def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Path, name: str, dtype: str, moved: Moved, shard_bytes: int) -> None:
+    stored = _stored(source, prefix, tensors)
+    dtypes = stored if dtype == "stored" else dict.fromkeys(stored, getattr(torch, dtype))
+    files: list[list[Mapped]] = [[]]
+    held = 0
+    for mapped in tensors:
+        size = mapped.shape.numel() * dtypes[mapped.name].itemsize
+        if files[-1] and held + size > shard_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(mapped)
+        held += size
+    weight_map = {}
+    for i, part in enumerate(files):
+        file = folder / (f"{name}.safetensors" if len(files) == 1 else f"{name}-{i + 1:05d}-of-{len(files):05d}.safetensors")
+        entries = [(key, dtypes[mapped.name], shape) for mapped in part for key, shape in mapped.theirs.items()]
+        weight_map |= dict.fromkeys((key for key, *_ in entries), file.name)
+        if file.exists():  # of an export that was interrupted
+            moved(sum(dtype.itemsize * shape.numel() for _, dtype, shape in entries))
+        else:
+
+            def read(part: list[Mapped] = part) -> Iterator[tuple[str, Tensor]]:
+                for mapped in part:
+                    tensor = store.read_tensor(source, prefix + mapped.name, mapped.shape, stored[mapped.name])
+                    yield from zip(mapped.theirs, mapped.change.theirs(tensor.to(dtypes[mapped.name])), strict=True)
+
+            _write_safetensors(file, entries, read(), moved)
+    if len(files) > 1:
+        total = sum(mapped.shape.numel() * dtypes[mapped.name].itemsize for mapped in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        store.write_atomically(folder / f"{name}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _stored(source: Path, prefix: str, tensors: list[Mapped]) -> dict[str, torch.dtype]:
+    """The dtype of each of our tensors in the checkpoint.
+
+    Raises:
+        ConvertError: one is not there, or of another shape.
+    """
+    stored, found = store.index(source), {}
+    for mapped in tensors:
+        shape, dtype = stored.get(prefix + mapped.name, (None, None))
+        if shape != mapped.shape:
+            there = "is not in it" if shape is None else f"has shape {tuple(shape)} instead of {tuple(mapped.shape)}"
+            raise ConvertError(f"{source}: {prefix + mapped.name} {there}; its state.json describes another model")
+        found[mapped.name] = dtype
+    return found
+
+
+def _write_safetensors(file: Path, entries: list[tuple[str, torch.dtype, torch.Size]], tensors: Iterator[tuple[str, Tensor]], moved: Moved) -> None:
+    """A safetensors file of tensors that come one at a time, in any order; the library's own writer wants all of them at once.
+
+    The format: the header's length (8 bytes, little-endian), a JSON header with every tensor's dtype, shape and place, then the numbers. Tensors of
+    wider dtypes come first, so that each begins at a multiple of its number's size.
+    """
+    header: dict = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, dtype, shape in sorted(entries, key=lambda entry: (-entry[1].itemsize, entry[0])):
+        end = start + dtype.itemsize * shape.numel()
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)))
+        stream.write(encoded)
+        stream.truncate(8 + len(encoded) + start)
+        for name, tensor in tensors:
+            stream.seek(8 + len(encoded) + header[name]["data_offsets"][0])
+            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            moved(tensor.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
