@@ -195,7 +195,7 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     keys, wanted = {}, {}
     for name, p in module.named_parameters():
         keys[name] = f"generator.ema.{name}" if kind == "ema" and not p.fixed else f"generator.{name}"
-        room = torch.empty_like(p, dtype=p.dtype if p.fixed else torch.promote_types(p.dtype, torch.float32))
+        room = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
         wanted[keys[name]] = store.sharded(keys[name], room, p, mesh, mesh.dp_cp.rank)
     loaded = store.load(folder, wanted)
     shards = network.shards if network is not None else None

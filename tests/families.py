@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel, WanTransformer3DModel
 from problems import whole
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family
+from megatron_apt.convert.family import Family, Inputs
 from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.wan import WAN
 from megatron_apt.kernels.launch import implementation
@@ -75,12 +75,13 @@ CONFIGS = {"wan": wan_config, "sd3": sd3_config}
 
 @dataclass
 class Sample:
-    latent: Tensor  # (C, F, H, W), given channels last
+    latent: Tensor  # (C, F, H, W)
     time: Tensor  # ()
     text: Tensor  # (L, E)
     pooled: Tensor  # (P,)
+    given: Tensor | None  # (C', F, H, W)
     image: Tensor | None  # (257, width)
-    target: Tensor  # (C of the output, F, H, W)
+    target: Tensor  # (C, F, H, W)
 
 
 def theirs(family: str, config: dict, seed: int) -> nn.Module:
@@ -122,15 +123,17 @@ def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts:
     made = []
     for grid, length in zip(sizes, texts, strict=True):
         size = tuple(g * p for g, p in zip(grid, patch, strict=True))
-        image = config.get("image_dim")
+        image, channels = config.get("image_dim"), config["out_channels"]
+        given = config["in_channels"] - channels
         made.append(
             Sample(
-                torch.randn(config["in_channels"], *size, generator=generator),
+                torch.randn(channels, *size, generator=generator),
                 torch.rand((), generator=generator),
                 torch.randn(IMAGE_TEXT if image else length, TEXT, generator=generator),
                 torch.randn(POOLED, generator=generator),
+                torch.randn(given, *size, generator=generator) if given else None,
                 torch.randn(257, image, generator=generator) if image else None,
-                torch.randn(config["out_channels"], *size, generator=generator),
+                torch.randn(channels, *size, generator=generator),
             )
         )
     return made
@@ -140,20 +143,17 @@ def their_velocities(family: str, model: nn.Module, batch: list[Sample]) -> list
     """(C, F, H, W) for each sample: as one batch where all are of one size, else one by one."""
     if len({(s.latent.shape, s.text.shape) for s in batch}) > 1:
         return [v for one in batch for v in their_velocities(family, model, [one])]
-    x, t, text, pooled = (torch.stack([getattr(s, name) for s in batch]) for name in ("latent", "time", "text", "pooled"))
-    if family == "sd3":
-        return list(model(x.squeeze(2), text, pooled, 1000 * t, return_dict=False)[0].unsqueeze(2))
-    image = None if batch[0].image is None else torch.stack([s.image for s in batch])
-    return list(model(x, 1000 * t, text, image, return_dict=False)[0])
+    fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image"))
+    inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields))
+    return list(FAMILIES[family][0].forward(model, inputs))
 
 
 def our_inputs(batch: list[Sample], model: ModelConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Condition, Layout]:
     """Arguments of our forward: this rank's tokens, times, conditions, layout."""
-    channels = model.latent_channels
-    tokens = torch.cat([patchify(s.latent[None, :channels].contiguous(), model.patch) for s in batch])
+    tokens = torch.cat([patchify(s.latent[None], model.patch) for s in batch])
     condition = Condition.pack([s.text for s in batch], pooled=torch.stack([s.pooled for s in batch]))
-    if model.condition_channels:
-        condition = replace(condition, visual=torch.cat([patchify(s.latent[None, channels:].contiguous(), model.patch) for s in batch]))
+    if batch[0].given is not None:
+        condition = replace(condition, visual=torch.cat([patchify(s.given[None], model.patch) for s in batch]))
     if batch[0].image is not None:
         condition = replace(condition, image=torch.stack([s.image for s in batch]))
     layout = build_layout(tuple(patch_grid(tuple(s.latent.shape[1:]), model.patch) for s in batch), condition.lengths, mesh)
@@ -193,7 +193,7 @@ def compare(
     with implementation("kernels") if kernels else nullcontext():
         got = network(x, t, condition, layout)
         (layout.sample_sum((got - target).square()) / layout.sample_numel(got.shape[1])).sum().backward()
-    forward = float((got.detach() - want.detach()).abs().max() / want.abs().max())
+    forward = float(((got - want).abs().max() / want.abs().max()).detach())
 
     gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in reference.named_parameters()}
     largest, worst = max(float(g.abs().max()) for g in gradients.values()), (0.0, "")

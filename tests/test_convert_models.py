@@ -11,7 +11,12 @@ from test_train import config as training
 from torch import nn
 
 from megatron_apt.config import DataConfig, ParallelConfig
+from megatron_apt.convert import family_of
+from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.sd3 import SD3
+from megatron_apt.convert.source import open_source
+from megatron_apt.convert.verify import parity
 from megatron_apt.convert.wan import WAN
 from megatron_apt.data.batches import Batches
 from megatron_apt.models import parameters
@@ -211,6 +216,26 @@ def test_a_width_that_diffusers_cannot_say_is_not_written():
         SD3.write_config(replace(SMALL["sd3"], mlp_width=100))
 
 
+# --- files
+
+
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7)])
+def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, seed):
+    described, original = FAMILIES[family][0], theirs(family, CONFIGS[family](seed), seed=1)
+    original.save_pretrained(tmp_path / "original")
+    source = open_source(tmp_path / "original")
+    assert family_of(source.config, "") is described
+    import_checkpoint(source, described, tmp_path / "run", mesh)
+    checkpoint = Checkpoint.open(str(tmp_path / "run"))
+    assert replace(checkpoint.model, dtype="float32", recompute="none") == shape(family, CONFIGS[family](seed))
+    assert parity(str(tmp_path / "run"), described, checkpoint.model, source, mesh, samples=2, seed=0) <= TOLERANCE
+    export_pipeline(checkpoint, described, tmp_path / "out", mesh)
+    exported = type(original).from_pretrained(tmp_path / "out" / "transformer")
+    assert described.read_config(dict(exported.config)) == checkpoint.model
+    state = exported.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in original.state_dict().items())
+
+
 # --- the table of positions
 
 
@@ -255,7 +280,12 @@ def test_the_table_is_in_checkpoints_but_never_trained(mesh, datasets, tmp_path)
     trainer.checkpoints.commit()
     assert torch.equal(Trainer(run, mesh).networks["generator"].module.position_table, table)
     for weights in ("ema", "raw"):
-        assert torch.equal(load_generator(run.output, mesh, weights).model.position_table, table)
+        loaded = load_generator(run.output, mesh, weights).model
+        assert torch.equal(loaded.position_table, table)
+        export_pipeline(Checkpoint.open(run.output, weights), SD3, tmp_path / weights, mesh)
+        exported = SD3Transformer2DModel.from_pretrained(tmp_path / weights / "transformer").state_dict()
+        assert torch.equal(exported["pos_embed.pos_embed"][0], table.float())
+        assert torch.equal(exported["context_embedder.weight"].bfloat16(), loaded.text_embed.weight)
 
 
 def test_apt_starts_from_a_checkpoint_with_a_table(mesh, datasets, tmp_path):

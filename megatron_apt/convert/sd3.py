@@ -2,7 +2,10 @@
 
 from dataclasses import replace
 
-from megatron_apt.convert.family import Family, only
+import torch
+from torch import Tensor, nn
+
+from megatron_apt.convert.family import Family, Inputs, only
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, Reordered, Rule, Same, Stacked, View, joined, layer
 from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium
 
@@ -99,4 +102,23 @@ def _text_modulation(last: int, scale_shift: Reordered) -> list[Rule]:
     return [rule for i, (a, b) in enumerate(names) for rule in layer(a, b, scale_shift if i == last else Same())]
 
 
-SD3 = Family("sd3", _CLASS, _read, _write, _rules)
+def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size = (1, *(min(tokens, model.sd3.position_size) * model.patch[1] for tokens in (12, 15)))
+    return Inputs(
+        normal(samples, model.latent_channels, *size),
+        torch.rand(samples, generator=generator),
+        normal(samples, 77, model.text_width),
+        pooled=normal(samples, model.sd3.pooled_width),
+        given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
+    )
+
+
+def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
+    latents = inputs.latents if inputs.given is None else torch.cat((inputs.latents, inputs.given), dim=1)
+    return original(latents.squeeze(2), inputs.text, inputs.pooled, 1000 * inputs.t, return_dict=False)[0].unsqueeze(2)
+
+
+SD3 = Family("sd3", _CLASS, _read, _write, _rules, _example, _forward)
