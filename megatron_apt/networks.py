@@ -34,7 +34,7 @@ class Network:
         self._snapshot: dict[str, dict[str, Tensor]] = {}  # by prefix and parameter
         self.source = ""  # checkpoint its weights came from, pinned so that a resume takes the same ones
         for parameter_name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(role.optimizer is not None and role.trains(parameter_name))
+            parameter.requires_grad_(role.trained(parameter_name, parameter))
         if role.optimizer is not None and any(p.requires_grad for p in self.module.parameters()):
             self.shards = ShardedParameters(self.module, mesh, role.optimizer, role.lr_scale)
             self.optimizer = make_optimizer(self.shards, role.optimizer)
@@ -156,14 +156,11 @@ class Network:
             memory = self._host_memory(prefix, buffer)
             loaded = store.load(folder, self._sharded(prefix, memory))
             self.shards.scatter_owned({name: loaded[f"{self.name}.{prefix}{name}"].to(buffer.device) for name in memory}, buffer)
-        frozen = self._frozen()
-        wanted = {
-            name: store.sharded(f"{self.name}.{name}", torch.empty_like(p, device="cpu"), p, self.mesh, self.mesh.dp_cp.rank)
-            for name, p in frozen.items()
-        }
+        frozen = {f"{self.name}.{name}": p for name, p in self._frozen().items()}
+        wanted = {key: store.sharded(key, torch.empty_like(p, device="cpu"), p, self.mesh, self.mesh.dp_cp.rank) for key, p in frozen.items()}
         if wanted:
-            for name, value in store.load(folder, wanted).items():
-                frozen[name].copy_(value)
+            for key, value in store.load(folder, wanted).items():
+                frozen[key].copy_(value)
         scales = self._sharded_scales()
         if scales:
             loaded = store.load(folder, scales)
@@ -194,15 +191,17 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     path, _, kind = source.rpartition(":") if source.endswith((":ema", ":raw")) else (source, "", "")
     folder = store.resolve(path)
     kind = kind or ("ema" if store.read_state(folder)["ema"] else "raw")
-    prefix = "generator.ema." if kind == "ema" else "generator."
     store.verify(folder, mesh)
-    wide = {name: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in module.named_parameters()}
-    wanted = {prefix + name: store.sharded(prefix + name, wide[name], p, mesh, mesh.dp_cp.rank) for name, p in module.named_parameters()}
+    keys, wanted = {}, {}
+    for name, p in module.named_parameters():
+        keys[name] = f"generator.ema.{name}" if kind == "ema" and not p.fixed else f"generator.{name}"
+        room = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        wanted[keys[name]] = store.sharded(keys[name], room, p, mesh, mesh.dp_cp.rank)
     loaded = store.load(folder, wanted)
     shards = network.shards if network is not None else None
     names = {id(p): name for name, p in zip(shards.names, shards.parameters, strict=True)} if shards else {}
     for name, parameter in module.named_parameters():
-        parameter.copy_(loaded[prefix + name])
+        parameter.copy_(loaded[keys[name]])
         if id(parameter) in names:
-            shards.set_master(names[id(parameter)], loaded[prefix + name])
+            shards.set_master(names[id(parameter)], loaded[keys[name]])
     return f"{folder}:{kind}"

@@ -109,7 +109,7 @@ def _held(name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks:
     for parameter_name, p in module.named_parameters():
         whole = torch.Size(full_shape(p, mesh)).numel()
         held = whole // parallel.tp if p.sharded_dim is not None else whole
-        if role.optimizer is not None and role.trains(parameter_name):
+        if role.trained(parameter_name, p):
             trained[p.dtype] += held
         else:
             frozen += held * p.dtype.itemsize

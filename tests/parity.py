@@ -24,6 +24,8 @@ DATA = {
     "videos": (((4, 2, 4, 8),) * 6, (5,) * 6),
     "mixed": (((4, 1, 4, 4), (4, 2, 4, 6), (4, 1, 8, 6), (4, 3, 4, 4), (4, 1, 4, 8), (4, 2, 6, 4)), (3, 1, 6, 4, 2, 7)),
 }
+# For families that know no videos.
+PICTURES = (((4, 1, 4, 4), (4, 1, 4, 6), (4, 1, 8, 6), (4, 1, 4, 4), (4, 1, 4, 8), (4, 1, 6, 4)), (3, 1, 6, 4, 2, 7))
 
 
 def meshes(world: int) -> dict[str, ParallelConfig]:
@@ -121,7 +123,7 @@ def _over_stages(found: dict, mesh: Mesh) -> dict:
 
 
 def _samples(mesh: Mesh, config: RunConfig, data: str, iteration: int, first: int, size: int):
-    shapes, texts = DATA[data]
+    shapes, texts = (DATA | {"pictures": PICTURES})[data]
     return microbatch(mesh, shapes, config.model, texts, seed=iteration, iteration=iteration, global_batch=6, rows=range(first, first + size))
 
 

@@ -43,10 +43,11 @@ def microbatch(
     latents = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     texts = [torch.randn(length, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for length in text_lengths]
     null, negative = (torch.randn(2, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    pooled, *pooled_fixed = (_pooled(model, n, generator, dtype) for n in (len(shapes), 1, 1))
     rows = tuple(range(len(shapes))) if rows is None else tuple(rows)
     shapes, latents, texts = (tuple(values[i] for i in rows) for values in (shapes, latents, texts))
     tokens = pack_latents(shapes, model.patch, lambda some, _: torch.stack([latents[i] for i in some]))
-    condition = Condition.pack(texts).to(mesh.device)
+    condition = Condition.pack(texts, pooled=None if pooled is None else pooled[list(rows)]).to(mesh.device)
     layout = build_layout(tuple(patch_grid(s[1:], model.patch) for s in shapes), condition.lengths, mesh)
     return Microbatch(
         mesh=mesh,
@@ -56,12 +57,19 @@ def microbatch(
         shapes=shapes,
         x=tokens.to(mesh.device, dtype).index_select(0, layout.visual.index),
         condition=condition,
-        null=Condition.pack([null]).repeat(len(shapes)).to(mesh.device),
-        negative=Condition.pack([negative]).repeat(len(shapes)).to(mesh.device),
+        null=Condition.pack([null], pooled=pooled_fixed[0]).repeat(len(shapes)).to(mesh.device),
+        negative=Condition.pack([negative], pooled=pooled_fixed[1]).repeat(len(shapes)).to(mesh.device),
         seed=7,
         iteration=iteration,
         global_batch=global_batch,
     )
+
+
+def _pooled(model: ModelConfig, n: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor | None:
+    """Pooled texts of a family that has its own; None: the mean of the text serves."""
+    if model.family != "sd3":
+        return None
+    return torch.randn(n, model.pooled_width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def waken(networks: dict[str, Network], seed: int = 1) -> None:

@@ -335,3 +335,18 @@ def test_a_checkpoint_without_a_younger_field_continues_with_its_default(dataset
     changed = to_dict(config(datasets, tmp_path, apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, reuse_fakes=True)))
     with pytest.raises(store.CheckpointError, match="was trained with apt="):
         check_same_run(older, changed, tmp_path)
+
+
+def test_a_frozen_backbone_comes_back(mesh, datasets, tmp_path):
+    """A discriminator's weights that do not train are in its checkpoint, and a resume takes them from there."""
+    run_config = config(datasets, tmp_path / "run", apt=AptConfig(train_backbone=False), iterations=1)
+    trainer = Trainer(run_config, mesh)
+    weight = trainer.networks["discriminator"].module.backbone.x_embed.weight
+    with torch.no_grad():
+        weight.normal_()
+    trainer.step()
+    trainer.save()
+    trainer.checkpoints.commit()
+    resumed = Trainer(run_config, mesh)
+    assert resumed.iteration == 1
+    assert torch.equal(resumed.networks["discriminator"].module.backbone.x_embed.weight, weight)

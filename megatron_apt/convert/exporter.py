@@ -41,7 +41,7 @@ class Checkpoint:
     """A checkpoint of ours, of which one set of weights is exported.
 
     Attributes:
-        prefix: of the weights' names in it.
+        prefix: of the weights' names in it; what is never trained has ROLE's in any case.
     """
 
     folder: Path
@@ -188,7 +188,7 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
 
             def read(part: list[Mapped] = part) -> Iterator[tuple[str, Tensor]]:
                 for mapped in part:
-                    tensor = store.read_tensor(source, prefix + mapped.name, mapped.shape, stored[mapped.name])
+                    tensor = store.read_tensor(source, _key(prefix, mapped), mapped.shape, stored[mapped.name])
                     yield from zip(mapped.theirs, mapped.change.theirs(tensor.to(dtypes[mapped.name])), strict=True)
 
             _write_safetensors(file, entries, read(), moved)
@@ -196,6 +196,10 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
         total = sum(mapped.shape.numel() * dtypes[mapped.name].itemsize for mapped in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         store.write_atomically(folder / f"{name}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _key(prefix: str, mapped: Mapped) -> str:
+    return f"{ROLE}.{mapped.name}" if mapped.fixed else prefix + mapped.name
 
 
 def _stored(source: Path, prefix: str, tensors: list[Mapped]) -> dict[str, torch.dtype]:
@@ -206,10 +210,10 @@ def _stored(source: Path, prefix: str, tensors: list[Mapped]) -> dict[str, torch
     """
     stored, found = store.index(source), {}
     for mapped in tensors:
-        shape, dtype = stored.get(prefix + mapped.name, (None, None))
+        shape, dtype = stored.get(_key(prefix, mapped), (None, None))
         if shape != mapped.shape:
             there = "is not in it" if shape is None else f"has shape {tuple(shape)} instead of {tuple(mapped.shape)}"
-            raise ConvertError(f"{source}: {prefix + mapped.name} {there}; its state.json describes another model")
+            raise ConvertError(f"{source}: {_key(prefix, mapped)} {there}; its state.json describes another model")
         found[mapped.name] = dtype
     return found
 

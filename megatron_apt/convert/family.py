@@ -57,14 +57,11 @@ class Family:
 
     def tensors(self, model: ModelConfig, mesh: Mesh) -> list[Mapped]:
         """Every tensor of a model of this shape, with what it is made of."""
-        return mapped(self.rules(model), whole_shapes(model, mesh))
-
-
-def whole_shapes(model: ModelConfig, mesh: Mesh) -> dict[str, torch.Size]:
-    """Names and whole shapes of our parameters, without memory for them."""
-    mesh = replace(mesh, device=torch.device("meta"))
-    with torch.device("meta"):
-        return {name: torch.Size(full_shape(p, mesh)) for name, p in build_backbone(model, mesh).named_parameters()}
+        mesh = replace(mesh, device=torch.device("meta"))
+        with torch.device("meta"):  # shapes without memory
+            parameters = dict(build_backbone(model, mesh).named_parameters())
+        shapes = {name: torch.Size(full_shape(p, mesh)) for name, p in parameters.items()}
+        return mapped(self.rules(model), shapes, {name for name, p in parameters.items() if p.fixed})
 
 
 def only(config: dict, architecture: str, **values) -> None:

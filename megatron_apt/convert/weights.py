@@ -119,6 +119,7 @@ class Mapped:
     shape: torch.Size
     theirs: dict[str, torch.Size]
     change: Change
+    fixed: bool = False  # never trained, so that there is no average of it
 
 
 def layer(ours: str, theirs: str, weight: Change = Same(), bias: Change | None = None) -> list[Rule]:
@@ -131,8 +132,8 @@ def joined(ours: str, theirs: Sequence[str], change: Change) -> list[Rule]:
     return [Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), change) for kind in ("weight", "bias")]
 
 
-def mapped(rules: Iterable[Rule], shapes: dict[str, torch.Size]) -> list[Mapped]:
-    """The rules applied to every tensor of a model of ours, given by name and whole shape.
+def mapped(rules: Iterable[Rule], shapes: dict[str, torch.Size], fixed: Iterable[str] = ()) -> list[Mapped]:
+    """The rules applied to every tensor of a model of ours, given by name and whole shape; `fixed` names those that are never trained.
 
     Raises:
         ValueError: a tensor for which there is no rule, or more than one: the family's map and our model have come apart.
@@ -147,5 +148,5 @@ def mapped(rules: Iterable[Rule], shapes: dict[str, torch.Size]) -> list[Mapped]
         number = match.groups()[0] if match.groups() else ""
         names = [pattern.replace("{i}", number) for pattern in rule.theirs]
         parts = rule.change.theirs(torch.empty(shape, device="meta"))
-        found.append(Mapped(name, shape, {key: part.shape for key, part in zip(names, parts, strict=True)}, rule.change))
+        found.append(Mapped(name, shape, {key: part.shape for key, part in zip(names, parts, strict=True)}, rule.change, name in fixed))
     return found

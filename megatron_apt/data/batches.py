@@ -71,6 +71,11 @@ class Batches:
         width = source.null_text.shape[-1]
         if width != self.model.text_width:
             raise ValueError(f"{path}: text embeddings are {width} wide, model.text_width={self.model.text_width}; set it to {width}")
+        if width != self.model.pooled_width:
+            raise ValueError(
+                f"{path}: pooled text is the mean of the text embedding, {width} wide, model.sd3.pooled_width={self.model.pooled_width}; "
+                f"set it to {width}, or give conditions with the text encoders' own pooled text"
+            )
 
     def iteration(self, iteration: int) -> list[Microbatch]:
         """This rank's microbatches of an iteration."""

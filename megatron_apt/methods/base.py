@@ -125,6 +125,10 @@ class Role:
     trains: Callable[[str], bool] = lambda name: True
     lr_scale: Callable[[str], float] = lambda name: 1.0
 
+    def trained(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether the optimiser changes this parameter."""
+        return self.optimizer is not None and self.trains(name) and not parameter.fixed
+
 
 @dataclass(frozen=True)
 class Method:

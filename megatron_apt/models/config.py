@@ -45,12 +45,33 @@ class WanConfig:
 
 
 @dataclass(frozen=True)
+class Sd3Config:
+    """What only Stable Diffusion 3 and 3.5 have."""
+
+    pooled_width: int = 2048
+    """Width of the pooled text, which its text encoders give for the whole caption."""
+    position_size: int = 192
+    """Rows and columns of the table of positions, in tokens; smaller pictures take its centre."""
+    sample_size: int = 128
+    """Rows and columns of a latent: over the whole table its angles grow from 0 to as many as such a latent has tokens in a row."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys (3.5)."""
+    dual_layers: tuple[int, ...] = ()
+    """Blocks (from 0) in which visual tokens also attend to each other alone (3.5 medium)."""
+
+    def __post_init__(self):
+        for name in ("pooled_width", "position_size", "sample_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.sd3.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a diffusion transformer of any family. Defaults are the `tiny` preset, which trains on a CPU in minutes."""
 
-    family: Literal["mmdit", "wan"] = "mmdit"
+    family: Literal["mmdit", "wan", "sd3"] = "mmdit"
     """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text.
-    Both rotate visual queries and keys by their place in the video."""
+    Both rotate visual queries and keys by their place in the video. sd3: an mmdit of pictures, whose tokens carry a table of positions instead."""
     depth: int = 6
     width: int = 64
     heads: int = 4
@@ -67,7 +88,7 @@ class ModelConfig:
     modulation: Literal["block", "single"] = "block"
     """AdaLN: a projection per block, or one shared projection plus a learned offset per block (AdaLN-single)."""
     pooled_text: bool = True
-    """Also adds the projected mean of the text embedding to the timestep embedding."""
+    """Also adds the projected mean of the text embedding, or the pooled text of its encoder, to the timestep embedding."""
     last_block_text: bool = False
     """Gives the last block a full text stream, whose output nothing reads (kept where a published parameter count has it)."""
     rope_theta: float = 10000.0
@@ -76,6 +97,7 @@ class ModelConfig:
     """`full` keeps only each block's input and runs the block again in the backward pass."""
     fp8: Fp8Config = Fp8Config()
     wan: WanConfig = WanConfig()
+    sd3: Sd3Config = Sd3Config()
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "mlp_ratio", "latent_channels", "text_width"):
@@ -90,10 +112,26 @@ class ModelConfig:
             )
         if min(self.patch) < 1:
             raise ValueError(f"model.patch={self.patch}: each side must be at least 1")
+        if self.family == "sd3":
+            self._check_sd3()
         if self.width % self.heads:
             raise ValueError(f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple")
-        if (self.width // self.heads) % 2 or self.width // self.heads < 6:
+        if self.rotary and (self.head_size % 2 or self.head_size < 6):
             raise ValueError(f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even head size of at least 6")
+
+    def _check_sd3(self) -> None:
+        if self.modulation != "block" or not self.pooled_text or self.last_block_text:
+            raise ValueError(
+                "model.family='sd3' has model.modulation='block', model.pooled_text and no model.last_block_text; "
+                f"here they are {self.modulation!r}, {self.pooled_text} and {self.last_block_text}"
+            )
+        if self.patch != (1, self.patch[1], self.patch[1]):
+            raise ValueError(f"model.patch={self.patch}: model.family='sd3' has square patches of one frame, (1, p, p)")
+        if self.width % 4:
+            raise ValueError(f"model.width={self.width}: positions of model.family='sd3' are sine and cosine of row and column; use a multiple of 4")
+        beyond = [i for i in self.sd3.dual_layers if not 0 <= i < self.depth]
+        if beyond:
+            raise ValueError(f"model.sd3.dual_layers names blocks {beyond} of model.depth={self.depth}")
 
     @property
     def head_size(self) -> int:
@@ -107,7 +145,17 @@ class ModelConfig:
     @property
     def rotary(self) -> bool:
         """Positions turn queries and keys."""
-        return True
+        return self.family != "sd3"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are normalised."""
+        return self.family != "sd3" or self.sd3.qk_norm
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text."""
+        return self.sd3.pooled_width if self.family == "sd3" else self.text_width
 
     @property
     def patch_width(self) -> int:
@@ -164,3 +212,27 @@ def wan_14b() -> ModelConfig:
 def wan_14b_i2v() -> ModelConfig:
     """Wan2.1-I2V-14B: the first frame as latent and mask on further channels, and as CLIP tokens."""
     return replace(wan_14b(), condition_channels=20, wan=WanConfig(image_width=1280))
+
+
+def sd3_medium() -> ModelConfig:
+    """Stable Diffusion 3 medium (2B)."""
+    return ModelConfig(
+        family="sd3",
+        depth=24,
+        width=1536,
+        heads=24,
+        latent_channels=16,
+        text_width=4096,
+        dtype="bfloat16",
+        recompute="full",
+    )
+
+
+def sd35_large() -> ModelConfig:
+    """Stable Diffusion 3.5 large and large turbo (8B)."""
+    return replace(sd3_medium(), depth=38, width=2432, heads=38, sd3=Sd3Config(qk_norm=True))
+
+
+def sd35_medium() -> ModelConfig:
+    """Stable Diffusion 3.5 medium (2.5B)."""
+    return replace(sd3_medium(), sd3=Sd3Config(position_size=384, qk_norm=True, dual_layers=tuple(range(13))))

@@ -3,11 +3,12 @@
 from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.mmdit import MMDiT
+from megatron_apt.models.sd3 import Sd3
 from megatron_apt.models.stages import WHOLE, Cut
 from megatron_apt.models.wan import Wan
 from megatron_apt.parallel.mesh import Mesh
 
-FAMILIES: dict[str, type[Backbone]] = {"mmdit": MMDiT, "wan": Wan}
+FAMILIES: dict[str, type[Backbone]] = {"mmdit": MMDiT, "wan": Wan, "sd3": Sd3}
 
 
 def build_backbone(model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE) -> Backbone:

@@ -27,20 +27,25 @@ class BlockStream(nn.Module):
     """One stream (visual or text) of a block: modulated norms, QKV, output projection and MLP.
 
     With `update=False` the stream only supplies keys and values, as text does in a last block whose text output nothing reads.
+    `vectors` of modulation: six, and those that a subclass of Block has use for.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, parts: StreamSubmodules, update: bool):
+    def __init__(self, model: ModelConfig, mesh: Mesh, parts: StreamSubmodules, update: bool, vectors: int = 6):
         super().__init__()
         config, d = transformer_config(model, mesh), model.width
         self.update, self.heads, self.head_size = update, model.heads // mesh.tp.size, model.head_size
-        self.modulation = Modulation(6 if update else 2, model, mesh, parts.modulation)
+        self.modulation = Modulation(vectors if update else 2, model, mesh, parts.modulation)
         # Output features are ordered (head, q | k | v, K), so that a tensor-parallel slice holds whole heads.
         self.linear_qkv = column_linear(parts.linear_qkv, d, 3 * d, config, mesh)
-        self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True)
+        self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True) if model.qk_norm else None
         if update:
             self.linear_proj = row_linear(parts.linear_proj, d, d, config, mesh)
             self.linear_fc1 = column_linear(parts.linear_fc1, d, model.mlp, config, mesh)
             self.linear_fc2 = row_linear(parts.linear_fc2, model.mlp, d, config, mesh)
+
+    @property
+    def qk_scales(self) -> Tensor | None:
+        return None if self.qk_norm is None else self.qk_norm.weight
 
     def before_attention(self, x: Tensor, c: Tensor, shared: Tensor | None, stream: Stream):
         """x (a, b, D) -> q, k and v (a, b, H, 3, K), not yet normalised, and the vectors for `after_attention`."""
@@ -57,20 +62,26 @@ class BlockStream(nn.Module):
 class Block(nn.Module):
     """One MMDiT layer."""
 
+    vectors = 6  # of the visual stream's modulation
+
     def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool):
         super().__init__()
         self.mesh = mesh
-        self.visual = BlockStream(model, mesh, parts.visual, update=True)
+        self.visual = BlockStream(model, mesh, parts.visual, update=True, vectors=self.vectors)
         self.text = BlockStream(model, mesh, parts.text, update=update_text)
         self.attention = parts.core_attention(transformer_config(model, mesh), layer_number, mesh)
 
-    def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
         visual, visual_vectors = self.visual.before_attention(x, c, shared, layout.visual)
         caption, text_vectors = self.text.before_attention(text, c, shared, layout.text)
-        norms = self.text.qk_norm.weight, self.visual.qk_norm.weight
+        norms = self.text.qk_scales, self.visual.qk_scales
         text_out, visual_out = joint_attention(caption, visual, norms, rotary, layout, self.mesh, self.attention)
-        x = self.visual.after_attention(x, visual_out, visual_vectors, layout.visual)
+        x = self.after_attention(x, visual_out, visual_vectors, layout)
         return x, self.text.after_attention(text, text_out, text_vectors, layout.text) if self.text.update else text
+
+    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor], layout: Layout) -> Tensor:
+        """Visual tokens behind the block from those before it, what they attended to, and the modulation not yet used."""
+        return self.visual.after_attention(x, attended, vectors, layout.visual)
 
 
 class MMDiT(Backbone):
@@ -86,17 +97,27 @@ class MMDiT(Backbone):
             self.x_embed = linear(model.input_width, d, dtype)
             self.text_embed = linear(model.text_width, d, dtype)
             self.time_embed = TimestepEmbedding(d, dtype)
-            self.pooled_embed = linear(model.text_width, d, dtype) if model.pooled_text else None
+            self.pooled_embed = self.pooled_embedding() if model.pooled_text else None
             self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
         spec = mmdit_block_spec(choose_backend(mesh.device.type, model.dtype))
         last_text = [i < model.depth - 1 or model.last_block_text for i in range(self.depth)]
-        self.blocks = nn.ModuleDict({str(i): Block(model, mesh, spec, i + 1, last_text[i]) for i in self.held})
+        self.blocks = nn.ModuleDict({str(i): self.block_type(i)(model, mesh, spec, i + 1, last_text[i]) for i in self.held})
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
+
+    def block_type(self, i: int) -> type[Block]:
+        return Block
+
+    def pooled_embedding(self) -> nn.Module:
+        return linear(self.model.text_width, self.model.width, DTYPES[self.model.dtype])
+
+    def embed(self, x: Tensor, layout: Layout) -> Tensor:
+        """(T, input_width) -> (T, D): this rank's visual tokens."""
+        return self.x_embed(x.to(self.x_embed.weight.dtype))
 
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
         """Embeddings: hidden states of both streams, the condition vector c (n, D) and, with modulation "single", the shared (n, 6 D) vectors."""
         dtype = self.x_embed.weight.dtype
-        h = layout.visual.fold(self.x_embed(condition.beside(x, layout).to(dtype)))
+        h = layout.visual.fold(self.embed(condition.beside(x, layout), layout))
         text = layout.text.fold(self.text_embed(condition.tokens.to(dtype).index_select(0, layout.text.index)))
         c = self.time_embed(t)
         if self.pooled_embed is not None:

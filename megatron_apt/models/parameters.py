@@ -1,8 +1,9 @@
 """What a parameter's shards are, how they start, and which gradients are partial.
 
-Every parameter carries two facts set where it is built:
+Every parameter carries three facts set where it is built:
     sharded_dim   the dimension split over tensor parallelism, or None when every rank holds it whole
     tp_partial    True when each tensor-parallel rank sees only a part of the tokens or heads, so its gradient is a part of the sum
+    fixed         True for a table that belongs to checkpoints but is never trained, and so has no average either
 """
 
 import contextlib
@@ -38,11 +39,13 @@ def normal(std: float) -> Init:
     return fill
 
 
-def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None, tp_partial: bool = False) -> nn.Parameter:
+def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None, tp_partial: bool = False, fixed: bool = False) -> nn.Parameter:
     """Attaches the facts of this module's docstring to a parameter."""
     parameter.initial = init
     parameter.sharded_dim = sharded_dim
     parameter.tp_partial = tp_partial
+    parameter.fixed = fixed
+    parameter.requires_grad_(not fixed)
     return parameter
 
 

@@ -1,0 +1,126 @@
+"""Stable Diffusion 3 and 3.5: the MMDiT of pictures (Esser et al. 2024), with a table of positions in place of rotation.
+
+In 3.5 medium ("MMDiT-X") the first blocks have a second attention, of visual tokens among themselves. Letters as in layout.py.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_apt.kernels.gated_residual import gated_residual
+from megatron_apt.kernels.modulated_norm import modulated_norm
+from megatron_apt.models import parameters
+from megatron_apt.models.backbone import RMSNorm
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.layout import Layout
+from megatron_apt.models.mmdit import Block, MMDiT
+from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
+from megatron_apt.models.spec import DTYPES, BlockSubmodules, transformer_config
+from megatron_apt.models.stages import WHOLE, Cut
+from megatron_apt.parallel.context import self_attention
+from megatron_apt.parallel.mesh import Mesh
+
+
+class SelfAttention(nn.Module):
+    """Attention of each sample's visual tokens among themselves: (a, b, D) -> (a, b, D), folded."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int):
+        super().__init__()
+        config, d = transformer_config(model, mesh), model.width
+        self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
+        self.linear_qkv = column_linear(parts.visual.linear_qkv, d, 3 * d, config, mesh)  # (head, q | k | v, K)
+        self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True) if model.qk_norm else None
+        self.linear_proj = row_linear(parts.visual.linear_proj, d, d, config, mesh)
+        self.attention = parts.core_attention(config, layer_number, mesh)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        qkv = self.linear_qkv(x)[0].unflatten(-1, (self.heads, 3, self.head_size))
+        scales = None if self.qk_norm is None else self.qk_norm.weight
+        return self.linear_proj(self_attention(qkv, scales, None, layout, self.mesh, self.attention))[0]
+
+
+class DualBlock(Block):
+    """A layer whose visual tokens attend twice, both times from its input: to text and picture, and to the picture alone."""
+
+    vectors = 9  # shift, scale and gate of the second attention last
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool):
+        super().__init__(model, mesh, parts, layer_number, update_text)
+        self.second = SelfAttention(model, mesh, parts, layer_number)
+
+    def after_attention(self, x: Tensor, attended: Tensor, vectors: list[Tensor], layout: Layout) -> Tensor:
+        *vectors, shift, scale, gate = vectors
+        rows = layout.visual.rows
+        x = gated_residual(x, gate, self.second(modulated_norm(x, shift, scale, rows), layout), rows)
+        return super().after_attention(x, attended, vectors, layout)
+
+
+class PooledEmbedding(nn.Module):
+    """Pooled text (n, P) -> (n, D) through a two-layer network."""
+
+    def __init__(self, width_in: int, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.linear_1, self.linear_2 = linear(width_in, width, dtype), linear(width, width, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.linear_1.in_features:
+            raise ValueError(
+                f"pooled text is {x.shape[1]} wide, model.sd3.pooled_width={self.linear_1.in_features}: give the pooled outputs of the text encoders"
+            )
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sines_and_cosines(size: int, extent: float) -> parameters.Init:
+    """Fills a table (size^2, D) of row-major cells: a quarter of D each for sin and cos of the column's angles, then of the row's.
+
+    Angles of place p are p * extent / size * 10000^(-4 j / D).
+    """
+
+    def fill(table: Tensor, generator: torch.Generator) -> None:
+        quarter = table.shape[1] // 4
+        places = torch.arange(size, dtype=torch.float32) / (size / extent)
+        angles = torch.outer(places.double(), 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter))
+        axis = torch.cat((angles.sin(), angles.cos()), dim=1)
+        table.copy_(torch.cat((axis.repeat(size, 1), axis.repeat_interleave(size, 0)), dim=1))
+
+    return fill
+
+
+@lru_cache(maxsize=8)
+def table_rows(layout: Layout, size: int) -> Tensor:
+    """(T,) row of a (size^2, D) table of positions for each local visual token: each sample takes the table's centre.
+
+    Raises:
+        ValueError: a sample that is no picture, or larger than the table.
+    """
+    for frames, rows, columns in layout.grids:
+        if frames != 1 or max(rows, columns) > size:
+            raise ValueError(
+                f"a sample of {frames} x {rows} x {columns} tokens (frames, rows, columns): model.family='sd3' takes pictures of one frame and at "
+                f"most model.sd3.position_size={size} tokens a side"
+            )
+    corners = torch.tensor([((size - rows) // 2, (size - columns) // 2) for _, rows, columns in layout.grids], device=layout.positions.device)
+    cells = layout.positions[:, 1:] + corners.index_select(0, layout.visual.sample)
+    return cells[:, 0] * size + cells[:, 1]
+
+
+class Sd3(MMDiT):
+    """v = model(x_t, t, condition) of Stable Diffusion 3 and 3.5."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE):
+        super().__init__(model, mesh, depth, output, cut)
+        size = model.sd3.position_size
+        if cut.first:
+            table = nn.Parameter(torch.empty(size * size, model.width, dtype=DTYPES[model.dtype]))
+            self.position_table = declare(table, sines_and_cosines(size, model.sd3.sample_size // model.patch[1]), fixed=True)
+
+    def block_type(self, i: int) -> type[Block]:
+        return DualBlock if i in self.model.sd3.dual_layers else Block
+
+    def pooled_embedding(self) -> nn.Module:
+        return PooledEmbedding(self.model.pooled_width, self.model.width, DTYPES[self.model.dtype])
+
+    def embed(self, x: Tensor, layout: Layout) -> Tensor:
+        return super().embed(x, layout) + self.position_table.index_select(0, table_rows(layout, self.model.sd3.position_size))

@@ -1,0 +1,208 @@
+"""Published families at toy size: diffusers' model, ours with the same weights, samples for both, and how far the two are apart."""
+
+import random
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from diffusers import SD3Transformer2DModel, WanTransformer3DModel
+from problems import whole
+from torch import Tensor, nn
+
+from megatron_apt.convert.family import Family, Inputs
+from megatron_apt.convert.sd3 import SD3
+from megatron_apt.convert.wan import WAN
+from megatron_apt.kernels.launch import implementation
+from megatron_apt.models.condition import Condition
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.embeddings import patch_grid, patchify
+from megatron_apt.models.families import build_backbone
+from megatron_apt.models.layout import Layout, build_layout
+from megatron_apt.parallel.mesh import Mesh
+
+FAMILIES: dict[str, tuple[Family, type[nn.Module]]] = {"wan": (WAN, WanTransformer3DModel), "sd3": (SD3, SD3Transformer2DModel)}
+TEXT, POOLED, IMAGE = 10, 14, 20  # widths
+# What diffusers takes of the text, when there are image tokens before it, is its last 512 tokens.
+IMAGE_TEXT = 512
+
+
+def wan_config(seed: int) -> dict:
+    """A random shape; with the seed go the two kinds of text norm, image conditioning and given channels."""
+    rng = random.Random(seed)
+    heads, size, channels = rng.choice((2, 4)), rng.choice((6, 8, 10, 14, 24)), rng.choice((2, 3))
+    image = seed % 3 == 2
+    return {
+        "patch_size": rng.choice(((1, 2, 2), (1, 1, 1), (2, 1, 2), (1, 2, 1))),
+        "num_attention_heads": heads,
+        "attention_head_dim": size,
+        "in_channels": channels + (rng.choice((1, 3)) if image or seed % 4 == 1 else 0),
+        "out_channels": channels,
+        "text_dim": TEXT,
+        "ffn_dim": rng.randint(17, 50) * 2,
+        "num_layers": 1 + seed % 3,
+        "cross_attn_norm": seed % 2 == 0,
+        "qk_norm": "rms_norm_across_heads",
+        "image_dim": IMAGE if image else None,
+        "added_kv_proj_dim": heads * size if image else None,
+    }
+
+
+def sd3_config(seed: int) -> dict:
+    """A random shape; with the seed go norms of queries and keys, and blocks with a second attention."""
+    rng = random.Random(seed)
+    heads, size, depth, channels = rng.choice((2, 4)), rng.choice((4, 6, 10, 16)), 1 + (seed + 1) % 3, rng.choice((2, 4))
+    return {
+        "sample_size": rng.choice((8, 16)),
+        "patch_size": rng.choice((1, 2, 3)),
+        "in_channels": channels + (1 if seed % 4 == 3 else 0),
+        "num_layers": depth,
+        "attention_head_dim": size,
+        "num_attention_heads": heads,
+        "joint_attention_dim": TEXT,
+        "caption_projection_dim": heads * size,
+        "pooled_projection_dim": POOLED,
+        "out_channels": channels,
+        "pos_embed_max_size": rng.choice((7, 12)),
+        "dual_attention_layers": tuple(i for i in range(depth) if seed >> i & 1),
+        "qk_norm": (None, "rms_norm", "rms_norm")[seed % 3],
+    }
+
+
+CONFIGS = {"wan": wan_config, "sd3": sd3_config}
+
+
+@dataclass
+class Sample:
+    latent: Tensor  # (C, F, H, W)
+    time: Tensor  # ()
+    text: Tensor  # (L, E)
+    pooled: Tensor  # (P,)
+    given: Tensor | None  # (C', F, H, W)
+    image: Tensor | None  # (257, width)
+    target: Tensor  # (C, F, H, W)
+
+
+def theirs(family: str, config: dict, seed: int) -> nn.Module:
+    """diffusers' model with random numbers in every tensor of its checkpoint."""
+    model = FAMILIES[family][1](**config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 0.3
+            tensor.copy_(scale * torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def shape(family: str, config: dict) -> ModelConfig:
+    return replace(FAMILIES[family][0].read_config(config), dtype="float32", recompute="none")
+
+
+def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) -> nn.Module:
+    """Our model on this mesh from diffusers' tensors, every one of which must be used once."""
+    network = build_backbone(model, mesh)
+    parameters, used = dict(network.named_parameters()), Counter()
+    for one in FAMILIES[family][0].tensors(model, mesh):
+        used.update(list(one.theirs))
+        value = one.change.ours([state[key] for key in one.theirs])
+        parameter = parameters.pop(one.name)
+        if parameter.sharded_dim is not None:
+            value = value.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
+        with torch.no_grad():
+            parameter.copy_(value)
+    assert not parameters
+    assert used == Counter(state.keys())
+    return network
+
+
+def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], seed: int) -> list[Sample]:
+    """One sample for each grid of tokens and each length of text."""
+    generator = torch.Generator().manual_seed(seed)
+    patch = config["patch_size"] if family == "wan" else (1, config["patch_size"], config["patch_size"])
+    made = []
+    for grid, length in zip(sizes, texts, strict=True):
+        size = tuple(g * p for g, p in zip(grid, patch, strict=True))
+        image, channels = config.get("image_dim"), config["out_channels"]
+        given = config["in_channels"] - channels
+        made.append(
+            Sample(
+                torch.randn(channels, *size, generator=generator),
+                torch.rand((), generator=generator),
+                torch.randn(IMAGE_TEXT if image else length, TEXT, generator=generator),
+                torch.randn(POOLED, generator=generator),
+                torch.randn(given, *size, generator=generator) if given else None,
+                torch.randn(257, image, generator=generator) if image else None,
+                torch.randn(channels, *size, generator=generator),
+            )
+        )
+    return made
+
+
+def their_velocities(family: str, model: nn.Module, batch: list[Sample]) -> list[Tensor]:
+    """(C, F, H, W) for each sample: as one batch where all are of one size, else one by one."""
+    if len({(s.latent.shape, s.text.shape) for s in batch}) > 1:
+        return [v for one in batch for v in their_velocities(family, model, [one])]
+    fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image"))
+    inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields))
+    return list(FAMILIES[family][0].forward(model, inputs))
+
+
+def our_inputs(batch: list[Sample], model: ModelConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Condition, Layout]:
+    """Arguments of our forward: this rank's tokens, times, conditions, layout."""
+    tokens = torch.cat([patchify(s.latent[None], model.patch) for s in batch])
+    condition = Condition.pack([s.text for s in batch], pooled=torch.stack([s.pooled for s in batch]))
+    if batch[0].given is not None:
+        condition = replace(condition, visual=torch.cat([patchify(s.given[None], model.patch) for s in batch]))
+    if batch[0].image is not None:
+        condition = replace(condition, image=torch.stack([s.image for s in batch]))
+    layout = build_layout(tuple(patch_grid(tuple(s.latent.shape[1:]), model.patch) for s in batch), condition.lengths, mesh)
+    return tokens.index_select(0, layout.visual.index), torch.stack([s.time for s in batch]), condition, layout
+
+
+def gradient_of(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
+    """The gradient over all ranks, whole."""
+    grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    dist.all_reduce(grad, group=mesh.dp_cp.group)
+    if parameter.tp_partial and mesh.tp.size > 1:
+        dist.all_reduce(grad, group=mesh.tp.group)
+    return whole(grad, parameter, mesh)
+
+
+def compare(
+    mesh: Mesh, family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], kernels: bool = False, recompute: str = "none"
+) -> tuple[float, float, str]:
+    """Forward and backward of the mean squared error to random targets, in fp32, by both models from the same weights.
+
+    Returns:
+        The largest difference of a velocity over the largest velocity; the largest difference of a gradient over the largest entry of its tensor,
+        or over 1e-3 of the largest gradient of all if that is more (gradients that are zero but for rounding); and the name of that tensor.
+    """
+    reference, batch = theirs(family, config, seed=1), samples(family, config, sizes, texts, seed=2)
+    model = replace(shape(family, config), recompute=recompute)
+    network = ours(family, model, mesh, reference.state_dict())
+
+    velocities = their_velocities(family, reference, batch)
+    sum((v - s.target).square().mean() for v, s in zip(velocities, batch, strict=True)).backward()
+
+    x, t, condition, layout = our_inputs(batch, model, mesh)
+    want, target = (
+        torch.cat([patchify(v[None], model.patch) for v in values]).index_select(0, layout.visual.index)
+        for values in (velocities, [s.target for s in batch])
+    )
+    with implementation("kernels") if kernels else nullcontext():
+        got = network(x, t, condition, layout)
+        (layout.sample_sum((got - target).square()) / layout.sample_numel(got.shape[1])).sum().backward()
+    forward = float(((got - want).abs().max() / want.abs().max()).detach())
+
+    gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in reference.named_parameters()}
+    largest, worst = max(float(g.abs().max()) for g in gradients.values()), (0.0, "")
+    parameters = dict(network.named_parameters())
+    for one in FAMILIES[family][0].tensors(model, mesh):
+        if parameters[one.name].fixed:
+            assert parameters[one.name].grad is None
+            continue
+        expected = one.change.ours([gradients[key] for key in one.theirs])
+        error = float((gradient_of(parameters[one.name], mesh) - expected).abs().max() / max(float(expected.abs().max()), 1e-3 * largest))
+        worst = max(worst, (error, one.name))
+    return forward, *worst

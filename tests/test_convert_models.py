@@ -1,0 +1,307 @@
+"""Published families against diffusers: from the same weights the same velocities and the same gradients, on one process and on meshes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from families import CONFIGS, FAMILIES, compare, shape, theirs
+from parity import compare_exactly, deep, iterations, meshes, problem
+from test_train import config as training
+from torch import nn
+
+from megatron_apt.config import DataConfig, ParallelConfig
+from megatron_apt.convert import family_of
+from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+from megatron_apt.convert.importer import import_checkpoint
+from megatron_apt.convert.sd3 import SD3
+from megatron_apt.convert.source import open_source
+from megatron_apt.convert.verify import parity
+from megatron_apt.convert.wan import WAN
+from megatron_apt.data.batches import Batches
+from megatron_apt.models import parameters
+from megatron_apt.models.condition import Condition
+from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium, sd35_large, sd35_medium, wan_1_3b, wan_14b, wan_14b_i2v
+from megatron_apt.models.families import build_backbone
+from megatron_apt.models.layout import build_layout
+from megatron_apt.sample import load_generator
+from megatron_apt.train import Trainer, train
+
+SEEDS = range(8)
+CASES = [(family, seed) for family in FAMILIES for seed in SEEDS]
+# Grids of tokens and lengths of texts: one size, and several in one microbatch.
+UNIFORM = {"wan": ([(2, 3, 5)] * 3, [5] * 3), "sd3": ([(1, 3, 5)] * 3, [5] * 3)}
+PACKED = {"wan": ([(2, 3, 5), (1, 4, 3)], [4, 7]), "sd3": ([(1, 3, 5), (1, 7, 2)], [4, 7])}
+# Both models compute in fp32. Measured over all cases and meshes below: velocities differ by up to 5e-7, gradients by up to 3e-6.
+TOLERANCE = 1e-5
+
+
+def assert_equal(errors: tuple[float, float, str]) -> None:
+    forward, gradient, name = errors
+    assert forward <= TOLERANCE, f"velocities differ by {forward:.1e}"
+    assert gradient <= TOLERANCE, f"gradients of {name} differ by {gradient:.1e}"
+
+
+@pytest.mark.parametrize(("family", "seed"), CASES)
+def test_velocities_and_gradients_equal_those_of_diffusers(mesh, family, seed):
+    config = CONFIGS[family](seed)
+    assert_equal(compare(mesh, family, config, *UNIFORM[family]))
+    assert_equal(compare(mesh, family, config, *PACKED[family], recompute="full"))
+
+
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7)])
+def test_with_kernels(mesh, family, seed):
+    assert_equal(compare(mesh, family, CONFIGS[family](seed), *PACKED[family], kernels=True))
+
+
+@pytest.mark.parametrize(("family", "seed"), CASES)
+def test_import_and_export_change_no_bit_and_no_shape(mesh, family, seed):
+    described, architecture = FAMILIES[family]
+    config = CONFIGS[family](seed)
+    state, model = theirs(family, config, seed=1).state_dict(), shape(family, config)
+    exported = {}
+    for one in described.tensors(model, mesh):
+        inside = one.change.ours([state[key] for key in one.theirs])
+        assert inside.shape == one.shape
+        exported |= dict(zip(one.theirs, one.change.theirs(inside), strict=True))
+        assert all(exported[key].shape == size for key, size in one.theirs.items())
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[key], value) for key, value in state.items())
+    written = described.write_config(model)
+    assert shape(family, written) == model
+    assert {key: t.shape for key, t in architecture.from_config(written).state_dict().items()} == {key: t.shape for key, t in state.items()}
+
+
+# --- several processes
+
+
+def on_mesh(mesh, family, seed):
+    config = CONFIGS[family](seed)
+    sizes, texts = (values[:2] for values in UNIFORM[family])
+    return [compare(mesh, family, config, sizes, texts), compare(mesh, family, config, *PACKED[family])]
+
+
+SPLIT = {name: parallel for name, parallel in meshes(2).items() if parallel.tp * parallel.cp == 2}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("family", "seed"), [("wan", 1), ("wan", 2), ("sd3", 3), ("sd3", 7)])
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_mesh_equals_diffusers(ranks, name, family, seed):
+    for errors in ranks(2).run(on_mesh, SPLIT[name], family, seed):
+        for one in errors:
+            assert_equal(one)
+
+
+SMALL = {
+    "wan": ModelConfig(family="wan", depth=2, width=48, heads=4, text_width=8, modulation="single", pooled_text=False, dtype="float64"),
+    "sd3": ModelConfig(
+        family="sd3",
+        depth=2,
+        width=48,
+        heads=4,
+        text_width=8,
+        dtype="float64",
+        sd3=Sd3Config(pooled_width=12, position_size=6, sample_size=8, qk_norm=True, dual_layers=(0,)),
+    ),
+}
+DATA = {"wan": "mixed", "sd3": "pictures"}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("family", SMALL)
+def test_apt_on_two_ranks_equals_apt_on_one(ranks, mesh, family):
+    """Three iterations: every loss, gradient, weight and average of both networks, in float64 to 1e-9."""
+    config, data = problem(model=SMALL[family]), DATA[family]
+    want = iterations(mesh, config, data)
+    for name in ("tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "tp1-cp2-all_gather-dp1"):
+        for got in ranks(2).run(iterations, SPLIT[name], config, data):
+            compare_exactly(got, want)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("family", SMALL)
+def test_apt_in_a_pipeline_equals_apt_on_one(ranks, mesh, family):
+    config, data = deep(model=SMALL[family]), DATA[family]
+    want = iterations(mesh, config, data)
+    for got in ranks(2).run(iterations, ParallelConfig(pp=2), config, data):
+        compare_exactly(got, want)
+
+
+# --- shapes
+
+
+def published(**changes) -> dict:
+    """transformer/config.json as published, without what only says which version of diffusers wrote it."""
+    common = {
+        "_class_name": "SD3Transformer2DModel",
+        "attention_head_dim": 64,
+        "in_channels": 16,
+        "joint_attention_dim": 4096,
+        "out_channels": 16,
+        "patch_size": 2,
+        "pooled_projection_dim": 2048,
+        "sample_size": 128,
+    }
+    return common | changes
+
+
+PUBLISHED = {
+    "sd3_medium": published(caption_projection_dim=1536, num_attention_heads=24, num_layers=24, pos_embed_max_size=192),
+    "sd35_large": published(caption_projection_dim=2432, num_attention_heads=38, num_layers=38, pos_embed_max_size=192, qk_norm="rms_norm"),
+    "sd35_medium": published(
+        caption_projection_dim=1536,
+        num_attention_heads=24,
+        num_layers=24,
+        pos_embed_max_size=384,
+        qk_norm="rms_norm",
+        dual_attention_layers=list(range(13)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "preset"), [("sd3_medium", sd3_medium()), ("sd35_large", sd35_large()), ("sd35_medium", sd35_medium())])
+def test_presets_of_sd3_are_the_published_shapes(name, preset):
+    assert SD3.read_config(PUBLISHED[name]) == preset
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "billions"),
+    [
+        (WAN, wan_1_3b(), 1.42),
+        (WAN, wan_14b(), 14.29),
+        (WAN, wan_14b_i2v(), 16.39),
+        (SD3, sd3_medium(), 2.03),
+        (SD3, sd35_large(), 8.06),
+        (SD3, sd35_medium(), 2.24),
+    ],
+    ids=lambda value: "" if isinstance(value, ModelConfig) else str(getattr(value, "name", value)),
+)
+def test_presets_have_the_tensors_of_diffusers(mesh, family, model, billions):
+    with torch.device("meta"):
+        reference = FAMILIES[family.name][1].from_config(family.write_config(model))
+    assert sum(p.numel() for p in reference.parameters()) == pytest.approx(billions * 1e9, rel=5e-3)
+    mapped = {key: size for one in family.tensors(model, mesh) for key, size in one.theirs.items()}
+    assert mapped == {key: t.shape for key, t in reference.state_dict().items()}
+
+
+def test_every_norm_of_sd3_has_our_eps():
+    norms = [m for m in theirs("sd3", CONFIGS["sd3"](7), seed=1).modules() if hasattr(m, "eps") and not isinstance(m, nn.ModuleList)]
+    assert len(norms) > 10
+    assert {m.eps for m in norms} == {1e-6}
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (SD3, {"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
+        (SD3, {"caption_projection_dim": 64}, "caption_projection_dim=64"),
+        (SD3, {"pos_embed_max_size": None}, "pos_embed_max_size=None"),
+        (SD3, {"dual_attention_layers": [9]}, r"dual_layers names blocks \[9\]"),
+        (SD3, {"attention_head_dim": 5, "caption_projection_dim": 10}, "width=10"),
+        (WAN, {"qk_norm": "rms_norm"}, "qk_norm='rms_norm'"),
+        (WAN, {"eps": 1e-5}, "eps=1e-05"),
+        (WAN, {"freq_dim": 128}, "freq_dim=128"),
+        (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514"),
+    ],
+)
+def test_configurations_that_we_do_not_have_are_refused(family, change, message):
+    config = CONFIGS[family.name](0) | ({"num_attention_heads": 2, "caption_projection_dim": 32} if family is SD3 else {})
+    with pytest.raises(ValueError, match=message):
+        family.read_config(config | change)
+
+
+def test_a_width_that_diffusers_cannot_say_is_not_written():
+    with pytest.raises(ValueError, match=r"4 \* 48 wide, here 100"):
+        SD3.write_config(replace(SMALL["sd3"], mlp_width=100))
+
+
+# --- files
+
+
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7)])
+def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, seed):
+    described, original = FAMILIES[family][0], theirs(family, CONFIGS[family](seed), seed=1)
+    original.save_pretrained(tmp_path / "original")
+    source = open_source(tmp_path / "original")
+    assert family_of(source.config, "") is described
+    import_checkpoint(source, described, tmp_path / "run", mesh)
+    checkpoint = Checkpoint.open(str(tmp_path / "run"))
+    assert replace(checkpoint.model, dtype="float32", recompute="none") == shape(family, CONFIGS[family](seed))
+    assert parity(str(tmp_path / "run"), described, checkpoint.model, source, mesh, samples=2, seed=0) <= TOLERANCE
+    export_pipeline(checkpoint, described, tmp_path / "out", mesh)
+    exported = type(original).from_pretrained(tmp_path / "out" / "transformer")
+    assert described.read_config(dict(exported.config)) == checkpoint.model
+    state = exported.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in original.state_dict().items())
+
+
+# --- the table of positions
+
+
+def test_the_table_begins_as_that_of_diffusers(mesh):
+    config = CONFIGS["sd3"](7)
+    network = build_backbone(shape("sd3", config), mesh)
+    parameters.initialise(network, mesh, seed=0)
+    assert torch.equal(network.position_table, SD3Transformer2DModel(**config).pos_embed.pos_embed[0])
+
+
+@pytest.mark.parametrize(("grid", "message"), [((2, 3, 3), "2 x 3 x 3"), ((1, 7, 3), "at most model.sd3.position_size=6")])
+def test_pictures_that_the_table_does_not_cover_are_refused(mesh, grid, message):
+    model = SMALL["sd3"]
+    network, layout = build_backbone(model, mesh), build_layout((grid,), (3,), mesh)
+    condition = Condition.pack([torch.zeros(3, 8, dtype=torch.float64)], pooled=torch.zeros(1, 12, dtype=torch.float64))
+    x, t = (torch.zeros(size, dtype=torch.float64) for size in ((len(layout.positions), model.patch_width), (1,)))
+    with pytest.raises(ValueError, match=message):
+        network(x, t, condition, layout)
+
+
+def pictures(datasets, output, method="flow", **changes):
+    """A run on digits, whose pooled text is the mean of their captions'."""
+    sd3 = Sd3Config(pooled_width=8, position_size=6, sample_size=8, qk_norm=True, dual_layers=(1,))
+    model = replace(SMALL["sd3"], dtype="bfloat16", latent_channels=4, sd3=sd3)
+    return training(
+        datasets, output, method, model=model, data=DataConfig(shards=(str(datasets / "images"),), text_length=5), iterations=2, **changes
+    )
+
+
+def test_the_table_is_in_checkpoints_but_never_trained(mesh, datasets, tmp_path):
+    run = pictures(datasets, tmp_path / "run")
+    trainer = Trainer(run, mesh)
+    network = trainer.networks["generator"]
+    with torch.no_grad():  # as of a published checkpoint, which initialisation does not know
+        network.module.position_table.normal_()
+    table = network.module.position_table.clone()
+    trainer.step()
+    assert torch.equal(network.module.position_table, table)
+    assert dict(network.module.named_parameters()).keys() - set(network.shards.names) == {"position_table"}
+    assert [key for key in network.sharded_state() if "position_table" in key] == ["generator.position_table"]
+    trainer.save()
+    trainer.checkpoints.commit()
+    assert torch.equal(Trainer(run, mesh).networks["generator"].module.position_table, table)
+    for weights in ("ema", "raw"):
+        loaded = load_generator(run.output, mesh, weights).model
+        assert torch.equal(loaded.position_table, table)
+        export_pipeline(Checkpoint.open(run.output, weights), SD3, tmp_path / weights, mesh)
+        exported = SD3Transformer2DModel.from_pretrained(tmp_path / weights / "transformer").state_dict()
+        assert torch.equal(exported["pos_embed.pos_embed"][0], table.float())
+        assert torch.equal(exported["context_embedder.weight"].bfloat16(), loaded.text_embed.weight)
+
+
+def test_apt_starts_from_a_checkpoint_with_a_table(mesh, datasets, tmp_path):
+    flow = pictures(datasets, tmp_path / "flow")
+    train(flow, mesh)
+    run = pictures(datasets, tmp_path / "apt", "apt")
+    run = replace(run, apt=replace(run.apt, head_layers=(0.5, 1.0)), init=replace(run.init, generator=flow.output, diffusion=flow.output))
+    train(run, mesh)
+    networks = Trainer(run, mesh).networks
+    tables = networks["generator"].module.position_table, networks["discriminator"].module.backbone.position_table
+    assert torch.equal(*tables)
+    assert not any(table.requires_grad for table in tables)
+
+
+def test_data_without_pooled_text_of_the_right_width_is_refused(mesh, datasets, tmp_path):
+    run = pictures(datasets, tmp_path / "run")
+    model = replace(run.model, sd3=replace(run.model.sd3, pooled_width=12))
+    with pytest.raises(ValueError, match=r"8 wide, model\.sd3\.pooled_width=12"):
+        Batches(run.data, model, mesh, 0, 8, 4)
