@@ -93,6 +93,8 @@ def test_the_papers_examples_build():
     for stage in ("consistency", "image", "video"):
         for size in ("", "_14b"):
             check_fits(load_recipe(f"{examples}/wan.py:{stage}{size}"))
+    for name in ("consistency", "apt", "consistency_large", "apt_large"):
+        check_fits(load_recipe(f"{examples}/sd35.py:{name}"))
     apt = load_recipe(f"{examples}/image.py:apt")
     assert (apt.optimizer.kind, apt.optimizer.alpha, apt.optimizer.ema, apt.apt.ar1_lambda, apt.apt.ar1_sigma) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
 

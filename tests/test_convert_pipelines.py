@@ -1,20 +1,24 @@
 """What we export, run by diffusers' own pipelines: one step gives exactly our one-step sample."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import tyro
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLWan,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from megatron_apt.convert.command import Command, perform
 from megatron_apt.models.condition import Condition
@@ -29,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=77)
 
 
 def spread(module: torch.nn.Module) -> torch.nn.Module:
@@ -52,6 +56,47 @@ def wan_pipeline(tmp_path_factory):
         tokenizer(), text, vae, UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), spread(transformer)
     )
     folder = tmp_path_factory.mktemp("hub") / "wan"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def clip(width: int) -> CLIPTextModelWithProjection:
+    shape = {"hidden_size": width, "projection_dim": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(WORDS), eos_token_id=1, max_position_embeddings=77, **shape))
+
+
+@pytest.fixture(scope="module")
+def sd3_pipeline(tmp_path_factory):
+    """Folder of a tiny whole StableDiffusion3Pipeline, of the kind of 3.5 medium."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        pos_embed_max_size=6,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),
+        latent_channels=4,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+    )
+    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=TEXT, d_kv=4, d_ff=16, num_layers=1, num_heads=3))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = StableDiffusion3Pipeline(spread(transformer), scheduler, vae, clip(4), tokenizer(), clip(6), tokenizer(), t5, tokenizer())
+    folder = tmp_path_factory.mktemp("hub") / "sd3"
     pipeline.save_pretrained(folder)
     return folder
 
@@ -79,3 +124,19 @@ def test_wan_pipeline_takes_our_one_step(wan_pipeline, mesh, tmp_path):
     assert card.startswith("---\nlicense: apache-2.0\n") and "text-to-video" in card
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+
+def test_sd3_pipeline_takes_our_one_step(sd3_pipeline, mesh, tmp_path):
+    assert convert(mesh, "import", sd3_pipeline, tmp_path / "run") == 0
+    assert convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", sd3_pipeline) == 0
+    assert convert(mesh, "verify", tmp_path / "run", tmp_path / "out") == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipeline, StableDiffusion3Pipeline) and pipeline.scheduler.config.shift == 1.0
+    z, text, pooled = torch.randn(1, 4, 8, 10), torch.randn(1, 9, TEXT), torch.randn(1, 10)
+    options = {"height": 16, "width": 20, "num_inference_steps": 1, "guidance_scale": 1.0}
+    theirs = pipeline(prompt_embeds=text, pooled_prompt_embeds=pooled, latents=z, output_type="latent", **options).images
+    loaded = load_generator(str(tmp_path / "run"), mesh, "raw")
+    condition = replace(Condition.pack([text[0]]), pooled=pooled)
+    ours = Sampler(loaded.model, mesh, condition, condition).one_step(z.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    assert pipeline(prompt="a red cat runs", output_type="np", **options).images.shape == (1, 16, 20, 3)
