@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -191,23 +191,19 @@ def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {key: (meta.size, meta.properties.dtype) for key, meta in sorted(stored.items())}
 
 
-def read_tensor(folder: Path, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """One tensor of a commit, whole, as `index` describes it; in one process and without a model."""
-    wanted = {key: torch.empty(shape, dtype=dtype)}
-    torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-    return wanted[key]
-
-
-def read_tensors(folder: Path, at_once: int = 2**28) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a commit, whole, in order of names, in one process and without a model; about `at_once` bytes in memory."""
+def read_tensors(folder: Path, keys: Iterable[str] | None = None, at_once: int = 2**28) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a commit, whole, in the order of `keys` (None: all, by name), in one process, without a model, about `at_once` bytes at a time."""
     stored = index(folder)
     wanted: dict[str, Tensor] = {}
-    for key, (shape, dtype) in stored.items():
+    keys = list(stored if keys is None else keys)
+    for i, key in enumerate(keys):
+        shape, dtype = stored[key]
         wanted[key] = torch.empty(shape, dtype=dtype)
-        if sum(t.nbytes for t in wanted.values()) >= at_once or key == max(stored):
+        if sum(t.nbytes for t in wanted.values()) >= at_once or i == len(keys) - 1:
             torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-            yield from wanted.items()
-            wanted = {}
+            while wanted:
+                key = next(iter(wanted))
+                yield key, wanted.pop(key)
 
 
 def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> dict[str, Tensor]:

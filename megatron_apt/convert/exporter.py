@@ -33,6 +33,7 @@ from megatron_apt.parallel.mesh import Mesh
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
+_AT_ONCE = 2**25  # bytes of small tensors read together: each reading looks up the whole index
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -187,8 +188,8 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
         else:
 
             def read(part: list[Mapped] = part) -> Iterator[tuple[str, Tensor]]:
-                for mapped in part:
-                    tensor = store.read_tensor(source, _key(prefix, mapped), mapped.shape, stored[mapped.name])
+                loaded = store.read_tensors(source, [_key(prefix, mapped) for mapped in part], _AT_ONCE)
+                for mapped, (_, tensor) in zip(part, loaded, strict=True):
                     yield from zip(mapped.theirs, mapped.change.theirs(tensor.to(dtypes[mapped.name])), strict=True)
 
             _write_safetensors(file, entries, read(), moved)
