@@ -15,7 +15,7 @@ class Condition:
     Attributes:
         tokens: packed text (sum of lengths, E).
         lengths: text tokens of each sample.
-        pooled: (n, E) mean of each sample's text, or what its text encoder gives for the whole caption.
+        pooled: (n, E) mean of each sample's text, or what its text encoder gives for the whole caption, which may have another width.
         visual: further channels of every visual token, packed (sum of visual lengths, C * patch), as `patchify` orders them.
         image: (n, L, E) tokens of an image encoder.
     """
@@ -27,14 +27,15 @@ class Condition:
     image: Tensor | None = None
 
     @staticmethod
-    def pack(texts: list[Tensor], length: int = 0) -> "Condition":
+    def pack(texts: list[Tensor], length: int = 0, pooled: Tensor | None = None) -> "Condition":
         """From one (length_i, E) embedding per sample, each cut or padded with zeros to `length` tokens unless that is 0.
 
-        Means are over each caption's own tokens, before padding.
+        Without `pooled` that is the mean over each caption's own tokens, before padding.
         """
         tokens, lengths = torch.cat(texts), torch.tensor([len(t) for t in texts])
         sample = torch.repeat_interleave(torch.arange(len(texts)), lengths)
-        pooled = tokens.new_zeros(len(texts), tokens.shape[1]).index_add(0, sample, tokens) / lengths[:, None].to(tokens.dtype)
+        if pooled is None:
+            pooled = tokens.new_zeros(len(texts), tokens.shape[1]).index_add(0, sample, tokens) / lengths[:, None].to(tokens.dtype)
         if not length:
             return Condition(tokens, tuple(lengths.tolist()), pooled)
         place = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths)[sample]
