@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-dali-cuda130>=2.4"],
-        "dev": ["hypothesis>=6", "pytest>=8", "ruff>=0.9", "scikit-video>=1.1.11", "scipy>=1.14"],
+        "dev": ["accelerate>=1.0", "hypothesis>=6", "pytest>=8", "ruff>=0.9", "scikit-video>=1.1.11", "scipy>=1.14"],
         "wandb": ["wandb>=0.18"],
     },
     entry_points={"console_scripts": ["megatron-apt=megatron_apt.cli:main"]},

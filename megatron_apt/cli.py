@@ -92,6 +92,8 @@ class SampleConfig:
     """Latent frames, rows, columns; empty: the size of the dataset's first sample."""
     dataset: str = ""
     """Encoded dataset whose text encoder and codec are used; empty: the one the run was trained on."""
+    decode_tiling: int | None = None
+    """VAEs: side in pixels of the tiles that are decoded one after the other, which saves memory; 0: whole. None: as the dataset was encoded."""
     format: Literal["png", "gif", "mp4"] = "png"
     fps: float = 8.0
     scale: int = 1

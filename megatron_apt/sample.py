@@ -61,10 +61,14 @@ def model_config(stored: dict) -> ModelConfig:
     return replace(from_dict(ModelConfig, stored), fp8=Fp8Config())
 
 
-def sample_latents(loaded: Loaded, mesh: Mesh, texts: list[Tensor], negative: Tensor, shape, ids: Tensor, seed: int, config) -> Tensor:
-    """Latents (n, C, F, H, W) of these texts; sample i starts from the noise of (seed, ids[i]). `config` is a SampleConfig."""
-    condition = Condition.pack(texts, loaded.text_length).to(mesh.device)
-    sampler = Sampler(loaded.model, mesh, condition, Condition.pack([negative], loaded.text_length).repeat(len(texts)).to(mesh.device))
+def sample_latents(loaded: Loaded, mesh: Mesh, condition: Condition, negative: Condition, shape, ids: Tensor, seed: int, config) -> Tensor:
+    """Latents (n, C, F, H, W) of the condition's n samples; sample i starts from the noise of (seed, ids[i]).
+
+    Args:
+        negative: of a single sample, for all.
+        config: a SampleConfig.
+    """
+    sampler = Sampler(loaded.model, mesh, condition.to(mesh.device), negative.repeat(len(condition.lengths)).to(mesh.device))
     z = sample_noise(seed, ids.to(mesh.device), shape)
     if config.steps == 1 and not config.euler and config.guidance == 1.0:
         return sampler.one_step(z)
@@ -85,20 +89,25 @@ def sample_to_files(config) -> list[Path]:
     loaded = load_generator(config.checkpoint, mesh, config.weights)
     dataset = LatentShards(config.dataset or loaded.shards[0])
     _check_dataset(dataset, loaded)
-    codec, encoder = dataset.codec(), dataset.text_encoder()
+    device = str(mesh.device)
     shape = (dataset.shapes[0][0], *(config.size or dataset.shapes[0][1:]))
     prompts = config.prompts or tuple(dict.fromkeys(dataset.captions))[:8]
-    negative = encoder.encode([config.negative_prompt])[0]
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    files, pictures = [], []
-    texts = encoder.encode(list(prompts))
+    encoder = dataset.text_encoder(device)
+    texts, pooled = encoder.encode_pooled(list(prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         if loaded.text_length and len(text) > loaded.text_length:
             warnings.warn(f"prompt {prompt!r} has {len(text)} tokens; this model reads the first {loaded.text_length}", stacklevel=2)
+    negative_text, negative_pooled = encoder.encode_pooled([config.negative_prompt])
+    negative = Condition.pack(negative_text, loaded.text_length, negative_pooled)
+    del encoder  # may hold more memory than the generator
+    codec = dataset.codec(device, config.decode_tiling)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    files, pictures = [], []
     for seed, (number, prompt) in itertools.product(config.seeds, enumerate(prompts)):
         # A prompt's noise depends on its seed alone, so samples of one seed can be compared across prompts and checkpoints.
-        latent = sample_latents(loaded, mesh, [texts[number]], negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
+        condition = Condition.pack([texts[number]], loaded.text_length, None if pooled is None else pooled[number : number + 1])
+        latent = sample_latents(loaded, mesh, condition, negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
         frames = codec.decode(latent[0].cpu()).clamp(-1, 1)
         path = out / f"{number:03d}-{_file_name(prompt)}-seed{seed}.{config.format}"
         _write(frames, path, config)

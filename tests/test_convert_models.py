@@ -303,5 +303,5 @@ def test_apt_starts_from_a_checkpoint_with_a_table(mesh, datasets, tmp_path):
 def test_data_without_pooled_text_of_the_right_width_is_refused(mesh, datasets, tmp_path):
     run = pictures(datasets, tmp_path / "run")
     model = replace(run.model, sd3=replace(run.model.sd3, pooled_width=12))
-    with pytest.raises(ValueError, match=r"8 wide, model\.sd3\.pooled_width=12"):
+    with pytest.raises(ValueError, match=r"the mean of the text, 8 wide, this model reads 12"):
         Batches(run.data, model, mesh, 0, 8, 4)

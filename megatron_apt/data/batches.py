@@ -10,7 +10,7 @@ import torch
 from megatron_apt.config import DataConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
-from megatron_apt.data.shards import LatentShards
+from megatron_apt.data.shards import LatentShards, stack_pooled
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
@@ -58,6 +58,9 @@ class Batches:
         self.sources = [LatentShards(path) for path in data.shards]
         for path, source in zip(data.shards, self.sources, strict=True):
             self._check(path, source)
+        pooled = {path: "none" if s.null_pooled is None else s.pooled_width for path, s in zip(data.shards, self.sources, strict=True)}
+        if len(set(pooled.values())) > 1:
+            raise ValueError(f"data.shards: widths of the pooled text differ, {pooled}; mix datasets of one text encoder")
         weights = data.weights or (1,) * len(self.sources)
         self.order = SampleOrder([len(s) for s in self.sources], weights, data.block, seed)
 
@@ -71,10 +74,11 @@ class Batches:
         width = source.null_text.shape[-1]
         if width != self.model.text_width:
             raise ValueError(f"{path}: text embeddings are {width} wide, model.text_width={self.model.text_width}; set it to {width}")
-        if width != self.model.pooled_width:
+        if self.model.pooled_text and source.pooled_width != self.model.pooled_width:
+            kind = "the mean of the text" if source.null_pooled is None else "the text encoder's own"
             raise ValueError(
-                f"{path}: pooled text is the mean of the text embedding, {width} wide, model.sd3.pooled_width={self.model.pooled_width}; "
-                f"set it to {width}, or give conditions with the text encoders' own pooled text"
+                f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads {self.model.pooled_width} (of family sd3: "
+                "model.sd3.pooled_width); encode with the text encoders of its pipeline"
             )
 
     def iteration(self, iteration: int) -> list[Microbatch]:
@@ -88,7 +92,7 @@ class Batches:
         dtype = torch.float64 if self.model.dtype == "float64" else torch.float32
         shapes = tuple(tuple(sample.latent.shape) for sample in samples)
         tokens = pack_latents(shapes, self.model.patch, lambda rows, _: torch.stack([samples[i].latent for i in rows]))
-        condition = Condition.pack([sample.text for sample in samples], self.data.text_length)
+        condition = Condition.pack([sample.text for sample in samples], self.data.text_length, stack_pooled(samples))
         layout = build_layout(tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh)
         datasets = [source for source, _ in places]
         return Microbatch(
@@ -99,8 +103,8 @@ class Batches:
             shapes=shapes,
             x=tokens.to(self.mesh.device, dtype).index_select(0, layout.visual.index),
             condition=condition.to(self.mesh.device),
-            null=self._fixed(datasets, "null_text"),
-            negative=self._fixed(datasets, "negative_text"),
+            null=self._fixed(datasets, "null"),
+            negative=self._fixed(datasets, "negative"),
             seed=self.seed,
             iteration=iteration,
             global_batch=self.global_batch,
@@ -108,8 +112,11 @@ class Batches:
 
     def _fixed(self, datasets: list[int], which: str) -> Condition:
         """The empty or the negative caption of each sample's dataset."""
-        if len(set(datasets)) == 1:
-            text = getattr(self.sources[datasets[0]], which)
-            return Condition.pack([text], self.data.text_length).repeat(len(datasets)).to(self.mesh.device)
-        texts = [getattr(self.sources[dataset], which) for dataset in datasets]
-        return Condition.pack(texts, self.data.text_length).to(self.mesh.device)
+        sources = [self.sources[dataset] for dataset in (datasets[:1] if len(set(datasets)) == 1 else datasets)]
+        pooled = [getattr(source, f"{which}_pooled") for source in sources]
+        packed = Condition.pack(
+            [getattr(source, f"{which}_text") for source in sources],
+            self.data.text_length,
+            None if pooled[0] is None else torch.cat(pooled),
+        )
+        return packed.repeat(len(datasets) // len(sources)).to(self.mesh.device)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -17,8 +18,8 @@ from megatron_apt.data.decode import Clip, decode_clips
 from megatron_apt.data.manifest import Entry, read_entries
 from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.data.shards import TOKENIZER, EncodeStopped, OpenShard, ShardWriter, disk_full_named
-from megatron_apt.models.codec import PixelCodec, PixelCodecConfig, WanCodec
-from megatron_apt.models.text import BuiltinTextEncoder, HuggingFaceTextEncoder, train_sentencepiece
+from megatron_apt.models.codec import VAE_CODECS, PixelCodec, PixelCodecConfig, VaeCodec
+from megatron_apt.models.text import BuiltinTextEncoder, TextEncoder, open_text_encoder, train_sentencepiece
 
 NEGATIVE_PROMPT = "blurry, distorted, low quality"
 PIXEL_BYTES = 256 << 20  # decoded pixels held at once, in float32
@@ -48,9 +49,11 @@ class EncodeConfig:
     allow_upscale: bool = False
     """Accept pictures and videos smaller than the bucket."""
     codec: str = "pixel"
-    """"pixel" (built in, no weights) or "wan" (AutoencoderKLWan from codec_path)."""
+    """"pixel" (built in, no weights), "wan" (AutoencoderKLWan from codec_path) or "kl" (AutoencoderKL, Stable Diffusion 3's; pictures only)."""
     codec_path: str = ""
-    """Local folder of the AutoencoderKLWan."""
+    """Local folder of the VAE, or of a diffusers pipeline with the VAE in vae/; safetensors only."""
+    codec_tiling: int = 0
+    """VAEs: side in pixels of the tiles that are encoded one after the other, which saves memory but changes latents a little; 0: whole."""
     pixel_channels: int = 3
     """Pixel codec: 3 for RGB, 1 for luma."""
     pixel_temporal: int = 4
@@ -64,7 +67,12 @@ class EncodeConfig:
     pixel_scale: float = 1.0
     """Pixel codec: latents are divided by it."""
     text: str = "builtin"
-    """"builtin" (needs no weights), or a local folder with a T5 or UMT5 encoder and its tokenizer."""
+    """"builtin" (needs no weights), or a local folder: a diffusers pipeline, Wan or Stable Diffusion 3, for embeddings as its encode_prompt
+    gives them; or a T5 or UMT5 encoder with its tokenizer."""
+    text_tokenizer: str = ""
+    """Folder of the tokenizer, if it is not in the Wan pipeline's tokenizer/ or beside the T5 or UMT5 encoder."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which text encoders of a folder run. Embeddings are kept in float32."""
     tokenizer: str = ""
     """Built-in text encoder: an existing sentencepiece model; empty trains one on the captions."""
     text_width: int = 64
@@ -86,8 +94,10 @@ class EncodeConfig:
         for field in ("fps", "start"):
             _check(math.isfinite(getattr(self, field)) and getattr(self, field) >= 0, field, getattr(self, field), "must be a number >= 0")
         _check(0 <= self.max_rejected <= 1, "max_rejected", self.max_rejected, "is a share; use a number from 0 to 1")
-        _check(self.codec in ("pixel", "wan"), "codec", self.codec, "use 'pixel' or 'wan'")
-        _check(self.codec != "wan" or bool(self.codec_path), "codec_path", self.codec_path, "codec='wan' needs a local folder")
+        _check(self.codec in ("pixel", *VAE_CODECS), "codec", self.codec, "use 'pixel', 'wan' or 'kl'")
+        _check(self.codec == "pixel" or bool(self.codec_path), "codec_path", self.codec_path, f"codec={self.codec!r} needs a local folder")
+        _check(self.codec != "pixel" or not self.codec_tiling, "codec_tiling", self.codec_tiling, "applies to VAEs; leave it 0 with codec='pixel'")
+        _check(self.text != "builtin" or not self.text_tokenizer, "text_tokenizer", self.text_tokenizer, "text='builtin' has its own: use tokenizer")
         _check(self.fps == 0 or self.stride == 1, "stride", self.stride, f"applies only with fps=0, but fps={self.fps:g}; leave one of them out")
         _check(self.device in ("cpu", "cuda"), "device", self.device, "use 'cpu' or 'cuda'")
 
@@ -118,14 +128,24 @@ def encode(config: EncodeConfig, progress: bool = True) -> dict:
         text_encoder = _text_encoder(config, writer, entries)
     with torch.inference_mode():
         shards = _write_shards(config, writer, entries, codec, text_encoder, progress)
-        null, negative = text_encoder.encode(["", config.negative_prompt])
+        conditions = _conditions(config, text_encoder)
     text_config = text_encoder.config_dict()
     if "tokenizer" in text_config:
         text_config["tokenizer"] = TOKENIZER  # relative, so that the folder can be moved
-    info = writer.finish(shards, codec.config_dict(), text_config, null, negative)
+    info = writer.finish(shards, codec.config_dict(), text_config, conditions)
     if progress:
         Console(soft_wrap=True).print(f"{config.output}: {info['samples']} samples, {info['rejected']} rejected", highlight=False)
     return info
+
+
+def _conditions(config: EncodeConfig, text_encoder: TextEncoder) -> dict[str, Tensor]:
+    """The contents of conditions.safetensors."""
+    conditions = {}
+    for name, prompt in (("null", ""), ("negative", config.negative_prompt)):
+        (conditions[name],), pooled = text_encoder.encode_pooled([prompt])
+        if pooled is not None:
+            conditions[f"{name}_pooled"] = pooled
+    return conditions
 
 
 def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
@@ -133,6 +153,9 @@ def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
     settings = dataclasses.asdict(config)
     for free in ("output", "max_rejected", "device"):
         del settings[free]
+    for added in ("codec_tiling", "text_tokenizer", "text_dtype"):
+        if settings[added] == getattr(EncodeConfig, added):
+            del settings[added]  # so that folders begun before there was this field continue
     if config.tokenizer:
         settings["tokenizer"] = f"sha256 {hashlib.sha256(_tokenizer_bytes(config)).hexdigest()[:16]}"
     listing = hashlib.sha256()
@@ -143,9 +166,9 @@ def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
     return settings
 
 
-def _codec(config: EncodeConfig) -> PixelCodec | WanCodec:
-    if config.codec == "wan":
-        return WanCodec(str(Path(config.codec_path).resolve()), config.device)
+def _codec(config: EncodeConfig) -> PixelCodec | VaeCodec:
+    if config.codec in VAE_CODECS:
+        return VAE_CODECS[config.codec](str(Path(config.codec_path).resolve()), config.device, tiling=config.codec_tiling)
     return PixelCodec(
         PixelCodecConfig(
             channels=config.pixel_channels,
@@ -158,9 +181,10 @@ def _codec(config: EncodeConfig) -> PixelCodec | WanCodec:
     )
 
 
-def _text_encoder(config: EncodeConfig, writer: ShardWriter, entries: Sequence[Entry]) -> BuiltinTextEncoder | HuggingFaceTextEncoder:
+def _text_encoder(config: EncodeConfig, writer: ShardWriter, entries: Sequence[Entry]) -> TextEncoder:
     if config.text != "builtin":
-        return HuggingFaceTextEncoder(str(Path(config.text).resolve()), device=config.device)
+        tokenizer = str(Path(config.text_tokenizer).resolve()) if config.text_tokenizer else ""
+        return open_text_encoder(str(Path(config.text).resolve()), tokenizer, config.device, config.text_dtype)
     file = writer.folder / TOKENIZER
     if config.tokenizer:
         writer.commit(TOKENIZER, _tokenizer_bytes(config))
@@ -227,7 +251,8 @@ def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int
         clip = _clip(config, entry)
         meta = {"source": str(entry.path), "size": [clip.frames, clip.height, clip.width]}
         meta |= {"start": clip.start, "fps": clip.fps, "stride": clip.stride}
-        shard.add(f"{i:08d}", latent, texts[entry.caption], entry.caption, meta)
+        text, pooled = texts[entry.caption]
+        shard.add(f"{i:08d}", latent, text, entry.caption, meta, pooled)
 
 
 def _clip(config: EncodeConfig, entry: Entry) -> Clip:
@@ -236,11 +261,13 @@ def _clip(config: EncodeConfig, entry: Entry) -> Clip:
     return Clip(entry.path, config.height, config.width, config.frames, config.stride, fps, start, config.allow_upscale)
 
 
-def _encode_texts(captions: list[str], text_encoder) -> dict[str, Tensor]:
-    texts: dict[str, Tensor] = {}
+def _encode_texts(captions: list[str], text_encoder: TextEncoder) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Rows of each caption, and its pooled vector if the encoder has one."""
+    texts: dict[str, tuple[Tensor, Tensor | None]] = {}
     for i in range(0, len(captions), TEXT_BATCH):
         batch = captions[i : i + TEXT_BATCH]
-        texts.update(zip(batch, text_encoder.encode(batch), strict=True))
+        rows, pooled = text_encoder.encode_pooled(batch)
+        texts.update(zip(batch, zip(rows, [None] * len(batch) if pooled is None else pooled, strict=True), strict=True))
     return texts
 
 

@@ -3,7 +3,9 @@
     dataset.json            what was encoded and how; written last, so a folder without it is unfinished
     index.jsonl             one line per sample: id, key, shard, [offset, size] of each member, latent shape, text length, caption
     shard-00000.tar         WebDataset: {key}.latent.npy (C, F, H, W) and {key}.text.npy (L, E), both float32, and {key}.json
-    conditions.safetensors  text embeddings "null" (empty caption) and "negative" (the fixed negative prompt)
+                            with format 2 also {key}.pooled.npy (P,) float32, the text encoder's vector for the whole caption
+    conditions.safetensors  text embeddings "null" (empty caption) and "negative" (the fixed negative prompt),
+                            with format 2 also "null_pooled" and "negative_pooled"
     tokenizer.model         sentencepiece model of the built-in text encoder, so that new prompts can be encoded
     rejected.jsonl          inputs that did not become samples: file, field, value, remedy
 
@@ -17,7 +19,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.models.codec import load_codec
 from megatron_apt.models.text import load_text_encoder
 
-FORMAT = 1
+FORMAT, POOLED_FORMAT = 1, 2  # a reader of format 1 alone would take means for the pooled vectors it does not know
 TOKENIZER = "tokenizer.model"
 CONDITIONS = "conditions.safetensors"
 AGAIN = "copy the folder again or encode again"
@@ -42,12 +44,18 @@ class EncodeStopped(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """latent (C, F, H, W) float32, text (L, E) float32; treat both as read-only, they may be shared with a cache."""
+    """latent (C, F, H, W), text (L, E), and pooled (P,) if the text encoder has it, float32; read-only, they may be shared with a cache."""
 
     id: int
     latent: Tensor
     text: Tensor
     caption: str
+    pooled: Tensor | None = None
+
+
+def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:
+    """(n, P) pooled vectors of samples of datasets that all have them, or None where none has: what Condition.pack takes."""
+    return None if samples[0].pooled is None else torch.stack([sample.pooled for sample in samples])
 
 
 class LatentShards:
@@ -56,6 +64,7 @@ class LatentShards:
     Attributes:
         captions, shapes: of every sample, in order; shapes are latent shapes (C, F, H, W).
         null_text, negative_text: (L, E) float32 embeddings of the empty caption and of the negative prompt.
+        null_pooled, negative_pooled: (1, P) float32 pooled vectors of the two, or None without.
         info: the contents of dataset.json.
 
     Args:
@@ -74,7 +83,8 @@ class LatentShards:
         self._check_shards()
         conditions = load_file(self.path / self.info["conditions"])
         self.null_text, self.negative_text = conditions["null"], conditions["negative"]
-        total = sum(line["latent"][1] + line["text"][1] for line in self._index)
+        self.null_pooled, self.negative_pooled = conditions.get("null_pooled"), conditions.get("negative_pooled")
+        total = sum(line[member][1] for line in self._index for member in ("latent", "text", "pooled") if member in line)
         self._cache: dict[int, Sample] | None = {} if total <= cache_bytes else None
 
     def __len__(self) -> int:
@@ -95,9 +105,14 @@ class LatentShards:
             self._cache[index] = self._read(index)
         return self._cache[index]
 
-    def codec(self, device: str = "cpu"):
-        """The codec the latents were made with."""
-        return load_codec(self.info["codec"], device)
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled text a model is given: the encoder's own vectors, or without them the mean of the text."""
+        return (self.null_text if self.null_pooled is None else self.null_pooled).shape[1]
+
+    def codec(self, device: str = "cpu", tiling: int | None = None):
+        """The codec the latents were made with; `tiling` replaces the side of its tiles (see VaeCodec), 0 for none."""
+        return load_codec(self.info["codec"] if tiling is None else {**self.info["codec"], "tiling": tiling}, device)
 
     def text_encoder(self, device: str = "cpu"):
         """The text encoder the embeddings were made with."""
@@ -109,7 +124,8 @@ class LatentShards:
     def _check_shards(self) -> None:
         ends: dict[str, int] = {}
         for line in self._index:
-            ends[line["shard"]] = max(ends.get(line["shard"], 0), *(sum(line[member]) for member in ("latent", "text", "meta")))
+            members = [sum(line[member]) for member in ("latent", "text", "pooled", "meta") if member in line]
+            ends[line["shard"]] = max(ends.get(line["shard"], 0), *members)
         for shard, end in ends.items():
             file = self.path / shard
             if not file.is_file():
@@ -123,7 +139,8 @@ class LatentShards:
         with open(self.path / line["shard"], "rb") as file:
             latent = _read_array(file, line["latent"], tuple(line["latent_shape"]))
             text = _read_array(file, line["text"], (line["text_length"], self.null_text.shape[1]))
-        return Sample(index, latent, text, line["caption"])
+            pooled = None if self.null_pooled is None else _read_array(file, line["pooled"], (self.pooled_width,))
+        return Sample(index, latent, text, line["caption"], pooled)
 
 
 def _read_info(folder: Path) -> dict:
@@ -136,8 +153,8 @@ def _read_info(folder: Path) -> dict:
             remedy = "its encoding was interrupted, run the same `megatron-apt encode` again"
         raise FileNotFoundError(f"{file} does not exist; {remedy}")
     info = json.loads(file.read_text(encoding="utf-8"))
-    if info.get("format") != FORMAT:
-        raise ValueError(f"{file}: format={info.get('format')}, this version reads {FORMAT}; encode the dataset again")
+    if info.get("format") not in (FORMAT, POOLED_FORMAT):
+        raise ValueError(f"{file}: format={info.get('format')}, this version reads {FORMAT} and {POOLED_FORMAT}; encode the dataset again")
     return info
 
 
@@ -231,13 +248,13 @@ class ShardWriter:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def finish(self, shards: int, codec: dict, text_encoder: dict, null: Tensor, negative: Tensor) -> dict:
-        """Writes index, conditions, rejected.jsonl and, last, dataset.json; returns its contents."""
+    def finish(self, shards: int, codec: dict, text_encoder: dict, conditions: dict[str, Tensor]) -> dict:
+        """Writes index, conditions (named as in the file), rejected.jsonl and, last, dataset.json; returns its contents."""
         parts = [self.done(number) for number in range(shards)]
         index = [{"id": i, **line} for i, line in enumerate(line for part in parts for line in part["index"])]
         rejected = [line for part in parts for line in part["rejected"]]
         info = {
-            "format": FORMAT,
+            "format": POOLED_FORMAT if "null_pooled" in conditions else FORMAT,
             "samples": len(index),
             "rejected": len(rejected),
             "shapes": dict(sorted(Counter("x".join(map(str, line["latent_shape"])) for line in index).items())),
@@ -248,7 +265,7 @@ class ShardWriter:
         }
         self.commit("index.jsonl", _jsonl_bytes(index))
         self.write_rejected(rejected)
-        self.commit(CONDITIONS, save({"null": null.contiguous(), "negative": negative.contiguous()}))
+        self.commit(CONDITIONS, save({name: value.contiguous() for name, value in conditions.items()}))
         self.commit("dataset.json", _json_bytes(info))
         for number in range(shards):
             (self.folder / f"shard-{number:05d}.done").unlink(missing_ok=True)
@@ -284,11 +301,13 @@ class OpenShard:
         self.name, self.index, self.rejected = name, [], []
         self._tar = tar
 
-    def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict) -> None:
+    def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, pooled: Tensor | None = None) -> None:
         """Appends a sample; key is its unique name, without dots (WebDataset cuts names at the first)."""
         line = {"key": key, "shard": self.name}
         line["latent"] = self._member(f"{key}.latent.npy", _npy_bytes(latent))
         line["text"] = self._member(f"{key}.text.npy", _npy_bytes(text))
+        if pooled is not None:
+            line["pooled"] = self._member(f"{key}.pooled.npy", _npy_bytes(pooled))
         line["meta"] = self._member(f"{key}.json", _json_bytes({"key": key, "caption": caption, **meta}))
         self.index.append({**line, "latent_shape": list(latent.shape), "text_length": len(text), "caption": caption})
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.cli import SampleConfig
-from megatron_apt.data.shards import LatentShards
+from megatron_apt.data.shards import LatentShards, stack_pooled
 from megatron_apt.evaluate.classifier import ClassAccuracy
 from megatron_apt.evaluate.diversity import pairwise_diversity
 from megatron_apt.evaluate.frechet import frechet_distance, pooled_features, real_floor
 from megatron_apt.evaluate.plots import tail_median
 from megatron_apt.evaluate.report import FLOOR, Report, Row, Section
 from megatron_apt.log import read_rows
+from megatron_apt.models.condition import Condition
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.recipes import Place
 from megatron_apt.sample import Loaded, load_generator, sample_latents
@@ -141,10 +142,12 @@ def _part(folder: Path, row: Measured, rank: int) -> Path:
 def sample_row(loaded: Loaded, row: Measured, shards: LatentShards, ids: Tensor, mesh: Mesh) -> Tensor:
     """One sample for the caption of each dataset entry in ids, (len(ids), C, F, H, W)."""
     config = SampleConfig(checkpoint="", steps=row.steps, guidance=row.guidance)
+    null = Condition.pack([shards.null_text], loaded.text_length, shards.null_pooled)
     parts = []
     for chunk in ids.split(CHUNK):
-        texts = [shards[i].text for i in chunk.tolist()]
-        parts.append(sample_latents(loaded, mesh, texts, shards.null_text, shards.shapes[0], chunk, SEED, config))
+        samples = [shards[i] for i in chunk.tolist()]
+        condition = Condition.pack([sample.text for sample in samples], loaded.text_length, stack_pooled(samples))
+        parts.append(sample_latents(loaded, mesh, condition, null, shards.shapes[0], chunk, SEED, config))
     return torch.cat(parts)
 
 

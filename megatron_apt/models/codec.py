@@ -1,6 +1,6 @@
 """Codecs: pixels in [-1, 1] to latents and back.
 
-Shapes: pixels (3, F, H, W), latents (c, f, h, w), each with any number of leading batch axes for PixelCodec and at most one for WanCodec.
+Shapes: pixels (3, F, H, W), latents (c, f, h, w), each with any number of leading batch axes for PixelCodec and at most one for VAEs.
 Codecs are causal in time: F = 1 + k * temporal pixel frames are 1 + k latent frames, so that an image is the case k = 0. PixelCodec can also cut
 clips into whole groups, F = k * temporal, where no latent frame has components that are always zero.
 """
@@ -135,50 +135,137 @@ class PixelCodec:
         return x.expand(*x.shape[:-4], 3, *x.shape[-3:]).contiguous() if k == 1 else x
 
 
-class WanCodec:
-    """diffusers' AutoencoderKLWan from a local folder; latents are normalised with the model's own latents_mean and latents_std.
+class VaeCodec:
+    """A VAE of diffusers from a local folder; latents are normalised with the numbers in its config.json. See WanCodec and KlCodec.
 
     Args:
-        path: folder with config.json and diffusion_pytorch_model*.safetensors. Nothing is downloaded and no pickle is read.
+        path: the VAE's folder (config.json and diffusion_pytorch_model*.safetensors), or a pipeline's with the VAE in vae/. Nothing is downloaded
+            and no pickle is read.
         device: where the model runs; encode and decode return CPU tensors.
         dtype: "float32" or "bfloat16".
+        tiling: side in pixels of the square tiles that are encoded and decoded one after the other, a quarter of each blended into the next, and
+            samples one by one; 0: whole. Bounds the memory of large pictures; a tile does not see the rest, so values differ from the whole's.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is missing in the folder, or a tile that the VAE cannot cut.
     """
 
-    def __init__(self, path: str, device: str = "cpu", dtype: str = "float32"):
-        from diffusers import AutoencoderKLWan  # seconds to import, and only this codec needs it
+    kind = class_name = ""
 
-        folder = checked_model_folder(path, "AutoencoderKLWan")
-        self.path, self.device, self.dtype = str(path), device, dtype
-        self.vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+    def __init__(self, path: str | Path, device: str = "cpu", dtype: str = "float32", tiling: int = 0):
+        import diffusers  # seconds to import, and only these codecs need it
+
+        folder = checked_model_folder(component_folder(path, "vae"), self.class_name)
+        self.path, self.device, self.dtype, self.tiling = str(path), device, dtype, tiling
+        vae_class = getattr(diffusers, self.class_name)
+        self.vae = vae_class.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
         self.vae.to(device).eval().requires_grad_(False)
-        config = self.vae.config
-        self.latent_channels = config.z_dim
-        self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
-        self._spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
-        self._mean, self._std = (torch.tensor(v, device=device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Raises ValueError for sizes that do not fit."""
-        return latent_shape_of((frames, height, width), self.latent_channels, self._temporal, self._spatial)
+        self._read(folder, self.vae.config)
+        if tiling:
+            # Tiles advance by three quarters of their side, which must be whole latent positions.
+            unit = 4 * self._spatial
+            if tiling < 0 or tiling % unit:
+                raise ValueError(f"tiling={tiling}: use 0 (off) or a multiple of {unit} pixels, such as {unit * max(1, round(tiling / unit))}")
+            self._tile(tiling)
+            self.vae.enable_slicing()
 
     def config_dict(self) -> dict:
-        return {"kind": "wan", "path": self.path, "dtype": self.dtype}
+        config = {"kind": self.kind, "path": self.path, "dtype": self.dtype}
+        return config | ({"tiling": self.tiling} if self.tiling else {})
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """(3, F, H, W) in [-1, 1], or a batch of them, to normalised latents: the mode of the posterior, float32 on the CPU."""
         self.latent_shape(*pixels.shape[-3:])
         batch = pixels if pixels.dim() == 5 else pixels[None]
-        mode = self.vae.encode(batch.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        return ((mode - self._mean) / self._std).cpu().view(*pixels.shape[:-4], *mode.shape[1:])
+        mode = self._mode(batch.to(self.device, self.vae.dtype)).float()
+        return self._normalised(mode).cpu().view(*pixels.shape[:-4], *mode.shape[1:])
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents to pixels clipped to [-1, 1], float32 on the CPU."""
         batch = latent if latent.dim() == 5 else latent[None]
-        raw = batch.to(self.device).float() * self._std + self._mean
-        pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        if batch.shape[1] != self.latent_channels:
+            raise ValueError(f"latent has {batch.shape[1]} channels, {self.path} has {self.latent_channels}; decode it with the codec of its dataset")
+        pixels = self._pixels(self._raw(batch.to(self.device).float()).to(self.vae.dtype)).float().clamp(-1, 1)
         return pixels.cpu().view(*latent.shape[:-4], *pixels.shape[1:])
+
+
+class WanCodec(VaeCodec):
+    """AutoencoderKLWan: videos; (x - latents_mean) / latents_std per channel."""
+
+    kind, class_name = "wan", "AutoencoderKLWan"
+
+    def _read(self, folder: Path, config) -> None:
+        self.latent_channels = config.z_dim
+        self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
+        self._spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+        self._mean, self._std = (torch.tensor(v, device=self.device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Raises ValueError for sizes that do not fit."""
+        return latent_shape_of((frames, height, width), self.latent_channels, self._temporal, self._spatial)
+
+    def _tile(self, side: int) -> None:
+        self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels).latent_dist.mode()
+
+    def _pixels(self, raw: Tensor) -> Tensor:
+        return self.vae.decode(raw).sample
+
+    def _normalised(self, mode: Tensor) -> Tensor:
+        return (mode - self._mean) / self._std
+
+    def _raw(self, latent: Tensor) -> Tensor:
+        return latent * self._std + self._mean
+
+
+class KlCodec(VaeCodec):
+    """AutoencoderKL, the VAE of Stable Diffusion 3: pictures, as clips of one frame; (x - shift_factor) * scaling_factor, a missing shift is 0."""
+
+    kind, class_name = "kl", "AutoencoderKL"
+
+    def _read(self, folder: Path, config) -> None:
+        if config.latents_mean is not None or config.latents_std is not None:
+            raise ValueError(f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and scaling_factor only")
+        self.latent_channels = config.latent_channels
+        self._spatial = 2 ** (len(config.block_out_channels) - 1)
+        self._shift, self._scale = config.shift_factor or 0.0, config.scaling_factor
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(c, 1, h, w); raises ValueError for sizes that do not fit."""
+        if frames != 1:
+            raise ValueError(f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or codec 'wan' for videos")
+        return latent_shape_of((1, height, width), self.latent_channels, 1, self._spatial)
+
+    def _tile(self, side: int) -> None:
+        self.vae.enable_tiling()
+        # diffusers' tile is the config's sample_size, 1024 in Stable Diffusion 3, and has no argument.
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // self._spatial
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels.squeeze(2)).latent_dist.mode().unsqueeze(2)
+
+    def _pixels(self, raw: Tensor) -> Tensor:
+        if raw.shape[2] != 1:
+            raise ValueError(f"latent has {raw.shape[2]} frames; codec 'kl' decodes pictures, which have 1")
+        return self.vae.decode(raw.squeeze(2)).sample.unsqueeze(2)
+
+    def _normalised(self, mode: Tensor) -> Tensor:
+        return (mode - self._shift) * self._scale
+
+    def _raw(self, latent: Tensor) -> Tensor:
+        return latent / self._scale + self._shift
+
+
+VAE_CODECS = {codec.kind: codec for codec in (WanCodec, KlCodec)}
+
+
+def component_folder(path: str | Path, name: str) -> Path:
+    """The folder of a model: path itself, or its subfolder `name` where path is a diffusers pipeline."""
+    return Path(path) / name if (Path(path) / "model_index.json").is_file() else Path(path)
 
 
 def checked_model_folder(path: str | Path, expected: str) -> Path:
@@ -201,7 +288,7 @@ def checked_model_folder(path: str | Path, expected: str) -> Path:
     return folder
 
 
-def load_codec(config: dict, device: str = "cpu") -> PixelCodec | WanCodec:
+def load_codec(config: dict, device: str = "cpu") -> PixelCodec | VaeCodec:
     """The codec whose config_dict() this is.
 
     Raises:
@@ -211,9 +298,11 @@ def load_codec(config: dict, device: str = "cpu") -> PixelCodec | WanCodec:
     kind = settings.pop("kind", None)
     try:
         if kind == "pixel":
+            if settings.pop("tiling", 0):
+                raise ValueError("codec pixel has no tiles: its memory is that of the pixels; leave tiling at 0")
             return PixelCodec(PixelCodecConfig(**settings))
-        if kind == "wan":
-            return WanCodec(**settings, device=device)
+        if kind in VAE_CODECS:
+            return VAE_CODECS[kind](**settings, device=device)
     except TypeError as error:
         raise ValueError(f"codec {kind}: {error}; settings given: {settings}") from None
-    raise ValueError(f"codec kind={kind!r} is unknown; use 'pixel' or 'wan'")
+    raise ValueError(f"codec kind={kind!r} is unknown; use {', '.join(map(repr, ('pixel', *VAE_CODECS)))}")

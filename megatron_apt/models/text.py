@@ -1,6 +1,6 @@
-"""Text encoders: captions to one embedding per sentencepiece token.
+"""Text encoders: captions to one embedding per token, and in some also to one vector for the whole caption.
 
-Every encoder has `.width`, `.encode(captions) -> [(L_i, width) float32]` with L_i >= 1 and no padding, and `.config_dict()`.
+Those that run as a diffusers pipeline does are in pipeline_text.py.
 """
 
 import io
@@ -20,6 +20,28 @@ from megatron_apt.models.codec import checked_model_folder
 
 MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
 END = "</s>"
+
+
+class TextEncoder:
+    """What every encoder has.
+
+    Attributes:
+        width: of the embeddings.
+    """
+
+    width: int
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One (L_i, width) float32 CPU tensor per caption, L_i >= 1, as a model is to read it."""
+        raise NotImplementedError
+
+    def encode_pooled(self, captions: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
+        """encode(captions), and one (P,) float32 vector for each whole caption, or None where the encoder has none."""
+        return self.encode(captions), None
+
+    def config_dict(self) -> dict:
+        """What load_text_encoder makes an equal encoder of."""
+        raise NotImplementedError
 
 
 def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: int = 1024) -> None:
@@ -68,7 +90,7 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
         temporary.unlink(missing_ok=True)
 
 
-class BuiltinTextEncoder:
+class BuiltinTextEncoder(TextEncoder):
     """A fixed random embedding of sentencepiece pieces; no weights and no training.
 
     Each piece has its own N(0, 1) row, drawn from (seed, the piece's text). Keyed by text, not by id: two datasets with tokenizers of their own
@@ -115,29 +137,27 @@ class BuiltinTextEncoder:
         return torch.cat((angles.sin(), angles.cos()), dim=1).float()
 
 
-class HuggingFaceTextEncoder:
+class HuggingFaceTextEncoder(TextEncoder):
     """T5EncoderModel or UMT5EncoderModel from a local folder, chosen by its config.json, with the tokenizer beside it.
+
+    Captions are read as they are, without padding; WanTextEncoder does what a Wan pipeline does.
 
     Args:
         path: folder with config.json, *.safetensors and the tokenizer (spiece.model or tokenizer.json). Nothing is downloaded, no pickle is read.
         max_length: captions are cut to this many tokens, </s> included.
         dtype: "float32" or "bfloat16", of the model; embeddings are float32.
+        tokenizer_path: folder of the tokenizer, if it is another.
     """
 
-    def __init__(self, path: str | Path, max_length: int = 512, device: str = "cpu", dtype: str = "float32"):
-        import transformers  # seconds to import, and only this encoder needs it
-
-        model_type = read_model_type(path)
-        folder = checked_model_folder(path, model_type)
-        self.path, self.max_length, self.dtype = str(path), max_length, dtype
-        model_class = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[model_type]
-        model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
-        self._model = model.to(device).eval().requires_grad_(False)
+    def __init__(self, path: str | Path, max_length: int = 512, device: str = "cpu", dtype: str = "float32", tokenizer_path: str | Path = ""):
+        self.path, self.max_length, self.dtype, self.tokenizer_path = str(path), max_length, dtype, str(tokenizer_path)
+        self._model = load_t5(Path(path), device, dtype)
         self.width = self._model.config.d_model
-        self._tokenize = read_tokenizer(folder)
+        self._tokenize = read_tokenizer(Path(tokenizer_path or path))
 
     def config_dict(self) -> dict:
-        return {"kind": "huggingface", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+        config = {"kind": "huggingface", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+        return config | ({"tokenizer_path": self.tokenizer_path} if self.tokenizer_path else {})
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -156,6 +176,21 @@ class HuggingFaceTextEncoder:
         return [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
 
 
+def load_t5(folder: Path, device: str, dtype: str) -> torch.nn.Module:
+    """The frozen T5EncoderModel or UMT5EncoderModel of a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or none in safetensors.
+    """
+    import transformers  # seconds to import, and only this needs it
+
+    model_type = read_model_type(folder)
+    checked_model_folder(folder, model_type)
+    model_class = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[model_type]
+    model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     """A function from a caption to its ids, without </s>.
 
@@ -169,7 +204,7 @@ def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     if (folder / "tokenizer.json").is_file():
         fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         return lambda caption: fast.encode(caption, add_special_tokens=False).ids
-    raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer into the same folder")
+    raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer there, or name its folder with text_tokenizer")
 
 
 def read_model_type(path: str | Path) -> str:
@@ -180,26 +215,44 @@ def read_model_type(path: str | Path) -> str:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give a local folder with a T5 or UMT5 encoder, or text='builtin'")
+        raise FileNotFoundError(f"{file} does not exist; give a Wan or Stable Diffusion 3 pipeline, a T5 or UMT5 encoder, or text='builtin'")
     model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if model_type not in ("t5", "umt5"):
         raise ValueError(f"{file}: model_type={model_type!r}; only 't5' and 'umt5' are supported")
     return model_type
 
 
-def load_text_encoder(config: dict, device: str = "cpu") -> BuiltinTextEncoder | HuggingFaceTextEncoder:
+def open_text_encoder(path: str | Path, tokenizer_path: str = "", device: str = "cpu", dtype: str = "float32") -> TextEncoder:
+    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3), or of a folder with a T5 or UMT5 encoder.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is missing, or a pipeline of another kind.
+    """
+    from megatron_apt.models import pipeline_text
+
+    kind = pipeline_text.pipeline_kind(Path(path))
+    if kind == "sd3" and tokenizer_path:
+        raise ValueError(f"text_tokenizer={tokenizer_path!r}: {path} is a Stable Diffusion 3 pipeline, which has its three; leave it empty")
+    config = {"kind": kind or "huggingface", "path": str(path), "dtype": dtype}
+    return load_text_encoder(config | ({"tokenizer_path": tokenizer_path} if tokenizer_path else {}), device)
+
+
+def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
     """The encoder whose config_dict() this is.
 
     Raises:
         ValueError: unknown kind or setting.
     """
+    from megatron_apt.models.pipeline_text import Sd3TextEncoder, WanTextEncoder
+
     settings = dict(config)
     kind = settings.pop("kind", None)
+    folders = {"huggingface": HuggingFaceTextEncoder, "wan": WanTextEncoder, "sd3": Sd3TextEncoder}
     try:
         if kind == "builtin":
             return BuiltinTextEncoder(**settings)
-        if kind == "huggingface":
-            return HuggingFaceTextEncoder(**settings, device=device)
+        if kind in folders:
+            return folders[kind](**settings, device=device)
     except TypeError as error:
         raise ValueError(f"text encoder {kind}: {error}; settings given: {settings}") from None
-    raise ValueError(f"text encoder kind={kind!r} is unknown; use 'builtin' or 'huggingface'")
+    raise ValueError(f"text encoder kind={kind!r} is unknown; use 'builtin', 'huggingface', 'wan' or 'sd3'")

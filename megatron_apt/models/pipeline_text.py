@@ -1,0 +1,217 @@
+"""Text encoders of whole diffusers pipelines: the numbers that a pipeline's own encode_prompt gives, from its folder.
+
+Models are read from safetensors and tokenizers from json or sentencepiece files in the folder; nothing is downloaded and no pickle is read.
+Tokenizers are those of transformers, by the class that model_index.json names, because a pipeline's are; batches are padded as a pipeline pads them,
+so that with its dtype the embeddings are a pipeline's to the last bit.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_apt.models.codec import checked_model_folder
+from megatron_apt.models.text import TextEncoder, load_t5
+
+KINDS = {"Wan": "wan", "StableDiffusion3": "sd3"}  # by how the name of the pipeline's class begins
+
+
+def pipeline_kind(folder: Path) -> str | None:
+    """ "wan" or "sd3" for a pipeline folder, None for one without model_index.json.
+
+    Raises:
+        ValueError: a pipeline of another kind.
+    """
+    if not (folder / "model_index.json").is_file():
+        return None
+    name = read_index(folder).get("_class_name") or ""
+    for start, kind in KINDS.items():
+        if name.startswith(start):
+            return kind
+    raise ValueError(
+        f"{folder}/model_index.json: the text of {name or 'an unnamed pipeline'} cannot be encoded, only that of {' and '.join(KINDS)} pipelines; "
+        "if its text encoder is a T5 or UMT5, give the folder of that"
+    )
+
+
+def read_index(folder: Path) -> dict:
+    """model_index.json: the library and class of each component.
+
+    Raises:
+        FileNotFoundError: not a pipeline folder.
+    """
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give the local folder of a diffusers pipeline")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def load_tokenizer(index: dict, name: str, folder: Path):
+    """The tokenizer of a folder, of the class that the pipeline's index gives for component `name`.
+
+    Raises:
+        FileNotFoundError, ValueError: no files, or a class that transformers does not have.
+    """
+    import transformers
+
+    class_name = (index.get(name) or [None, None])[1] or ""
+    tokenizer_class = getattr(transformers, class_name, None)
+    if tokenizer_class is None or not issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase):
+        raise ValueError(f"model_index.json: {name} is {index.get(name)}; it must name a tokenizer of transformers")
+    # Without its files transformers would make an empty vocabulary.
+    sets = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+    if not any(all((folder / file).is_file() for file in files) for files in sets):
+        wanted = ", ".join(" and ".join(files) for files in sets)
+        raise FileNotFoundError(f"{folder}: no tokenizer; it must hold one of {wanted}")
+    return tokenizer_class.from_pretrained(folder, local_files_only=True)
+
+
+def clean_prompt(text: str) -> str:
+    """A prompt as Wan pipelines clean it (diffusers, pipeline_wan.prompt_clean): ftfy's repairs if that is installed, HTML entities, spaces."""
+    import regex
+    from diffusers.utils import is_ftfy_available
+
+    if is_ftfy_available():
+        import ftfy
+
+        text = ftfy.fix_text(text)
+    text = html.unescape(html.unescape(text)).strip()
+    return regex.sub(r"\s+", " ", text).strip()
+
+
+class WanTextEncoder(TextEncoder):
+    """umT5 of a Wan pipeline folder: the rows of WanPipeline.encode_prompt without the zeros it pads with (data.text_length=512 adds those).
+
+    Prompts are cleaned as the pipeline cleans them; ftfy takes part only if it is installed, as there.
+
+    Args:
+        path: pipeline folder with model_index.json, text_encoder/ and tokenizer/.
+        max_length: tokens that captions are cut to, </s> included; also what they are padded to inside, which the last bits depend on.
+        dtype: "float32" or "bfloat16", of the model; embeddings are float32.
+        tokenizer_path: folder of the tokenizer, if it is not the pipeline's tokenizer/.
+    """
+
+    def __init__(self, path: str | Path, max_length: int = 512, device: str = "cpu", dtype: str = "float32", tokenizer_path: str | Path = ""):
+        self.path, self.max_length, self.dtype, self.tokenizer_path = str(path), max_length, dtype, str(tokenizer_path)
+        folder = Path(path)
+        index = read_index(folder)
+        self._tokenizer = load_tokenizer(index, "tokenizer", Path(tokenizer_path or folder / "tokenizer"))
+        self._model = load_t5(folder / "text_encoder", device, dtype)
+        self.width = self._model.config.d_model
+
+    def config_dict(self) -> dict:
+        config = {"kind": "wan", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+        return config | ({"tokenizer_path": self.tokenizer_path} if self.tokenizer_path else {})
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One (L, width) float32 CPU tensor per caption, of its real tokens; the empty caption is the single token </s>."""
+        if not captions:
+            return []
+        tokens = _tokens(self._tokenizer, [clean_prompt(caption) for caption in captions], self.max_length)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        states = self._model(ids.to(self._model.device), mask.to(self._model.device)).last_hidden_state.float().cpu()
+        return [row[:length].clone() for row, length in zip(states, mask.sum(1).tolist(), strict=True)]
+
+
+class Sd3TextEncoder(TextEncoder):
+    """Both CLIPs and the T5 of a Stable Diffusion 3 pipeline folder: StableDiffusion3Pipeline.encode_prompt.
+
+    A caption is 77 rows, both CLIPs' joined along the width and padded with zeros to that of the T5, then max_length rows of the T5. Padding tokens
+    are encoded like any other and kept, as models were trained. Its pooled vector is both CLIPs' projected text, joined.
+
+    Args:
+        path: pipeline folder with model_index.json, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/, and text_encoder_3/ and tokenizer_3/
+            unless model_index.json has text_encoder_3 as [null, null]: the T5's rows are then zeros, as in the pipeline.
+        max_length: tokens of the T5.
+        dtype: "float32" or "bfloat16", of the models; embeddings are float32.
+    """
+
+    def __init__(self, path: str | Path, max_length: int = 256, device: str = "cpu", dtype: str = "float32"):
+        self.path, self.max_length, self.dtype = str(path), max_length, dtype
+        folder = Path(path)
+        index = read_index(folder)
+        self._clips = [load_clip(folder / name, device, dtype) for name in ("text_encoder", "text_encoder_2")]
+        self._tokenizers = [load_tokenizer(index, name, folder / name) for name in ("tokenizer", "tokenizer_2")]
+        self._clip_length = self._tokenizers[0].model_max_length  # the pipeline takes the first one's for both
+        positions = min(clip.config.max_position_embeddings for clip in self._clips)
+        if self._clip_length > positions:
+            raise ValueError(
+                f"{folder}/tokenizer/tokenizer_config.json: model_max_length={self._clip_length}, "
+                f"but the CLIP models have {positions} positions; set it to that"
+            )
+        self._t5 = self._t5_tokenizer = None
+        if (index.get("text_encoder_3") or [None])[0] is None:
+            self.width = _joint_width(folder)
+        else:
+            if not (folder / "text_encoder_3").is_dir():
+                raise FileNotFoundError(
+                    f"{folder}/text_encoder_3 does not exist, but model_index.json names it; copy it there, "
+                    "or set text_encoder_3 to [null, null] in model_index.json to encode without it (zeros in its place)"
+                )
+            self._t5 = load_t5(folder / "text_encoder_3", device, dtype)
+            self._t5_tokenizer = load_tokenizer(index, "tokenizer_3", folder / "tokenizer_3")
+            self.width = self._t5.config.d_model
+        joined = sum(clip.config.hidden_size for clip in self._clips)
+        if joined > self.width:
+            raise ValueError(f"{folder}: the two CLIPs are {joined} wide together, more than the {self.width} of the text that they are padded to")
+
+    def config_dict(self) -> dict:
+        return {"kind": "sd3", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One (77 + max_length, width) float32 CPU tensor per caption."""
+        return self.encode_pooled(captions)[0]
+
+    @torch.no_grad()
+    def encode_pooled(self, captions: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
+        """The rows of encode, and (n, P) pooled vectors; without captions there are neither."""
+        if not captions:
+            return [], None
+        rows, pooled = zip(
+            *(self._clip(clip, tokenizer, captions) for clip, tokenizer in zip(self._clips, self._tokenizers, strict=True)), strict=True
+        )
+        joined = torch.cat(rows, -1)
+        joined = F.pad(joined, (0, self.width - joined.shape[-1]))
+        return list(torch.cat((joined, self._t5_rows(captions)), 1)), torch.cat(pooled, -1)
+
+    def _clip(self, clip: torch.nn.Module, tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(n, 77, D) of the layer before the last, (n, D') pooled and projected."""
+        ids = _tokens(tokenizer, list(captions), self._clip_length).input_ids
+        output = clip(ids.to(clip.device), output_hidden_states=True)
+        return output.hidden_states[-2].float().cpu(), output.text_embeds.float().cpu()
+
+    def _t5_rows(self, captions: Sequence[str]) -> Tensor:
+        if self._t5 is None:
+            return torch.zeros(len(captions), self.max_length, self.width)
+        ids = _tokens(self._t5_tokenizer, list(captions), self.max_length).input_ids
+        return self._t5(ids.to(self._t5.device)).last_hidden_state.float().cpu()  # without a mask, as in the pipeline
+
+
+def load_clip(folder: Path, device: str, dtype: str) -> torch.nn.Module:
+    """The frozen CLIPTextModelWithProjection of a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or none in safetensors.
+    """
+    import transformers
+
+    checked_model_folder(folder, "CLIPTextModelWithProjection")
+    model = transformers.CLIPTextModelWithProjection.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _tokens(tokenizer, captions: list[str], length: int):
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt")
+
+
+def _joint_width(folder: Path) -> int:
+    """Width of the text that the pipeline's transformer reads."""
+    file = folder / "transformer" / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; without text_encoder_3 the width of the text is read from it, copy it there")
+    return json.loads(file.read_text(encoding="utf-8"))["joint_attention_dim"]

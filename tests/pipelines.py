@@ -1,0 +1,133 @@
+"""Tiny diffusers pipelines with random weights, saved as diffusers saves them, and their tokenizers."""
+
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+PROMPTS = ["a red fox runs over the snow", "", "two steps to the left, then right", "the quick brown fox " * 200]
+
+
+def sentencepiece_folder(folder: Path) -> Path:
+    """spiece.model of a few words, with the special tokens of T5."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*PROMPTS[:3], "the quick brown fox jumps & runs <b>"] * 10),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=80,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=3,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    return folder
+
+
+def t5(kind: str, tokenizer, width: int) -> torch.nn.Module:
+    import transformers
+
+    config, model = {
+        "t5": (transformers.T5Config, transformers.T5EncoderModel),
+        "umt5": (transformers.UMT5Config, transformers.UMT5EncoderModel),
+    }[kind]
+    sizes = dict(d_model=width, d_kv=4, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    return model(config(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, **sizes)).eval()
+
+
+def wan_vae(**changes) -> torch.nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    numbers = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 1.0])
+    return AutoencoderKLWan(**{**dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), **numbers, **changes}).eval()
+
+
+def kl_vae(**changes) -> torch.nn.Module:
+    """SD3's settings but for the sizes: 4 x smaller pictures, 4 channels."""
+    from diffusers import AutoencoderKL
+
+    settings = dict(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return AutoencoderKL(**{**settings, **changes}).eval()
+
+
+def save_wan(folder: Path) -> Path:
+    """WanPipeline without a transformer, tokenizer as tokenizer.json."""
+    import transformers
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    torch.manual_seed(0)
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
+    pipeline = WanPipeline(tokenizer, t5("umt5", tokenizer, 16), wan_vae(), FlowMatchEulerDiscreteScheduler())
+    pipeline.save_pretrained(folder / "wan")
+    return folder / "wan"
+
+
+def clip_tokenizer():
+    """One token for each byte, alone or at a word's end, and a few merges; 77 tokens."""
+    import transformers
+
+    letters = [chr(i) for i in range(33, 127)]
+    merges = [("t", "h"), ("th", "e</w>"), ("f", "o"), ("fo", "x</w>"), ("r", "e"), ("re", "d</w>")]
+    names = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=77)
+
+
+def clip(tokenizer, width: int, pooled: int, eos: int) -> torch.nn.Module:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=pooled,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=1,
+    )
+    return transformers.CLIPTextModelWithProjection(config).eval()
+
+
+def save_sd3(folder: Path, with_t5: bool = True) -> Path:
+    """StableDiffusion3Pipeline: CLIPs 16 and 24 wide, text 48 wide, pooled text 20 + 28 = 48 wide."""
+    import transformers
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(1)
+    words = clip_tokenizer()
+    pieces = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
+    sizes = dict(num_layers=1, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, sample_size=8, pos_embed_max_size=8)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(in_channels=4, out_channels=4, joint_attention_dim=48, pooled_projection_dim=48, **sizes),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=kl_vae(),
+        text_encoder=clip(words, 16, 20, eos=2),  # as in SD3's config: 2 is no longer the token, the highest id is taken
+        tokenizer=words,
+        text_encoder_2=clip(words, 24, 28, eos=words.eos_token_id),
+        tokenizer_2=words,
+        text_encoder_3=t5("t5", pieces, 48) if with_t5 else None,
+        tokenizer_3=pieces if with_t5 else None,
+    )
+    pipeline.save_pretrained(folder / "sd3")
+    return folder / "sd3"
+
+
+def change_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
