@@ -66,14 +66,24 @@ def kl_vae(**changes) -> torch.nn.Module:
     return AutoencoderKL(**{**settings, **changes}).eval()
 
 
+def spread(module: torch.nn.Module) -> torch.nn.Module:
+    """Weights large enough that every part of the network shows in its output."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return module
+
+
 def save_wan(folder: Path) -> Path:
-    """WanPipeline without a transformer, tokenizer as tokenizer.json."""
+    """WanPipeline, tokenizer as tokenizer.json, scheduler as published."""
     import transformers
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(0)
     tokenizer = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
-    pipeline = WanPipeline(tokenizer, t5("umt5", tokenizer, 16), wan_vae(), FlowMatchEulerDiscreteScheduler())
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=2)
+    transformer = spread(WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=16, **sizes))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = WanPipeline(tokenizer, t5("umt5", tokenizer, 16), wan_vae(), scheduler, transformer)
     pipeline.save_pretrained(folder / "wan")
     return folder / "wan"
 
@@ -113,10 +123,12 @@ def save_sd3(folder: Path, with_t5: bool = True) -> Path:
     torch.manual_seed(1)
     words = clip_tokenizer()
     pieces = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
-    sizes = dict(num_layers=1, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, sample_size=8, pos_embed_max_size=8)
+    sizes = dict(num_layers=3, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, sample_size=8, pos_embed_max_size=8)
+    kinds = dict(dual_attention_layers=(0,), qk_norm="rms_norm")  # as 3.5 medium
+    transformer = SD3Transformer2DModel(in_channels=4, out_channels=4, joint_attention_dim=48, pooled_projection_dim=48, **sizes, **kinds)
     pipeline = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(in_channels=4, out_channels=4, joint_attention_dim=48, pooled_projection_dim=48, **sizes),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=spread(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl_vae(),
         text_encoder=clip(words, 16, 20, eos=2),  # as in SD3's config: 2 is no longer the token, the highest id is taken
         tokenizer=words,

@@ -1,142 +1,143 @@
-"""What we export, run by diffusers' own pipelines: one step gives exactly our one-step sample."""
+"""The whole way, at tiny size: a pipeline as it comes from a hub in, consistency distillation and APT, a one-step pipeline for diffusers out."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLWan,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from pipelines import save_sd3, save_wan
+from safetensors.torch import load_file
 
+from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.convert.command import Command, perform
+from megatron_apt.convert.exporter import Checkpoint
+from megatron_apt.data.digits import write_digit_clips, write_digit_images
+from megatron_apt.data.encode import EncodeConfig, encode
 from megatron_apt.models.condition import Condition
+from megatron_apt.models.text import open_text_encoder
+from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.sample import load_generator
 from megatron_apt.sampling import Sampler
+from megatron_apt.train import train
 
-TEXT = 12  # width of the text encoders
-WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "cat", "runs"]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=77)
-
-
-def spread(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights large enough that every part of the network shows in its output."""
-    for p in module.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return module
+PROMPT = "the quick fox runs"
 
 
 @pytest.fixture(scope="module")
-def wan_pipeline(tmp_path_factory):
-    """Folder of a tiny whole WanPipeline as it comes from a hub."""
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=TEXT, ffn_dim=20, num_layers=2
-    )
-    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
-    text = UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS), d_model=TEXT, d_kv=4, d_ff=16, num_layers=1, num_heads=3))
-    pipeline = WanPipeline(
-        tokenizer(), text, vae, UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), spread(transformer)
-    )
-    folder = tmp_path_factory.mktemp("hub") / "wan"
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def clip(width: int) -> CLIPTextModelWithProjection:
-    shape = {"hidden_size": width, "projection_dim": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(WORDS), eos_token_id=1, max_position_embeddings=77, **shape))
+def wan(tmp_path_factory):
+    return save_wan(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")
-def sd3_pipeline(tmp_path_factory):
-    """Folder of a tiny whole StableDiffusion3Pipeline, of the kind of 3.5 medium."""
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=TEXT,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        pos_embed_max_size=6,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4),
-        latent_channels=4,
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-    )
-    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=TEXT, d_kv=4, d_ff=16, num_layers=1, num_heads=3))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline = StableDiffusion3Pipeline(spread(transformer), scheduler, vae, clip(4), tokenizer(), clip(6), tokenizer(), t5, tokenizer())
-    folder = tmp_path_factory.mktemp("hub") / "sd3"
-    pipeline.save_pretrained(folder)
-    return folder
+def sd3(tmp_path_factory):
+    return save_sd3(tmp_path_factory.mktemp("hub"))
 
 
-def convert(mesh, *argv) -> int:
+def convert(mesh: Mesh, *argv) -> int:
     """As on the command line, but on the mesh of the tests."""
     return perform(tyro.cli(Command, args=list(map(str, argv))), mesh)
 
 
-def test_wan_pipeline_takes_our_one_step(wan_pipeline, mesh, tmp_path):
-    assert convert(mesh, "import", wan_pipeline, tmp_path / "run") == 0
-    assert convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", wan_pipeline, "--license", "apache-2.0") == 0
-    assert convert(mesh, "verify", tmp_path / "run", tmp_path / "out") == 0
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+def imported(mesh: Mesh, pipeline: Path, target: Path) -> RunConfig:
+    """Imports a pipeline's transformer; returns what its stages have in common."""
+    assert convert(mesh, "import", pipeline, target) == 0
+    assert convert(mesh, "verify", target, pipeline) == 0
+    model = Checkpoint.open(str(target)).model
+    return RunConfig(
+        model=model, iterations=2, global_batch=4, micro_batch=2, tensorboard=False, optimizer=OptimizerConfig(kind="adamw", lr=1e-3, ema=0.0)
+    )
+
+
+def trained(mesh: Mesh, config: RunConfig, output: Path, **changes) -> str:
+    train(replace(config, output=str(output), **changes), mesh)
+    return str(output)
+
+
+def one_step(mesh: Mesh, run: str, weights: str, z: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """Our sample of one latent (C, F, H, W), as `megatron-apt sample` makes it."""
+    return Sampler(load_generator(run, mesh, weights).model, mesh, condition, condition).one_step(z[None])[0]
+
+
+def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+@torch.no_grad()
+def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    base = imported(mesh, wan, tmp_path / "pretrained")
+    sources = {"images": write_digit_images(tmp_path / "png", count=6), "videos": write_digit_clips(tmp_path / "webm", count=6)}
+    for name, frames in (("images", 1), ("videos", 5)):
+        options = {"codec": "wan", "codec_path": str(wan), "text": str(wan), "allow_upscale": True}
+        encode(EncodeConfig(str(sources[name]), str(tmp_path / name), height=32, width=32, frames=frames, **options), progress=False)
+    pretrained, images, videos = (str(tmp_path / name) for name in ("pretrained", "images", "videos"))
+    with torch.enable_grad():
+        both = DataConfig(shards=(images, videos), text_length=512)
+        distilled = trained(mesh, base, tmp_path / "consistency", method="consistency", data=both, init=InitConfig(diffusion=pretrained))
+        heads = AptConfig(head_layers=(0.5, 1.0))
+        adversarial = replace(base, method="apt", apt=heads, optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9))
+        start = InitConfig(generator=distilled, diffusion=pretrained)
+        of_images = trained(mesh, adversarial, tmp_path / "image", data=replace(both, shards=(images,)), init=start)
+        start = InitConfig(generator=f"{of_images}:ema", diffusion=pretrained)
+        final = trained(
+            mesh,
+            adversarial,
+            tmp_path / "video",
+            data=replace(both, shards=(videos,)),
+            init=start,
+            apt=replace(heads, ar1_sigma=0.1, timestep_shift=12.0),
+        )
+    out = tmp_path / "one-step"
+    assert convert(mesh, "export", final, out, "--base", wan, "--discriminator", "--license", "apache-2.0") == 0
+    assert convert(mesh, "verify", final, out) == 0
+    pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, WanPipeline) and isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
-    z, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 9, TEXT)
+    z = torch.randn(4, 2, 4, 4)
     options = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0}
-    theirs = pipeline(prompt_embeds=text, latents=z, output_type="latent", **options).frames
-    loaded = load_generator(str(tmp_path / "run"), mesh, "raw")
-    ours = Sampler(loaded.model, mesh, Condition.pack([text[0]]), Condition.pack([text[0]])).one_step(z)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-    video = pipeline(prompt="a red cat runs", output_type="np", **options).frames
-    assert video.shape == (1, 5, 32, 32, 3)
-    card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n") and "text-to-video" in card
-    index = json.loads((tmp_path / "out/model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    theirs = pipeline(PROMPT, latents=z[None], output_type="latent", **options).frames[0]
+    condition = Condition.pack(open_text_encoder(wan).encode([PROMPT]), 512)
+    assert_equal(one_step(mesh, final, "ema", z, condition), theirs)
+    assert not torch.allclose(one_step(mesh, final, "raw", z, condition), theirs)
+    assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition), theirs)
+    assert pipeline(PROMPT, output_type="np", **options).frames.shape == (1, 5, 32, 32, 3)
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "method `apt`, 2 iterations of 4 samples" in card and videos in card
+    discriminator = load_file(out / "discriminator/model.safetensors")
+    assert {name.split(".")[0] for name in discriminator} == {"backbone", "heads", "norm_weight", "norm_bias", "logit"}
+    assert json.loads((out / "discriminator/config.json").read_text())["apt"]["head_layers"] == [0.5, 1.0]
 
 
-def test_sd3_pipeline_takes_our_one_step(sd3_pipeline, mesh, tmp_path):
-    assert convert(mesh, "import", sd3_pipeline, tmp_path / "run") == 0
-    assert convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", sd3_pipeline) == 0
-    assert convert(mesh, "verify", tmp_path / "run", tmp_path / "out") == 0
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+@torch.no_grad()
+def test_sd3_from_pipeline_to_pipeline(sd3, mesh, tmp_path):
+    from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+    base = imported(mesh, sd3, tmp_path / "pretrained")
+    pictures = write_digit_images(tmp_path / "png", count=6)
+    options = {"codec": "kl", "codec_path": str(sd3), "text": str(sd3), "allow_upscale": True}
+    encode(EncodeConfig(str(pictures), str(tmp_path / "images"), height=32, width=32, **options), progress=False)
+    pretrained = str(tmp_path / "pretrained")
+    with torch.enable_grad():
+        final = trained(
+            mesh,
+            base,
+            tmp_path / "apt",
+            method="apt",
+            data=DataConfig(shards=(str(tmp_path / "images"),), text_length=333),
+            init=InitConfig(generator=pretrained, diffusion=pretrained),
+            optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9),
+        )
+    out = tmp_path / "one-step"
+    assert convert(mesh, "export", final, out, "--base", sd3) == 0
+    assert convert(mesh, "verify", final, out) == 0
+    pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, StableDiffusion3Pipeline) and pipeline.scheduler.config.shift == 1.0
-    z, text, pooled = torch.randn(1, 4, 8, 10), torch.randn(1, 9, TEXT), torch.randn(1, 10)
-    options = {"height": 16, "width": 20, "num_inference_steps": 1, "guidance_scale": 1.0}
-    theirs = pipeline(prompt_embeds=text, pooled_prompt_embeds=pooled, latents=z, output_type="latent", **options).images
-    loaded = load_generator(str(tmp_path / "run"), mesh, "raw")
-    condition = replace(Condition.pack([text[0]]), pooled=pooled)
-    ours = Sampler(loaded.model, mesh, condition, condition).one_step(z.unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-    assert pipeline(prompt="a red cat runs", output_type="np", **options).images.shape == (1, 16, 20, 3)
+    z, options = torch.randn(4, 1, 8, 10), {"height": 32, "width": 40, "num_inference_steps": 1, "guidance_scale": 1.0}
+    theirs = pipeline(PROMPT, latents=z.transpose(0, 1), output_type="latent", **options).images[0]
+    text, pooled = open_text_encoder(sd3).encode_pooled([PROMPT])
+    condition = Condition.pack(text, 333, pooled)
+    assert_equal(one_step(mesh, final, "ema", z, condition).squeeze(1), theirs)
+    assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition).squeeze(1), theirs)
+    assert pipeline(PROMPT, output_type="np", **options).images.shape == (1, 32, 40, 3)
