@@ -2,9 +2,10 @@
 # Everything there is to measure on one GPU, in under eight minutes, without a network:
 #   bash tools/benchmarks/gpu.sh [FOLDER]
 # Writes FOLDER (runs/gpu): kernels.json, model.json, calibration.json, and report.md with every table. All are written as figures come.
-# Needs torch and Triton. The tests need pytest, hypothesis and megatron-core, the model megatron-core; pytest-xdist, Transformer Engine and diffusers
-# add what they make possible. On a machine without megatron-core bring its folder `megatron` and its .dist-info (read for the version where a test runs
-# on the CPU), the same release as in constraints.txt, on PYTHONPATH; it is plain Python. This package need not be installed.
+# Needs torch and Triton. The tests need pytest, hypothesis and megatron-core too, the model megatron-core; pytest-xdist, Transformer Engine and diffusers
+# add what they make possible. This package need not be installed. For a machine without megatron-core carry, of the release in constraints.txt, the folders
+# `megatron` and `megatron_core-*.dist-info` (one test runs on the CPU, where its version is asked for) and put them on PYTHONPATH by an absolute path; it is
+# plain Python.
 set -uo pipefail
 shopt -s extglob
 cd "$(dirname "$0")/../.."
@@ -30,12 +31,14 @@ if ! has cuda; then
 fi
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
 REVISION=$(git rev-parse --short HEAD 2>/dev/null || echo 'an unknown commit')
 if ! has megatron_apt.kernels.bench; then
   # Not installed: kernels/ is a part of the package by setup.py only, so lay the tree out as an installation would, and work there: Python looks for
   # packages in the current folder first.
-  TREE=$(mktemp -d)
-  trap 'rm -rf "$TREE"' EXIT
+  TREE=$SCRATCH/tree
+  mkdir "$TREE"
   cp -r megatron_apt tests tools pyproject.toml "$TREE"
   cp -r kernels "$TREE/megatron_apt/kernels"
   cd "$TREE"
@@ -47,9 +50,10 @@ run() { # run SECONDS TITLE COMMAND...
   local limit=$1 title=$2 rc=0
   shift 2
   printf '\n## %s\n\n' "$title"
-  # Interrupted, so that it says how far it came; killed if it does not listen.
-  timeout -s INT -k 10 "$limit" "$@" 2>&1 || rc=$?
-  if ((rc)); then echo "exit code $rc: $*"; fi
+  # Interrupted, and once (--foreground), so that it says how far it came; killed if it does not listen. Warnings would break up its table.
+  timeout --foreground -s INT -k 20 "$limit" "$@" 2>"$SCRATCH/stderr" || rc=$?
+  if [ -s "$SCRATCH/stderr" ]; then printf '\n'; tail -n 60 "$SCRATCH/stderr" | sed 's/^/    /'; fi
+  if ((rc)); then printf '\nexit code %s: %s\n' "$rc" "$*"; fi
 }
 tests() { run "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"; }
 
@@ -58,14 +62,14 @@ tests() { run "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"; }
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null
   if has pytest && has hypothesis && has megatron.core; then
     # Compiling for a GPU that need not be there is tested without one. These compile some 400 kernels for this one: in several processes, if they can.
-    tests 100 "Kernels against references" $(has xdist && echo "-n 12") tests/test_kernels_!(compile).py
-    tests 60 "APT on the GPU" tests/test_gpu.py
+    tests 85 "Kernels against references" $(has xdist && echo "-n 12") tests/test_kernels_!(compile).py
+    tests 70 "APT on the GPU" tests/test_gpu.py
   else
     printf '\nTests on the GPU not run: they need pytest, hypothesis and megatron-core.\n'
   fi
-  run 110 "Kernels" "$PYTHON" -m megatron_apt.kernels.bench --seconds 75 --json "$OUT/kernels.json"
+  run 100 "Kernels" "$PYTHON" -m megatron_apt.kernels.bench --seconds 70 --json "$OUT/kernels.json"
   if has megatron.core; then
-    run 140 "8B model" "$PYTHON" tools/benchmarks/gpu_model.py --seconds 85 --json "$OUT/model.json" --calibration "$OUT/calibration.json"
+    run 135 "8B model" "$PYTHON" tools/benchmarks/gpu_model.py --seconds 85 --json "$OUT/model.json" --calibration "$OUT/calibration.json"
   else
     printf '\n8B model not measured: it needs megatron-core.\n'
   fi
