@@ -313,6 +313,13 @@ def check_fits(config: RunConfig) -> None:
         _check_fp8(config)
     if config.method == "apt":
         _check_apt(config)
+    padded = {"wan": 512, "sd3": 77 + 256}.get(model.family, 0)
+    if padded and config.data.text_length != padded:
+        warnings.warn(
+            f"data.text_length={config.data.text_length}: diffusers' pipelines of model.family={model.family!r} pad captions to {padded} tokens, "
+            "which the model reads; train with the same, or an exported generator sees other captions than it was trained on",
+            stacklevel=2,
+        )
 
 
 def _check_fp8(config: RunConfig) -> None:

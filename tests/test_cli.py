@@ -99,6 +99,12 @@ def test_the_papers_examples_build():
     assert (apt.optimizer.kind, apt.optimizer.alpha, apt.optimizer.ema, apt.apt.ar1_lambda, apt.apt.ar1_sigma) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
 
 
+def test_captions_shorter_than_a_pipelines_are_noticed():
+    recipe = load_recipe(f"{Path(__file__).parents[1]}/examples/wan.py:consistency")
+    with pytest.warns(UserWarning, match="data.text_length=0: .* pad captions to 512 tokens"):
+        check_fits(replace(recipe, data=replace(recipe.data, text_length=0)))
+
+
 @pytest.mark.dist
 def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
     """The command of the README, on two tensor-parallel processes and on one."""
