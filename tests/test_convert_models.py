@@ -21,7 +21,7 @@ from megatron_apt.convert.wan import WAN
 from megatron_apt.data.batches import Batches
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium, sd35_large, sd35_medium, wan_1_3b, wan_14b, wan_14b_i2v
+from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium, sd35_large, sd35_medium, wan_1_3b, wan_5b, wan_14b, wan_14b_i2v
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.sample import load_generator
@@ -169,6 +169,7 @@ def test_presets_of_sd3_are_the_published_shapes(name, preset):
     ("family", "model", "billions"),
     [
         (WAN, wan_1_3b(), 1.42),
+        (WAN, wan_5b(), 5.00),
         (WAN, wan_14b(), 14.29),
         (WAN, wan_14b_i2v(), 16.39),
         (SD3, sd3_medium(), 2.03),
@@ -183,6 +184,17 @@ def test_presets_have_the_tensors_of_diffusers(mesh, family, model, billions):
     assert sum(p.numel() for p in reference.parameters()) == pytest.approx(billions * 1e9, rel=5e-3)
     mapped = {key: size for one in family.tensors(model, mesh) for key, size in one.theirs.items()}
     assert mapped == {key: t.shape for key, t in reference.state_dict().items()}
+
+
+@torch.no_grad()
+def test_a_time_for_every_token_is_the_samples_time_where_they_are_one(mesh):
+    """How diffusers calls Wan 2.2's 5B as text to video."""
+    original = theirs("wan", CONFIGS["wan"](0), seed=1)
+    inputs = WAN.example(shape("wan", CONFIGS["wan"](0)), 2, torch.Generator().manual_seed(0))
+    frames, rows, columns = (side // p for side, p in zip(inputs.latents.shape[2:], original.config.patch_size, strict=True))
+    each = (1000 * inputs.t)[:, None].expand(-1, frames * rows * columns)
+    want = original(inputs.latents, each, inputs.text, return_dict=False)[0]
+    torch.testing.assert_close(WAN.forward(original, inputs), want, rtol=1e-5, atol=1e-5)
 
 
 def test_every_norm_of_sd3_has_our_eps():

@@ -204,6 +204,14 @@ def wan_1_3b() -> ModelConfig:
     )
 
 
+def wan_5b() -> ModelConfig:
+    """Wan2.2-TI2V-5B as text to video; its latents have 48 channels and are 16 times smaller than the picture.
+
+    As image to video it takes a time for every token, which this package does not.
+    """
+    return replace(wan_1_3b(), width=3072, heads=24, mlp_width=14336, latent_channels=48)
+
+
 def wan_14b() -> ModelConfig:
     """Wan2.1-T2V-14B, and each of the two networks of Wan2.2-T2V-A14B."""
     return replace(wan_1_3b(), depth=40, width=5120, heads=40, mlp_width=13824)
