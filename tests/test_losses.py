@@ -162,9 +162,9 @@ def _plain_rms(call):
     """Runs `call` with the twice differentiable RMSNorm in place of the one with a backward of its own."""
     from megatron_apt.kernels import learnable_query_pooling, qk_norm_rope
     from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
-    from megatron_apt.models import mmdit
+    from megatron_apt.models import backbone
 
-    users = (mmdit, qk_norm_rope, learnable_query_pooling)
+    users = (backbone, qk_norm_rope, learnable_query_pooling)
     for module in users:
         module.rms_norm = rms_norm_reference
     try:
