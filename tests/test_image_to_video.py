@@ -215,6 +215,8 @@ def test_from_pipeline_to_pipeline(made, clips, pipeline_of, mesh, tmp_path, kin
     assert convert(mesh, "export", final, out, "--base", folder) == 0
     assert convert(mesh, "verify", final, out) == 0
     assert (out / "image_encoder").is_dir() == (out / "image_processor").is_dir() == KINDS[kind]
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-to-video" in card and "pipeline(image, prompt, " in card
     pipeline, dataset, z = pipeline_of(out), LatentShards(data), torch.randn(4, 2, 4, 6)
     frames, options = frames_of(clips), {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", **SIZE}
     theirs = pipeline(frames[1], PROMPT, latents=z[None], **options).frames[0]
