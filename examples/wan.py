@@ -8,6 +8,16 @@
     srun megatron-apt train examples/wan.py:video
     megatron-apt convert export runs/wan/video wan-one-step --base Wan2.1-T2V-1.3B-Diffusers
 
+Image to video with Wan2.1's 14B (one consistency and one APT stage, both on clips; a sample continues a given first frame):
+
+    megatron-apt convert import Wan2.1-I2V-14B-480P-Diffusers runs/wan/pretrained-i2v
+    megatron-apt encode --source clips/ --output data/videos-i2v --frames 49 --height 480 --width 832 --fps 16 --image-to-video \\
+        --codec wan --codec-path Wan2.1-I2V-14B-480P-Diffusers/vae --text Wan2.1-I2V-14B-480P-Diffusers
+    srun megatron-apt train examples/wan.py:consistency_i2v_14b
+    srun megatron-apt train examples/wan.py:video_i2v_14b
+    megatron-apt sample runs/wan/video-i2v-14b --image first.png --prompts "the boat leaves the harbour" --format mp4 --fps 16
+    megatron-apt convert export runs/wan/video-i2v-14b wan-i2v-one-step --base Wan2.1-I2V-14B-480P-Diffusers
+
 Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's. Batches are not: it had 1,024 GPUs. RMSProp's steps hardly
 depend on the size of a gradient, so smaller batches keep the learning rate and take noisier steps.
 """
@@ -15,9 +25,10 @@ depend on the size of a gradient, so smaller batches keep the learning rate and 
 from dataclasses import replace
 
 from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
-from megatron_apt.models.config import wan_1_3b, wan_14b
+from megatron_apt.models.config import wan_1_3b, wan_14b, wan_14b_i2v
 
 PRETRAINED = "runs/wan/pretrained"
+PRETRAINED_I2V = "runs/wan/pretrained-i2v"
 LENGTH = 512  # Wan reads captions padded with zeros to this, unmasked
 
 
@@ -88,3 +99,19 @@ def image_14b() -> RunConfig:
 def video_14b() -> RunConfig:
     """Stage 2 on clips."""
     return replace(_large(video()), init=InitConfig(generator="runs/wan/image-14b:ema", diffusion=PRETRAINED))
+
+
+def _image_to_video(config: RunConfig) -> RunConfig:
+    """On clips alone: a picture that is its own first frame leaves nothing to generate."""
+    return replace(config, model=wan_14b_i2v(), data=DataConfig(shards=("data/videos-i2v",), text_length=LENGTH))
+
+
+def consistency_i2v_14b() -> RunConfig:
+    """Stage 1."""
+    return replace(_image_to_video(consistency_14b()), output="runs/wan/consistency-i2v-14b", init=InitConfig(diffusion=PRETRAINED_I2V))
+
+
+def video_i2v_14b() -> RunConfig:
+    """Stage 2, from the distilled model."""
+    init = InitConfig(generator="runs/wan/consistency-i2v-14b", diffusion=PRETRAINED_I2V)
+    return replace(_image_to_video(video_14b()), output="runs/wan/video-i2v-14b", init=init)

@@ -79,6 +79,9 @@ class SampleConfig:
     """Run folder or iteration-* folder."""
     prompts: tuple[str, ...] = ()
     """One sample is made of each prompt for each seed; empty: the dataset's first captions."""
+    image: str = ""
+    """Image-to-video: picture (or video) whose first frame every prompt starts from, covered and cropped to the sample's size; empty: the
+    dataset's first captions start from their own first frames."""
     seeds: tuple[int, ...] = (0,)
     steps: int = 1
     """1: G(z). 2: the zero-shot two-step procedure of APT, for APT checkpoints. N: Euler steps."""

@@ -12,7 +12,8 @@ from megatron_apt import media
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.config import ParallelConfig
-from megatron_apt.data.shards import LatentShards
+from megatron_apt.data.batches import check_first_frames, first_frames
+from megatron_apt.data.shards import LatentShards, Sample
 from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
@@ -65,10 +66,12 @@ def sample_latents(loaded: Loaded, mesh: Mesh, condition: Condition, negative: C
     """Latents (n, C, F, H, W) of the condition's n samples; sample i starts from the noise of (seed, ids[i]).
 
     Args:
-        negative: of a single sample, for all.
+        negative: text of a single sample, for all; first frames are the condition's own.
         config: a SampleConfig.
     """
-    sampler = Sampler(loaded.model, mesh, condition.to(mesh.device), negative.repeat(len(condition.lengths)).to(mesh.device))
+    condition = condition.to(mesh.device)
+    negative = replace(negative.repeat(len(condition.lengths)).to(mesh.device), visual=condition.visual, image=condition.image)
+    sampler = Sampler(loaded.model, mesh, condition, negative)
     z = sample_noise(seed, ids.to(mesh.device), shape)
     if config.steps == 1 and not config.euler and config.guidance == 1.0:
         return sampler.one_step(z)
@@ -92,6 +95,8 @@ def sample_to_files(config) -> list[Path]:
     device = str(mesh.device)
     shape = (dataset.shapes[0][0], *(config.size or dataset.shapes[0][1:]))
     prompts = config.prompts or tuple(dict.fromkeys(dataset.captions))[:8]
+    codec = dataset.codec(device, config.decode_tiling)
+    pictures = _first_frames(config, loaded.model.model, dataset, codec, prompts, shape, device)
     encoder = dataset.text_encoder(device)
     texts, pooled = encoder.encode_pooled(list(prompts))
     for prompt, text in zip(prompts, texts, strict=True):
@@ -100,25 +105,50 @@ def sample_to_files(config) -> list[Path]:
     negative_text, negative_pooled = encoder.encode_pooled([config.negative_prompt])
     negative = Condition.pack(negative_text, loaded.text_length, negative_pooled)
     del encoder  # may hold more memory than the generator
-    codec = dataset.codec(device, config.decode_tiling)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    files, pictures = [], []
+    files, clips = [], []
     for seed, (number, prompt) in itertools.product(config.seeds, enumerate(prompts)):
         # A prompt's noise depends on its seed alone, so samples of one seed can be compared across prompts and checkpoints.
         condition = Condition.pack([texts[number]], loaded.text_length, None if pooled is None else pooled[number : number + 1])
+        condition = replace(condition, **pictures[number])
         latent = sample_latents(loaded, mesh, condition, negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
         frames = codec.decode(latent[0].cpu()).clamp(-1, 1)
         path = out / f"{number:03d}-{_file_name(prompt)}-seed{seed}.{config.format}"
         _write(frames, path, config)
         files.append(path)
-        pictures.append(frames)
-    if config.format == "png" and len(pictures) > 1:
+        clips.append(frames)
+    if config.format == "png" and len(clips) > 1:
         grid = out / "grid.png"
-        media.save_png_grid(torch.stack([p[:, 0] for p in pictures]), grid, columns=len(prompts), scale=config.scale)
+        media.save_png_grid(torch.stack([clip[:, 0] for clip in clips]), grid, columns=len(prompts), scale=config.scale)
         files.append(grid)
     print("\n".join(map(str, files)))
     return files
+
+
+def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prompts, shape, device: str) -> list[dict[str, Tensor]]:
+    """What each prompt's Condition has of a first frame: that of config.image, or of the dataset's first sample with this caption.
+
+    Raises:
+        ValueError: settings that do not fit the model, or each other.
+    """
+    if not (model.condition_channels or model.wan.image_width):
+        if config.image:
+            raise ValueError(f"image={config.image!r}: this model is given no first frame; leave it out")
+        return [{}] * len(prompts)
+    if config.image:
+        from megatron_apt.data.decode import Clip, decode_clip  # DALI, which only this needs
+
+        frames, height, width = codec.pixel_size(*shape[1:])
+        frame = decode_clip(Clip(Path(config.image), height, width, allow_upscale=True))
+        encoder = dataset.image_encoder(device) if model.wan.image_width else None
+        sample = Sample(0, frame, frame, "", given=codec.given(frame, frames), image=None if encoder is None else encoder.encode(frame))
+        return [first_frames([sample], model)] * len(prompts)
+    if config.prompts:
+        raise ValueError("this model is given a first frame: add --image FILE to --prompts, or leave both out for captions and frames of the dataset")
+    if config.size and config.size != dataset.shapes[0][1:]:
+        raise ValueError(f"size={config.size}: the dataset's first frames are of {dataset.shapes[0][1:]}; add --image FILE for another size")
+    return [first_frames([dataset[dataset.captions.index(prompt)]], model) for prompt in prompts]
 
 
 def _check_dataset(dataset: LatentShards, loaded: Loaded) -> None:
@@ -128,6 +158,7 @@ def _check_dataset(dataset: LatentShards, loaded: Loaded) -> None:
         raise ValueError(
             f"dataset {dataset.path}: latent channels and text width are {found}, the checkpoint's {needed}; give the dataset of its run"
         )
+    check_first_frames(dataset, model)
 
 
 def _file_name(prompt: str) -> str:

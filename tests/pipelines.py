@@ -88,6 +88,36 @@ def save_wan(folder: Path) -> Path:
     return folder / "wan"
 
 
+def save_wan_i2v(folder: Path, with_clip: bool) -> Path:
+    """WanImageToVideoPipeline: of Wan2.1 with a CLIP vision model 20 wide, of 257 tokens; of Wan2.2 (its first network) without."""
+    import transformers
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+
+    torch.manual_seed(2)
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=2)
+    image = dict(image_dim=20, added_kv_proj_dim=24) if with_clip else {}
+    channels = 4 + 4 + 4  # latents to denoise, mask, latents of the first frame
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5("umt5", tokenizer, 16),
+        vae=wan_vae(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}) if with_clip else None,
+        image_encoder=spread(clip_vision()) if with_clip else None,
+        transformer=spread(WanTransformer3DModel(in_channels=channels, out_channels=4, text_dim=16, **sizes, **image)),
+    )
+    pipeline.save_pretrained(folder / "wan-i2v")
+    return folder / "wan-i2v"
+
+
+def clip_vision() -> torch.nn.Module:
+    import transformers
+
+    sizes = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=2)
+    return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).eval()
+
+
 def clip_tokenizer():
     """One token for each byte, alone or at a word's end, and a few merges; 77 tokens."""
     import transformers

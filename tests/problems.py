@@ -1,6 +1,7 @@
 """Small problems with known data, for tests that compare one way of computing with another."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -9,7 +10,7 @@ from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.methods import METHODS
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.embeddings import patch_grid
+from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.layout import build_layout
 from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
@@ -44,10 +45,14 @@ def microbatch(
     texts = [torch.randn(length, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for length in text_lengths]
     null, negative = (torch.randn(2, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     pooled, *pooled_fixed = (_pooled(model, n, generator, dtype) for n in (len(shapes), 1, 1))
+    given, images = _first_frames(model, shapes, generator, dtype)
     rows = tuple(range(len(shapes))) if rows is None else tuple(rows)
     shapes, latents, texts = (tuple(values[i] for i in rows) for values in (shapes, latents, texts))
     tokens = pack_latents(shapes, model.patch, lambda some, _: torch.stack([latents[i] for i in some]))
     condition = Condition.pack(texts, pooled=None if pooled is None else pooled[list(rows)]).to(mesh.device)
+    pictures = {"visual": torch.cat([given[i] for i in rows])} if given else {}
+    pictures |= {"image": images[list(rows)]} if images is not None else {}
+    framed = partial(replace, **{name: value.to(mesh.device) for name, value in pictures.items()})
     layout = build_layout(tuple(patch_grid(s[1:], model.patch) for s in shapes), condition.lengths, mesh)
     return Microbatch(
         mesh=mesh,
@@ -56,9 +61,9 @@ def microbatch(
         sample_ids=rows,
         shapes=shapes,
         x=tokens.to(mesh.device, dtype).index_select(0, layout.visual.index),
-        condition=condition,
-        null=Condition.pack([null], pooled=pooled_fixed[0]).repeat(len(shapes)).to(mesh.device),
-        negative=Condition.pack([negative], pooled=pooled_fixed[1]).repeat(len(shapes)).to(mesh.device),
+        condition=framed(condition),
+        null=framed(Condition.pack([null], pooled=pooled_fixed[0]).repeat(len(shapes)).to(mesh.device)),
+        negative=framed(Condition.pack([negative], pooled=pooled_fixed[1]).repeat(len(shapes)).to(mesh.device)),
         seed=7,
         iteration=iteration,
         global_batch=global_batch,
@@ -70,6 +75,16 @@ def _pooled(model: ModelConfig, n: int, generator: torch.Generator, dtype: torch
     if model.family != "sd3":
         return None
     return torch.randn(n, model.pooled_width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _first_frames(model: ModelConfig, shapes, generator: torch.Generator, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Tokens of the channels each sample is given, and its image tokens (n, L, E), of models that read them."""
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    given = [patchify(normal(1, model.condition_channels, *shape[1:]), model.patch) for shape in shapes] if model.condition_channels else []
+    return given, normal(len(shapes), model.wan.image_tokens, model.wan.image_width) if model.wan.image_width else None
 
 
 def waken(networks: dict[str, Network], seed: int = 1) -> None:

@@ -93,6 +93,10 @@ def test_the_papers_examples_build():
     for stage in ("consistency", "image", "video"):
         for size in ("", "_14b"):
             check_fits(load_recipe(f"{examples}/wan.py:{stage}{size}"))
+    for stage in ("consistency", "video"):
+        config = load_recipe(f"{examples}/wan.py:{stage}_i2v_14b")
+        check_fits(config)
+        assert (config.model.condition_channels, config.model.wan.image_width) == (20, 1280)
     for name in ("consistency", "apt", "consistency_large", "apt_large"):
         check_fits(load_recipe(f"{examples}/sd35.py:{name}"))
     apt = load_recipe(f"{examples}/image.py:apt")

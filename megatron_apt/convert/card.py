@@ -17,12 +17,13 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     """
     config = state["config"]
     trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
-    optimizer = config["optimizer"]
+    optimizer, first_frame = config["optimizer"], config["model"].get("condition_channels", 0) > 0
+    task = "image-to-video" if first_frame else _TASKS.get(family.architecture, "text-to-video")
     lines = [
         "---",
         f"license: {license}",
         "library_name: diffusers",
-        f"pipeline_tag: {_TASKS.get(family.architecture, 'text-to-video')}",
+        f"pipeline_tag: {task}",
         "tags: [one-step, adversarial-post-training]" if one_step else "tags: [flow-matching]",
         "---",
         "",
@@ -35,7 +36,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
             "",
             "```python",
             "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
-            "pipeline(prompt, num_inference_steps=1, guidance_scale=1)",
+            f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, guidance_scale=1)",
             "```",
             "",
         ]

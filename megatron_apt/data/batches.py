@@ -5,12 +5,16 @@ in turn. What is left after the last full round is cut into one contiguous piece
 global batch need not be a multiple of anything; a rank whose piece is empty has one microbatch less.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from megatron_apt.config import DataConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
-from megatron_apt.data.shards import LatentShards, stack_pooled
+from megatron_apt.data.shards import LatentShards, Sample, stack_pooled
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
@@ -24,6 +28,38 @@ def deal(global_batch: int, micro_batch: int, ranks: int, rank: int) -> list[tup
     full = [((m * ranks + rank) * micro_batch, micro_batch) for m in range(rounds)]
     start, stop = chunk(rest, ranks, rank)
     return [*full, (global_batch - rest + start, stop - start)] if stop > start else full
+
+
+def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
+    """Raises ValueError if the model is given first frames that the dataset does not hold in its widths. More than the model reads is no harm."""
+    if model.condition_channels and not source.given_channels:
+        raise ValueError(
+            f"{source.path}: holds no first frames, model.condition_channels={model.condition_channels} reads them; "
+            "encode it with --image-to-video, or train a text-to-video model"
+        )
+    if model.condition_channels not in (0, source.given_channels):
+        raise ValueError(
+            f"{source.path}: first frames have {source.given_channels} channels (mask and latent), "
+            f"model.condition_channels={model.condition_channels}; encode with the VAE of the model's pipeline"
+        )
+    wanted = (model.wan.image_tokens, model.wan.image_width)
+    if model.wan.image_width and source.image_shape != wanted:
+        found = "no image tokens" if source.image_shape is None else "image tokens of {} x {}".format(*source.image_shape)
+        raise ValueError(
+            f"{source.path}: holds {found}, this model reads {wanted[0]} x {wanted[1]} (model.wan.image_tokens, image_width); "
+            "encode with --image-to-video and the image_encoder of its pipeline"
+        )
+
+
+def first_frames(samples: Sequence[Sample], model: ModelConfig) -> dict[str, Tensor]:
+    """Of the samples' Condition what the model reads of their first frames: `visual`, `image`, or nothing."""
+    pictures: dict[str, Tensor] = {}
+    if model.condition_channels:
+        shapes = tuple(tuple(sample.given.shape) for sample in samples)
+        pictures["visual"] = pack_latents(shapes, model.patch, lambda rows, _: torch.stack([samples[i].given for i in rows]))
+    if model.wan.image_width:
+        pictures["image"] = torch.stack([sample.image for sample in samples])
+    return pictures
 
 
 class Batches:
@@ -47,11 +83,6 @@ class Batches:
             raise ValueError(
                 f"global_batch={global_batch} in microbatches of micro_batch={micro_batch} on {mesh.dp.size} data-parallel ranks leaves one of "
                 f"{fewest}; this method needs {least} in each, use a multiple of {micro_batch * mesh.dp.size} with micro_batch of at least {least}"
-            )
-        if model.condition_channels or model.wan.image_width:
-            raise ValueError(
-                f"model.condition_channels={model.condition_channels}, model.wan.image_width={model.wan.image_width}: datasets hold no first "
-                "frames yet; a model conditioned on them can be converted and verified, not trained"
             )
         self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
         self.global_batch, self.parts = global_batch, everyone[mesh.dp.rank]
@@ -80,6 +111,7 @@ class Batches:
                 f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads {self.model.pooled_width} (of family sd3: "
                 "model.sd3.pooled_width); encode with the text encoders of its pipeline"
             )
+        check_first_frames(source, self.model)
 
     def iteration(self, iteration: int) -> list[Microbatch]:
         """This rank's microbatches of an iteration."""
@@ -95,6 +127,8 @@ class Batches:
         condition = Condition.pack([sample.text for sample in samples], self.data.text_length, stack_pooled(samples))
         layout = build_layout(tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh)
         datasets = [source for source, _ in places]
+        # What is dropped or replaced is the text: the empty and the negative caption keep a sample's own first frame, as in the pipelines.
+        pictures = {name: tensor.to(self.mesh.device, dtype) for name, tensor in first_frames(samples, self.model).items()}
         return Microbatch(
             mesh=self.mesh,
             patch=self.model.patch,
@@ -102,9 +136,9 @@ class Batches:
             sample_ids=tuple(index for _, index in places),
             shapes=shapes,
             x=tokens.to(self.mesh.device, dtype).index_select(0, layout.visual.index),
-            condition=condition.to(self.mesh.device),
-            null=self._fixed(datasets, "null"),
-            negative=self._fixed(datasets, "negative"),
+            condition=replace(condition.to(self.mesh.device), **pictures),
+            null=replace(self._fixed(datasets, "null"), **pictures),
+            negative=replace(self._fixed(datasets, "negative"), **pictures),
             seed=self.seed,
             iteration=iteration,
             global_batch=self.global_batch,

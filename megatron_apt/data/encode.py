@@ -19,6 +19,7 @@ from megatron_apt.data.manifest import Entry, read_entries
 from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.data.shards import TOKENIZER, EncodeStopped, OpenShard, ShardWriter, disk_full_named
 from megatron_apt.models.codec import VAE_CODECS, PixelCodec, PixelCodecConfig, VaeCodec
+from megatron_apt.models.pipeline_image import ClipImageEncoder, has_image_encoder
 from megatron_apt.models.text import BuiltinTextEncoder, TextEncoder, open_text_encoder, train_sentencepiece
 
 NEGATIVE_PROMPT = "blurry, distorted, low quality"
@@ -73,6 +74,12 @@ class EncodeConfig:
     """Folder of the tokenizer, if it is not in the Wan pipeline's tokenizer/ or beside the T5 or UMT5 encoder."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which text encoders of a folder run. Embeddings are kept in float32."""
+    image_to_video: bool = False
+    """Keep of each clip also what image-to-video models are given of its first frame (codec 'wan'): mask, latents, and the tokens of the image
+    encoder where there is one."""
+    image_encoder: str = ""
+    """Local folder of a pipeline with image_encoder/ and image_processor/ (Wan2.1 I2V; Wan2.2 has none); empty: the one given as text, if it has
+    them."""
     tokenizer: str = ""
     """Built-in text encoder: an existing sentencepiece model; empty trains one on the captions."""
     text_width: int = 64
@@ -97,6 +104,9 @@ class EncodeConfig:
         _check(self.codec in ("pixel", *VAE_CODECS), "codec", self.codec, "use 'pixel', 'wan' or 'kl'")
         _check(self.codec == "pixel" or bool(self.codec_path), "codec_path", self.codec_path, f"codec={self.codec!r} needs a local folder")
         _check(self.codec != "pixel" or not self.codec_tiling, "codec_tiling", self.codec_tiling, "applies to VAEs; leave it 0 with codec='pixel'")
+        _check(not self.image_to_video or self.codec == "wan", "image_to_video", self.image_to_video, f"needs codec='wan', not {self.codec!r}")
+        _check(not self.image_to_video or self.frames > 1, "frames", self.frames, "with image_to_video the first is given; encode clips of several")
+        _check(self.image_to_video or not self.image_encoder, "image_encoder", self.image_encoder, "applies with image_to_video; turn that on")
         _check(self.text != "builtin" or not self.text_tokenizer, "text_tokenizer", self.text_tokenizer, "text='builtin' has its own: use tokenizer")
         _check(self.fps == 0 or self.stride == 1, "stride", self.stride, f"applies only with fps=0, but fps={self.fps:g}; leave one of them out")
         _check(self.device in ("cpu", "cuda"), "device", self.device, "use 'cpu' or 'cuda'")
@@ -126,13 +136,15 @@ def encode(config: EncodeConfig, progress: bool = True) -> dict:
     _stop_if_too_many(config, writer, bad, len(entries))
     with disk_full_named(writer.folder):
         text_encoder = _text_encoder(config, writer, entries)
+    image_encoder = _image_encoder(config)
     with torch.inference_mode():
-        shards = _write_shards(config, writer, entries, codec, text_encoder, progress)
+        shards = _write_shards(config, writer, entries, codec, text_encoder, image_encoder, progress)
         conditions = _conditions(config, text_encoder)
     text_config = text_encoder.config_dict()
     if "tokenizer" in text_config:
         text_config["tokenizer"] = TOKENIZER  # relative, so that the folder can be moved
-    info = writer.finish(shards, codec.config_dict(), text_config, conditions)
+    first_frame = _first_frame(codec, image_encoder) if config.image_to_video else None
+    info = writer.finish(shards, codec.config_dict(), text_config, conditions, first_frame)
     if progress:
         Console(soft_wrap=True).print(f"{config.output}: {info['samples']} samples, {info['rejected']} rejected", highlight=False)
     return info
@@ -153,7 +165,7 @@ def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
     settings = dataclasses.asdict(config)
     for free in ("output", "max_rejected", "device"):
         del settings[free]
-    for added in ("codec_tiling", "text_tokenizer", "text_dtype"):
+    for added in ("codec_tiling", "text_tokenizer", "text_dtype", "image_to_video", "image_encoder"):
         if settings[added] == getattr(EncodeConfig, added):
             del settings[added]  # so that folders begun before there was this field continue
     if config.tokenizer:
@@ -193,13 +205,24 @@ def _text_encoder(config: EncodeConfig, writer: ShardWriter, entries: Sequence[E
     return BuiltinTextEncoder(file, config.text_width)
 
 
+def _image_encoder(config: EncodeConfig) -> ClipImageEncoder | None:
+    folder = config.image_encoder or (config.text if config.image_to_video and has_image_encoder(config.text) else "")
+    return ClipImageEncoder(str(Path(folder).resolve()), config.device) if folder else None
+
+
+def _first_frame(codec: VaeCodec, image_encoder: ClipImageEncoder | None) -> dict:
+    """What dataset.json says of the first frames."""
+    described: dict = {"channels": codec.given_channels}
+    return described if image_encoder is None else described | {"image": list(image_encoder.shape), "image_encoder": image_encoder.config_dict()}
+
+
 def _tokenizer_bytes(config: EncodeConfig) -> bytes:
     if not Path(config.tokenizer).is_file():
         raise FileNotFoundError(f"tokenizer={config.tokenizer!r} does not exist; give a sentencepiece model, or leave it empty to train one")
     return Path(config.tokenizer).read_bytes()
 
 
-def _write_shards(config: EncodeConfig, writer: ShardWriter, entries: list[Entry], codec, text_encoder, progress: bool) -> int:
+def _write_shards(config: EncodeConfig, writer: ShardWriter, entries: list[Entry], codec, text_encoder, image_encoder, progress: bool) -> int:
     """Writes the shards that are not there yet; returns how many the dataset has."""
     size = config.samples_per_shard
     shards = math.ceil(len(entries) / size)
@@ -215,7 +238,7 @@ def _write_shards(config: EncodeConfig, writer: ShardWriter, entries: list[Entry
             if done is None:
                 with writer.shard(number) as shard:
                     for part in _parts(config, members):
-                        _encode_part(config, shard, [(i, entries[i]) for i in part], codec, text_encoder)
+                        _encode_part(config, shard, [(i, entries[i]) for i in part], codec, text_encoder, image_encoder)
                         _stop_if_too_many(config, writer, rejected + shard.rejected, len(entries))
                         bar.advance(task, len(part))
                 done = {"index": shard.index, "rejected": shard.rejected}
@@ -236,14 +259,14 @@ def _parts(config: EncodeConfig, members: range) -> list[range]:
     return [members[i : i + step] for i in range(0, len(members), step)]
 
 
-def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int, Entry]], codec, text_encoder) -> None:
+def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int, Entry]], codec, text_encoder, image_encoder) -> None:
     usable = [(i, entry, _clip(config, entry)) for i, entry in members if entry.problem is None]
     decoded = iter(decode_clips([clip for _, _, clip in usable], "gpu" if config.device == "cuda" else "cpu"))
     texts = _encode_texts(sorted({entry.caption for _, entry, _ in usable}), text_encoder)
     for i, entry in members:
         pixels = entry.problem or next(decoded)
-        latent = None if isinstance(pixels, RejectedInput) else codec.encode(pixels)
-        if latent is not None and not latent.isfinite().all():
+        arrays = {} if isinstance(pixels, RejectedInput) else _encode_pixels(config, pixels, codec, image_encoder)
+        if not all(array.isfinite().all() for array in arrays.values()):
             pixels = RejectedInput(entry.path, "latent", "not finite", "the codec overflows on this file; remove it or run the codec in float32")
         if isinstance(pixels, RejectedInput):
             shard.reject(pixels)
@@ -252,7 +275,17 @@ def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int
         meta = {"source": str(entry.path), "size": [clip.frames, clip.height, clip.width]}
         meta |= {"start": clip.start, "fps": clip.fps, "stride": clip.stride}
         text, pooled = texts[entry.caption]
-        shard.add(f"{i:08d}", latent, text, entry.caption, meta, pooled)
+        shard.add(f"{i:08d}", arrays.pop("latent"), text, entry.caption, meta, pooled=pooled, **arrays)
+
+
+def _encode_pixels(config: EncodeConfig, pixels: Tensor, codec, image_encoder: ClipImageEncoder | None) -> dict[str, Tensor]:
+    """The arrays of a clip (3, F, H, W): its latent, and what is kept of its first frame."""
+    arrays = {"latent": codec.encode(pixels)}
+    if config.image_to_video:
+        arrays["given"] = codec.given(pixels[:, :1], config.frames)
+        if image_encoder is not None:
+            arrays["image"] = image_encoder.encode(pixels[:, :1])
+    return arrays
 
 
 def _clip(config: EncodeConfig, entry: Entry) -> Clip:

@@ -40,7 +40,8 @@ class Microbatch:
         sample_ids: index of each sample in its dataset, for messages.
         shapes: latent shape (C, F, H, W) of each sample.
         x: (T_visual, C * patch) clean latents, this rank's tokens.
-        condition, null, negative: each sample's own text, the empty caption and the fixed negative prompt, n of each.
+        condition, null, negative: each sample's own text, the empty caption and the fixed negative prompt, n of each; all with the sample's own
+            first frame, if the model is given one.
         global_batch: samples of the whole iteration, over which losses are averaged.
     """
 
@@ -153,7 +154,7 @@ def choose(a: Condition, b: Condition, take_a: list[bool]) -> Condition:
 
 
 def rolled(condition: Condition) -> Condition:
-    """Each sample's text given to the next sample: unmatched pairs."""
+    """Each sample's text given to the next sample: unmatched pairs. Pictures stay."""
     texts = condition.tokens.split(condition.lengths)
     texts = (texts[-1], *texts[:-1])
     return replace(condition, tokens=torch.cat(texts), lengths=tuple(len(t) for t in texts), pooled=condition.pooled.roll(1, 0))

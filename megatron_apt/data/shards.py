@@ -4,6 +4,8 @@
     index.jsonl             one line per sample: id, key, shard, [offset, size] of each member, latent shape, text length, caption
     shard-00000.tar         WebDataset: {key}.latent.npy (C, F, H, W) and {key}.text.npy (L, E), both float32, and {key}.json
                             with format 2 also {key}.pooled.npy (P,) float32, the text encoder's vector for the whole caption
+                            for image-to-video also {key}.given.npy (C', F, H, W), the mask and the latents of the first frame, and, if there
+                            was an image encoder, {key}.image.npy (L', E'), its tokens of that frame; dataset.json has "first_frame" then
     conditions.safetensors  text embeddings "null" (empty caption) and "negative" (the fixed negative prompt),
                             with format 2 also "null_pooled" and "negative_pooled"
     tokenizer.model         sentencepiece model of the built-in text encoder, so that new prompts can be encoded
@@ -30,9 +32,11 @@ from torch import Tensor
 
 from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.models.codec import load_codec
+from megatron_apt.models.pipeline_image import ClipImageEncoder, load_image_encoder
 from megatron_apt.models.text import load_text_encoder
 
 FORMAT, POOLED_FORMAT = 1, 2  # a reader of format 1 alone would take means for the pooled vectors it does not know
+ARRAYS = ("latent", "text", "pooled", "given", "image")  # of a sample; only the first two are in every dataset
 TOKENIZER = "tokenizer.model"
 CONDITIONS = "conditions.safetensors"
 AGAIN = "copy the folder again or encode again"
@@ -44,13 +48,18 @@ class EncodeStopped(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """latent (C, F, H, W), text (L, E), and pooled (P,) if the text encoder has it, float32; read-only, they may be shared with a cache."""
+    """latent (C, F, H, W), text (L, E), and pooled (P,) if the text encoder has it, float32; read-only, they may be shared with a cache.
+
+    For image-to-video also given (C', F, H, W), and image (L', E') if there was an image encoder.
+    """
 
     id: int
     latent: Tensor
     text: Tensor
     caption: str
     pooled: Tensor | None = None
+    given: Tensor | None = None
+    image: Tensor | None = None
 
 
 def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:
@@ -65,6 +74,8 @@ class LatentShards:
         captions, shapes: of every sample, in order; shapes are latent shapes (C, F, H, W).
         null_text, negative_text: (L, E) float32 embeddings of the empty caption and of the negative prompt.
         null_pooled, negative_pooled: (1, P) float32 pooled vectors of the two, or None without.
+        given_channels: C' of what is given of the first frame; 0 if the dataset holds no first frames.
+        image_shape: (L', E') of the image encoder's tokens, or None without.
         info: the contents of dataset.json.
 
     Args:
@@ -84,7 +95,10 @@ class LatentShards:
         conditions = load_file(self.path / self.info["conditions"])
         self.null_text, self.negative_text = conditions["null"], conditions["negative"]
         self.null_pooled, self.negative_pooled = conditions.get("null_pooled"), conditions.get("negative_pooled")
-        total = sum(line[member][1] for line in self._index for member in ("latent", "text", "pooled") if member in line)
+        first = self.info.get("first_frame", {})
+        self.given_channels: int = first.get("channels", 0)
+        self.image_shape: tuple[int, int] | None = tuple(first["image"]) if "image" in first else None
+        total = sum(line[member][1] for line in self._index for member in ARRAYS if member in line)
         self._cache: dict[int, Sample] | None = {} if total <= cache_bytes else None
 
     def __len__(self) -> int:
@@ -121,10 +135,14 @@ class LatentShards:
             config["tokenizer"] = str(self.path / config["tokenizer"])
         return load_text_encoder(config, device)
 
+    def image_encoder(self, device: str = "cpu") -> ClipImageEncoder | None:
+        """The image encoder of the first frames, or None without."""
+        return None if self.image_shape is None else load_image_encoder(self.info["first_frame"]["image_encoder"], device)
+
     def _check_shards(self) -> None:
         ends: dict[str, int] = {}
         for line in self._index:
-            members = [sum(line[member]) for member in ("latent", "text", "pooled", "meta") if member in line]
+            members = [sum(line[member]) for member in (*ARRAYS, "meta") if member in line]
             ends[line["shard"]] = max(ends.get(line["shard"], 0), *members)
         for shard, end in ends.items():
             file = self.path / shard
@@ -135,12 +153,16 @@ class LatentShards:
                 raise ValueError(f"{file} is truncated: it ends at byte {size}, index.jsonl has data up to {end}; {AGAIN}")
 
     def _read(self, index: int) -> Sample:
-        line = self._index[index]
+        line, latent = self._index[index], self.shapes[index]
+        shapes: dict[str, tuple[int, ...]] = {"latent": latent, "text": (line["text_length"], self.null_text.shape[1])}
+        if self.null_pooled is not None:
+            shapes["pooled"] = (self.pooled_width,)
+        if self.given_channels:
+            shapes["given"] = (self.given_channels, *latent[1:])
+        if self.image_shape is not None:
+            shapes["image"] = self.image_shape
         with open(self.path / line["shard"], "rb") as file:
-            latent = _read_array(file, line["latent"], tuple(line["latent_shape"]))
-            text = _read_array(file, line["text"], (line["text_length"], self.null_text.shape[1]))
-            pooled = None if self.null_pooled is None else _read_array(file, line["pooled"], (self.pooled_width,))
-        return Sample(index, latent, text, line["caption"], pooled)
+            return Sample(id=index, caption=line["caption"], **{name: _read_array(file, line[name], shape) for name, shape in shapes.items()})
 
 
 def _read_info(folder: Path) -> dict:
@@ -248,8 +270,12 @@ class ShardWriter:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def finish(self, shards: int, codec: dict, text_encoder: dict, conditions: dict[str, Tensor]) -> dict:
-        """Writes index, conditions (named as in the file), rejected.jsonl and, last, dataset.json; returns its contents."""
+    def finish(self, shards: int, codec: dict, text_encoder: dict, conditions: dict[str, Tensor], first_frame: dict | None = None) -> dict:
+        """Writes index, conditions (named as in the file), rejected.jsonl and, last, dataset.json; returns its contents.
+
+        Args:
+            first_frame: "channels" of given, and "image" (shape of its tokens) and "image_encoder" if there is one; None: no first frames.
+        """
         parts = [self.done(number) for number in range(shards)]
         index = [{"id": i, **line} for i, line in enumerate(line for part in parts for line in part["index"])]
         rejected = [line for part in parts for line in part["rejected"]]
@@ -261,6 +287,7 @@ class ShardWriter:
             "codec": codec,
             "text_encoder": text_encoder,
             "conditions": CONDITIONS,
+            **({} if first_frame is None else {"first_frame": first_frame}),
             "settings": self.settings,
         }
         self.commit("index.jsonl", _jsonl_bytes(index))
@@ -301,13 +328,12 @@ class OpenShard:
         self.name, self.index, self.rejected = name, [], []
         self._tar = tar
 
-    def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, pooled: Tensor | None = None) -> None:
-        """Appends a sample; key is its unique name, without dots (WebDataset cuts names at the first)."""
+    def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, **others: Tensor | None) -> None:
+        """Appends a sample; key is its unique name, without dots (WebDataset cuts names at the first), `others` are further arrays of ARRAYS."""
         line = {"key": key, "shard": self.name}
-        line["latent"] = self._member(f"{key}.latent.npy", _npy_bytes(latent))
-        line["text"] = self._member(f"{key}.text.npy", _npy_bytes(text))
-        if pooled is not None:
-            line["pooled"] = self._member(f"{key}.pooled.npy", _npy_bytes(pooled))
+        for name, array in {"latent": latent, "text": text, **others}.items():
+            if array is not None:
+                line[name] = self._member(f"{key}.{name}.npy", _npy_bytes(array))
         line["meta"] = self._member(f"{key}.json", _json_bytes({"key": key, "caption": caption, **meta}))
         self.index.append({**line, "latent_shape": list(latent.shape), "text_length": len(text), "caption": caption})
 

@@ -206,6 +206,34 @@ class WanCodec(VaeCodec):
         """Raises ValueError for sizes that do not fit."""
         return latent_shape_of((frames, height, width), self.latent_channels, self._temporal, self._spatial)
 
+    def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of the clips whose latents are of this size."""
+        return 1 + (frames - 1) * self._temporal, height * self._spatial, width * self._spatial
+
+    @property
+    def given_channels(self) -> int:
+        """Channels of `given`."""
+        return self._temporal + self.latent_channels
+
+    def given(self, frame: Tensor, frames: int) -> Tensor:
+        """What image-to-video models read beside a clip's latents, as WanImageToVideoPipeline.prepare_latents makes it.
+
+        A mask, 1 where a pixel frame is known, one channel for each pixel frame of a latent frame (the first frame stands alone, so it counts for
+        all of its latent frame's); then the latents of a clip of that frame and grey.
+
+        Args:
+            frame: (3, 1, H, W) in [-1, 1].
+            frames: pixel frames of the clip.
+
+        Returns:
+            (temporal + c, f, h, w) float32 on the CPU.
+        """
+        clip = torch.cat((frame, frame.new_zeros(3, frames - 1, *frame.shape[2:])), dim=1)
+        latent = self.encode(clip)
+        mask = latent.new_zeros(self._temporal, *latent.shape[1:])
+        mask[:, 0] = 1
+        return torch.cat((mask, latent))
+
     def _tile(self, side: int) -> None:
         self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
 
