@@ -13,7 +13,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
-from megatron_apt.data.shards import LatentShards, Sample
+from megatron_apt.data.shards import LatentShards
 from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
@@ -142,13 +142,13 @@ def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prom
         frames, height, width = codec.pixel_size(*shape[1:])
         frame = decode_clip(Clip(Path(config.image), height, width, allow_upscale=True))
         encoder = dataset.image_encoder(device) if model.wan.image_width else None
-        sample = Sample(0, frame, frame, "", given=codec.given(frame, frames), image=None if encoder is None else encoder.encode(frame))
-        return [first_frames([sample], model)] * len(prompts)
+        image = None if encoder is None else encoder.encode(frame)
+        return [first_frames([(codec.given(frame, frames), image)], model)] * len(prompts)
     if config.prompts:
         raise ValueError("this model is given a first frame: add --image FILE to --prompts, or leave both out for captions and frames of the dataset")
     if config.size and config.size != dataset.shapes[0][1:]:
         raise ValueError(f"size={config.size}: the dataset's first frames are of {dataset.shapes[0][1:]}; add --image FILE for another size")
-    return [first_frames([dataset[dataset.captions.index(prompt)]], model) for prompt in prompts]
+    return [first_frames([dataset[dataset.captions.index(prompt)].first_frame], model) for prompt in prompts]
 
 
 def _check_dataset(dataset: LatentShards, loaded: Loaded) -> None:

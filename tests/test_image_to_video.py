@@ -25,7 +25,8 @@ from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, WanConfig
 from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.pipeline_image import ClipImageEncoder
-from megatron_apt.sample import sample_to_files
+from megatron_apt.sample import load_generator, sample_latents, sample_to_files
+from megatron_apt.sampling import sample_noise
 
 KINDS = {"clip": True, "plain": False}  # as Wan2.1 and as Wan2.2
 SIZE = {"height": 32, "width": 48}
@@ -221,11 +222,17 @@ def test_from_pipeline_to_pipeline(made, clips, pipeline_of, mesh, tmp_path, kin
     frames, options = frames_of(clips), {"num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", **SIZE}
     theirs = pipeline(frames[1], PROMPT, latents=z[None], **options).frames[0]
     text = Condition.pack(dataset.text_encoder().encode([PROMPT]), 512)
-    condition = replace(text, **first_frames([dataset[1]], base.model))
+    condition = replace(text, **first_frames([dataset[1].first_frame], base.model))
     assert_equal(one_step(mesh, final, "ema", z, condition), theirs)
-    other = replace(text, **first_frames([dataset[2]], base.model))
+    other = replace(text, **first_frames([dataset[2].first_frame], base.model))
     assert not torch.allclose(one_step(mesh, final, "ema", z, other), theirs, atol=1e-3)
     assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition), theirs, atol=1e-3)
+    # Guided, which evaluates the negative caption beside the same first frame.
+    shape, ids, null = (4, 2, 4, 6), torch.zeros(1, dtype=torch.int64), Condition.pack(dataset.text_encoder().encode([""]), 512)
+    guided = SampleConfig("", guidance=3.0, euler=True)
+    ours = sample_latents(load_generator(final, mesh), mesh, condition, null, shape, ids, 0, guided)[0]
+    theirs = pipeline(frames[1], PROMPT, "", latents=sample_noise(0, ids, shape), **{**options, "guidance_scale": 3.0}).frames[0]
+    assert_equal(ours, theirs)
     sampled(final, data, frames[1], tmp_path)
 
 

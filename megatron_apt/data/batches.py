@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_apt.config import DataConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
-from megatron_apt.data.shards import LatentShards, Sample, stack_pooled
+from megatron_apt.data.shards import LatentShards, stack_pooled
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid
@@ -51,14 +51,19 @@ def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
         )
 
 
-def first_frames(samples: Sequence[Sample], model: ModelConfig) -> dict[str, Tensor]:
-    """Of the samples' Condition what the model reads of their first frames: `visual`, `image`, or nothing."""
+def first_frames(frames: Sequence[tuple[Tensor | None, Tensor | None]], model: ModelConfig) -> dict[str, Tensor]:
+    """The fields `visual` and `image` of samples' Condition, as far as the model reads them.
+
+    Args:
+        frames: (given, image) of each sample, as in Sample.
+    """
+    given, images = zip(*frames, strict=True)
     pictures: dict[str, Tensor] = {}
     if model.condition_channels:
-        shapes = tuple(tuple(sample.given.shape) for sample in samples)
-        pictures["visual"] = pack_latents(shapes, model.patch, lambda rows, _: torch.stack([samples[i].given for i in rows]))
+        shapes = tuple(tuple(one.shape) for one in given)
+        pictures["visual"] = pack_latents(shapes, model.patch, lambda rows, _: torch.stack([given[i] for i in rows]))
     if model.wan.image_width:
-        pictures["image"] = torch.stack([sample.image for sample in samples])
+        pictures["image"] = torch.stack(images)
     return pictures
 
 
@@ -128,7 +133,8 @@ class Batches:
         layout = build_layout(tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh)
         datasets = [source for source, _ in places]
         # What is dropped or replaced is the text: the empty and the negative caption keep a sample's own first frame, as in the pipelines.
-        pictures = {name: tensor.to(self.mesh.device, dtype) for name, tensor in first_frames(samples, self.model).items()}
+        pictures = first_frames([sample.first_frame for sample in samples], self.model)
+        pictures = {name: tensor.to(self.mesh.device, dtype) for name, tensor in pictures.items()}
         return Microbatch(
             mesh=self.mesh,
             patch=self.model.patch,

@@ -61,6 +61,10 @@ class Sample:
     given: Tensor | None = None
     image: Tensor | None = None
 
+    @property
+    def first_frame(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.given, self.image
+
 
 def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:
     """(n, P) pooled vectors of samples of datasets that all have them, or None where none has: what Condition.pack takes."""
