@@ -1,13 +1,14 @@
 """The whole way, at tiny size: a pipeline as it comes from a hub in, consistency distillation and APT, a one-step pipeline for diffusers out."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
-from pipelines import save_sd3, save_wan
+from pipelines import change_json, save_sd3, save_wan
 from safetensors.torch import load_file
 
 from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
@@ -108,6 +109,20 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
     discriminator = load_file(out / "discriminator/model.safetensors")
     assert {name.split(".")[0] for name in discriminator} == {"backbone", "heads", "norm_weight", "norm_bias", "logit"}
     assert json.loads((out / "discriminator/config.json").read_text())["apt"]["head_layers"] == [0.5, 1.0]
+
+
+def test_a_second_network_stays_behind(wan, mesh, tmp_path):
+    """Wan2.2's pipelines have one more for little noise."""
+    from diffusers import WanPipeline
+
+    two = shutil.copytree(wan, tmp_path / "two")
+    shutil.copytree(two / "transformer", two / "transformer_2")
+    change_json(two / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875)
+    imported(mesh, two, tmp_path / "run")
+    assert convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", two) == 0
+    pipeline = WanPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.transformer_2 is None and not (tmp_path / "out/transformer_2").exists()
+    pipeline(PROMPT, num_frames=5, height=32, width=32, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
 
 
 @torch.no_grad()

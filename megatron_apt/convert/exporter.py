@@ -145,8 +145,10 @@ def export_pipeline(
         export_discriminator(checkpoint, work / "discriminator", dtype, moved, shard_bytes)
     store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
     if index is not None:
+        # Wan2.2's second network takes over at less noise than a single step ever sees.
+        index |= {name: value for name, value in (("transformer_2", [None, None]), ("boundary_ratio", None)) if name in index}
         for part in index:
-            if (source := Path(base, part)).is_dir() and part not in ("transformer", "scheduler"):
+            if (source := Path(base, part)).is_dir() and part not in ("transformer", "transformer_2", "scheduler"):
                 shutil.copytree(source, work / part, dirs_exist_ok=True)
         index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
         store.write_atomically(work / "model_index.json", json.dumps(index, indent=2) + "\n")
