@@ -12,6 +12,9 @@ def _check(condition: bool, field_name: str, value: object, remedy: str) -> None
         raise ValueError(f"{field_name}={value!r}: {remedy}")
 
 
+CAPTIONS = {"wan": 512, "sd3": 77 + 256}  # tokens that the pipelines of a family of models pad captions to
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """The mesh. Data parallelism takes the processes that tp x cp x pp leaves."""
@@ -313,7 +316,7 @@ def check_fits(config: RunConfig) -> None:
         _check_fp8(config)
     if config.method == "apt":
         _check_apt(config)
-    padded = {"wan": 512, "sd3": 77 + 256}.get(model.family, 0)
+    padded = CAPTIONS.get(model.family, 0)
     if padded and config.data.text_length != padded:
         warnings.warn(
             f"data.text_length={config.data.text_length}: diffusers' pipelines of model.family={model.family!r} pad captions to {padded} tokens, "

@@ -1,6 +1,7 @@
 """The networks of a run with their optimisers and averages, and how their state enters and leaves checkpoints."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,13 +196,26 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     keys, wanted = {}, {}
     for name, p in module.named_parameters():
         keys[name] = f"generator.ema.{name}" if kind == "ema" and not p.fixed else f"generator.{name}"
-        room = torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        wanted[keys[name]] = store.sharded(keys[name], room, p, mesh, mesh.dp_cp.rank)
-    loaded = store.load(folder, wanted)
+        wanted[name] = p
     shards = network.shards if network is not None else None
     names = {id(p): name for name, p in zip(shards.names, shards.parameters, strict=True)} if shards else {}
-    for name, parameter in module.named_parameters():
-        parameter.copy_(loaded[keys[name]])
-        if id(parameter) in names:
-            shards.set_master(names[id(parameter)], loaded[keys[name]])
+    for part in _parts(wanted, 2**28 if mesh.world.size == 1 else math.inf):  # ranks that hold different parameters must load together
+        room = {name: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32), device="cpu") for name, p in part.items()}
+        loaded = store.load(folder, {keys[name]: store.sharded(keys[name], room[name], p, mesh, mesh.dp_cp.rank) for name, p in part.items()})
+        for name, p in part.items():
+            p.copy_(loaded[keys[name]])
+            if id(p) in names:
+                shards.set_master(names[id(p)], loaded[keys[name]])
     return f"{folder}:{kind}"
+
+
+def _parts(parameters: dict[str, nn.Parameter], bytes_at_once: float) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters in groups of about so many bytes in fp32."""
+    part: dict[str, nn.Parameter] = {}
+    for name, p in parameters.items():
+        part[name] = p
+        if 4 * sum(q.numel() for q in part.values()) >= bytes_at_once:
+            yield part
+            part = {}
+    if part:
+        yield part

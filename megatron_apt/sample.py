@@ -90,6 +90,8 @@ def sample_to_files(config) -> list[Path]:
         raise ValueError(f"steps={config.steps}: give at least 1")
     mesh = startup.start(ParallelConfig())
     loaded = load_generator(config.checkpoint, mesh, config.weights)
+    if not (config.dataset or loaded.shards):
+        raise ValueError(f"{config.checkpoint}: was trained on no dataset, whose codec and text encoder samples need; give one with --dataset")
     dataset = LatentShards(config.dataset or loaded.shards[0])
     _check_dataset(dataset, loaded)
     device = str(mesh.device)

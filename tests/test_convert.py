@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+import yaml
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
@@ -149,8 +150,15 @@ def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
 
         return apply
 
+    def without(field):
+        config = json.loads((wan / "config.json").read_text())
+        return lambda folder: (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != field}))
+
+    attempt(without("num_layers"), r"broken: config\.json lacks num_layers, which a WanTransformer3DModel has")
+    attempt(with_config(patch_size=2), r"broken: no WanTransformer3DModel that can be converted")
+    attempt(with_config(_class_name=["a"]), r"_class_name=\['a'\] is not known")
     attempt(with_config(_class_name="UNet"), r"_class_name='UNet' is not known; there are WanTransformer3DModel")
-    attempt(with_config(qk_norm=None), r"qk_norm=None of a WanTransformer3DModel is not supported", ValueError)
+    attempt(with_config(qk_norm=None), r"qk_norm=None of a WanTransformer3DModel is not supported")
     attempt(with_config(num_layers=3), r"lacks blocks\.2\.\S+, .* and \d+ more; config\.json describes another model")
     attempt(with_config(ffn_dim=36), r"blocks\.0\.ffn\.net\.0\.proj\.weight has shape \(37, 48\), config\.json asks for \(36, 48\)")
     attempt(with_tensors(lambda t: t.pop("proj_out.bias")), r"lacks proj_out\.bias")
@@ -218,6 +226,30 @@ def test_an_interrupted_import_goes_on_where_it_was(mesh, wan, tmp_path):
     assert all(torch.equal(a, tensors(out / "transformer")[name]) for name, a in tensors(wan).items())
 
 
+@pytest.mark.parametrize("step", ["import.json", "state.json", store.SUMS, "latest"])
+def test_an_import_killed_at_any_of_its_last_steps_goes_on(mesh, wan, tmp_path, monkeypatch, step):
+    write = store.write_atomically
+
+    def dies(path, text):
+        if path.name == step:
+            path.with_name(path.name + ".tmp").write_text(text[:10])
+            raise Killed
+        write(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store, "write_atomically", dies)
+        imported(wan, tmp_path / "run", mesh)
+    folder = imported(wan, tmp_path / "run", mesh)
+    assert store.latest(tmp_path / "run") == folder and store.damages(folder) == []
+    with pytest.raises(ConvertError, match="holds checkpoints already"):
+        imported(wan, tmp_path / "run", mesh)
+
+
+def test_two_imports_do_not_meet(mesh, wan, tmp_path):
+    with store.lock(tmp_path / "run/checkpoints/.import.lock"), pytest.raises(store.CheckpointError, match="another process is writing here"):
+        imported(wan, tmp_path / "run", mesh)
+
+
 def test_an_import_of_another_source_starts_anew(mesh, wan, tmp_path):
     with pytest.raises(ConvertError, match=r"part-\d+\.tmp: could not be written \(Killed"):
         imported(wan, tmp_path / "run", mesh, part_bytes=2**14, moved=_die)
@@ -262,7 +294,26 @@ def test_a_trained_checkpoint_is_exported_in_the_dtype_asked_for(mesh, wan, tmp_
     folder = imported(wan, tmp_path / "run", mesh)
     out = exported(folder, tmp_path / "out", mesh, dtype="float16")
     assert {t.dtype for t in tensors(out / "transformer").values()} == {torch.float16}
+    card = (out / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other" and str(tmp_path) not in card
     with pytest.raises(store.CheckpointError, match="keeps no average"):
         Checkpoint.open(str(folder), "ema")
     with pytest.raises(ConvertError, match="holds no discriminator"):
         exported(folder, tmp_path / "other", mesh, discriminator=True)
+
+
+def test_numbers_that_float16_does_not_hold_are_named(mesh, wan, tmp_path):
+    held = tensors(wan)
+    held["proj_out.bias"][3] = 1e5
+    for file in wan.glob("*.safetensors*"):
+        file.unlink()
+    save_file(held, wan / "model.safetensors")
+    folder = imported(wan, tmp_path / "run", mesh)
+    with pytest.raises(ConvertError, match=r"generator\.final\.linear\.bias has numbers beyond float16"):
+        exported(folder, tmp_path / "out", mesh, dtype="float16")
+
+
+def test_any_licence_is_one_field_of_the_card(mesh, wan, tmp_path):
+    out = exported(imported(wan, tmp_path / "run", mesh), tmp_path / "out", mesh, license="other: x\ntags: [y]")
+    head = yaml.safe_load((out / "README.md").read_text().split("\n---\n")[0].removeprefix("---"))
+    assert head["license"] == "other: x\ntags: [y]" and head["tags"] == ["flow-matching"]

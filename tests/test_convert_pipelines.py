@@ -12,6 +12,7 @@ from pipelines import change_json, save_sd3, save_wan
 from safetensors.torch import load_file
 
 from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.convert import ConvertError
 from megatron_apt.convert.command import Command, perform
 from megatron_apt.convert.exporter import Checkpoint
 from megatron_apt.data.digits import write_digit_clips, write_digit_images
@@ -28,7 +29,11 @@ PROMPT = "the quick fox runs"
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    return save_wan(tmp_path_factory.mktemp("hub"))
+    """With a second network for little noise, as Wan2.2 has."""
+    folder = save_wan(tmp_path_factory.mktemp("hub"))
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    change_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,7 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
     assert convert(mesh, "verify", final, out) == 0
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, WanPipeline) and isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert pipeline.transformer_2 is None and not (out / "transformer_2").exists()
     z = torch.randn(4, 2, 4, 4)
     options = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0}
     theirs = pipeline(PROMPT, latents=z[None], output_type="latent", **options).frames[0]
@@ -105,24 +111,38 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
     assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition), theirs)
     assert pipeline(PROMPT, output_type="np", **options).frames.shape == (1, 5, 32, 32, 3)
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n") and "method `apt`, 2 iterations of 4 samples" in card and videos in card
+    assert card.startswith('---\nlicense: "apache-2.0"\n') and "method `apt`, 2 iterations of 4 samples" in card and "`videos`" in card
     discriminator = load_file(out / "discriminator/model.safetensors")
     assert {name.split(".")[0] for name in discriminator} == {"backbone", "heads", "norm_weight", "norm_bias", "logit"}
     assert json.loads((out / "discriminator/config.json").read_text())["apt"]["head_layers"] == [0.5, 1.0]
 
 
-def test_a_second_network_stays_behind(wan, mesh, tmp_path):
-    """Wan2.2's pipelines have one more for little noise."""
-    from diffusers import WanPipeline
+def test_a_model_of_many_steps_keeps_its_scheduler(wan, mesh, tmp_path):
+    from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 
-    two = shutil.copytree(wan, tmp_path / "two")
-    shutil.copytree(two / "transformer", two / "transformer_2")
-    change_json(two / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875)
-    imported(mesh, two, tmp_path / "run")
-    assert convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", two) == 0
-    pipeline = WanPipeline.from_pretrained(tmp_path / "out")
-    assert pipeline.transformer_2 is None and not (tmp_path / "out/transformer_2").exists()
-    pipeline(PROMPT, num_frames=5, height=32, width=32, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    imported(mesh, wan, tmp_path / "run")
+    assert convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", wan) == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(pipeline.scheduler, UniPCMultistepScheduler) and pipeline.transformer_2 is not None
+    assert pipeline.config.boundary_ratio == 0.875
+
+
+def test_what_cannot_be_a_base_is_named(wan, sd3, mesh, tmp_path):
+    imported(mesh, wan, tmp_path / "run")
+
+    def attempt(change, message):
+        base = shutil.copytree(wan, tmp_path / "base", dirs_exist_ok=True)
+        change(base)
+        with pytest.raises(ConvertError, match=message):
+            convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", base)
+        assert not (tmp_path / "out").exists()
+
+    attempt(lambda base: change_json(base / "transformer/config.json", in_channels=8), "condition_channels is 4, of this checkpoint 0")
+    attempt(lambda base: change_json(base / "model_index.json", **{"../escape": ["diffusers", "X"]}), r"'\.\./escape' names no part")
+    attempt(lambda base: shutil.rmtree(base / "vae"), r"names vae, and \S+ is not there")
+    attempt(lambda base: (base / "model_index.json").write_text("[]"), "is not a JSON object")
+    with pytest.raises(ConvertError, match="not a WanTransformer3DModel"):
+        convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", sd3)
 
 
 @torch.no_grad()

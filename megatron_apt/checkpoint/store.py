@@ -11,6 +11,8 @@ previous commit whole. Everything of ours that is not a tensor is JSON. torch_di
 names nothing but the classes such an index is made of; common.pt, which is empty here, is read by torch with weights_only.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -60,6 +62,22 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Held by one process at a time; let go when it ends, however that happens.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{file}: another process is writing here; wait for it, or give another target") from None
+        yield
 
 
 def sync(path: Path) -> None:

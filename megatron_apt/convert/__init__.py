@@ -16,7 +16,7 @@ def family_of(config: dict, where: str) -> Family:
         ConvertError: an architecture that is not known.
     """
     found = config.get("_class_name")
-    if found not in FAMILIES:
+    if not isinstance(found, str) or found not in FAMILIES:
         raise ConvertError(f"{where}: _class_name={found!r} is not known; there are {', '.join(FAMILIES)}")
     return FAMILIES[found]
 

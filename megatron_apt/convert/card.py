@@ -1,6 +1,7 @@
 """The model card of an exported generator: what it is, what made it, how to run it."""
 
 import json
+from pathlib import Path
 
 from megatron_apt.convert.family import Family
 
@@ -21,7 +22,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     task = "image-to-video" if first_frame else _TASKS.get(family.architecture, "text-to-video")
     lines = [
         "---",
-        f"license: {license}",
+        f"license: {json.dumps(license)}",
         "library_name: diffusers",
         f"pipeline_tag: {task}",
         "tags: [one-step, adversarial-post-training]" if one_step else "tags: [flow-matching]",
@@ -30,7 +31,9 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         f"# {'One-step generator' if one_step else 'Flow-matching model'} ({family.architecture})",
         "",
     ]
-    if one_step:
+    if one_step and not base:
+        lines += ["Makes a sample in one evaluation, without guidance: one Euler step from noise to data, x = z - v(z, 1).", ""]
+    elif one_step:
         lines += [
             "Makes a sample in one evaluation, without guidance: the scheduler beside it takes one Euler step from noise to data, x = z - v(z, 1).",
             "",
@@ -49,9 +52,16 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         if config["method"] == "apt":
             apt = config["apt"]
             lines.append(f"- loss `{apt['loss']}`, aR1 with sigma {apt['ar1_sigma']} and lambda {apt['ar1_lambda']}")
-    lines += [f"- {role} started from `{source}`" for role, source in state["sources"].items() if source]
-    lines += [f"- other parts of the pipeline copied from `{base}`"] if base else []
-    lines += ["", "## Data", "", *([f"- `{folder}`" for folder in config["data"]["shards"]] if trained else ["Not trained further."])]
+    # Names alone: where the folders lay is nobody's business.
+    lines += [f"- {role} started from `{_name(source)}`" for role, source in state["sources"].items() if source]
+    lines += [f"- other parts of the pipeline copied from `{_name(base)}`"] if base else []
+    lines += ["", "## Data", "", *([f"- `{_name(folder)}`" for folder in config["data"]["shards"]] if trained else ["Not trained further."])]
     if state.get("values"):
         lines += ["", "## Metrics at the last checkpoint", "", "```json", json.dumps(state["values"], indent=1), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _name(path: str) -> str:
+    """The last parts of a path that tell what it is: run and iteration, or pipeline."""
+    parts = [part for part in Path(path).parts if part not in ("checkpoints", "transformer")]
+    return "/".join(parts[-2:] if parts and parts[-1].startswith("iteration-") else parts[-1:])

@@ -15,7 +15,7 @@ from megatron_apt.config import ParallelConfig
 from megatron_apt.convert import family_of, family_of_model
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import Moved, import_checkpoint
-from megatron_apt.convert.source import open_source
+from megatron_apt.convert.source import ConvertError, open_source
 from megatron_apt.convert.verify import parity
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Mesh
@@ -86,7 +86,11 @@ def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
     mesh = startup.start(ParallelConfig())
     try:
+        if mesh.world.size > 1:
+            raise ConvertError(f"convert is for one process, and here are {mesh.world.size}; start it without torchrun or srun")
         return perform(command, mesh)
+    except OSError as error:
+        raise ConvertError(f"{error.filename or 'writing'}: {error.strerror or error}; check the disk and the target, then call again") from error
     finally:
         startup.stop()
 

@@ -25,7 +25,7 @@ from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.convert.card import model_card
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.importer import ROLE, Moved
-from megatron_apt.convert.source import DTYPES, ConvertError
+from megatron_apt.convert.source import DTYPES, ConvertError, read_json
 from megatron_apt.convert.weights import Mapped, Same
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel.mesh import Mesh
@@ -33,6 +33,7 @@ from megatron_apt.parallel.mesh import Mesh
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
+_INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
 _AT_ONCE = 2**25  # bytes of small tensors read together: each reading looks up the whole index
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -71,9 +72,12 @@ class Checkpoint:
             if "imported" in state:
                 return state["imported"]
             source = str(state["sources"].get(ROLE, "")).removesuffix(":ema").removesuffix(":raw")
-            if not source or not Path(source, "state.json").is_file():
+            if not source:
                 return None
-            state = store.read_state(Path(source))
+            try:
+                state = store.read_state(store.resolve(source))
+            except store.CheckpointError:
+                return None
         return None
 
 
@@ -82,7 +86,7 @@ def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mes
     tensors = family.tensors(checkpoint.model, mesh)
     config = family.write_config(checkpoint.model)
     original = checkpoint.original()
-    if original is not None and family.read_config(original) == family.read_config(config):
+    if original is not None and family.model(original, checkpoint.folder) == family.model(config, checkpoint.folder):
         config = original  # with fields that change nothing, as it was
     _write_weights(checkpoint.folder, checkpoint.prefix, tensors, folder, _NAME, dtype, moved, shard_bytes)
     store.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -128,44 +132,88 @@ def export_pipeline(
     Raises:
         ConvertError: the target exists, the base is no pipeline, or the checkpoint lacks something.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise ConvertError(f"{target} exists already; give another target")
-    index = _base_index(base, family) if base else None
+    index = _base_index(base, family, checkpoint.model) if base else None
     work = target.with_name(f".{target.name}.export.tmp")
+    with store.lock(target.with_name(f".{target.name}.export.lock")):
+        _begin(work, checkpoint, dtype, shard_bytes)
+        export_transformer(checkpoint, family, work / "transformer", mesh, dtype, moved, shard_bytes)
+        if discriminator:
+            (work / "discriminator").mkdir()
+            export_discriminator(checkpoint, work / "discriminator", dtype, moved, shard_bytes)
+        one_step = checkpoint.state["iteration"] > 0 and checkpoint.state["config"]["method"] in ("consistency", "apt")
+        if index is not None:
+            _copy_base(Path(base), index, work, one_step)
+        if one_step or index is None:
+            (work / "scheduler").mkdir()
+            store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
+        store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
+        work.rename(target)
+        (target / _PLAN).unlink()
+        store.sync(target.parent)
+    target.with_name(f".{target.name}.export.lock").unlink()
+
+
+def _begin(work: Path, checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> None:
+    """Keeps the files of weights that an interrupted export of the same checkpoint has finished, and nothing else."""
     written = (checkpoint.folder / store.SUMS).stat().st_mtime_ns
     plan = json.dumps([str(checkpoint.folder.resolve()), written, checkpoint.prefix, dtype, shard_bytes])
     if work.exists() and not ((work / _PLAN).is_file() and (work / _PLAN).read_text(encoding="utf-8") == plan):
         shutil.rmtree(work)  # of another checkpoint
     work.mkdir(parents=True, exist_ok=True)
+    for left_over in work.iterdir():
+        if left_over.is_dir() and left_over.name != "transformer":
+            shutil.rmtree(left_over)
+    (work / "transformer").mkdir(exist_ok=True)
     store.write_atomically(work / _PLAN, plan)
-    for name in ("transformer", "scheduler", *(("discriminator",) if discriminator else ())):
-        (work / name).mkdir(exist_ok=True)
-    export_transformer(checkpoint, family, work / "transformer", mesh, dtype, moved, shard_bytes)
-    if discriminator:
-        export_discriminator(checkpoint, work / "discriminator", dtype, moved, shard_bytes)
-    store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
-    if index is not None:
-        # Wan2.2's second network takes over at less noise than a single step ever sees.
-        index |= {name: value for name, value in (("transformer_2", [None, None]), ("boundary_ratio", None)) if name in index}
-        for part in index:
-            if (source := Path(base, part)).is_dir() and part not in ("transformer", "transformer_2", "scheduler"):
-                shutil.copytree(source, work / part, dirs_exist_ok=True)
-        index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
-        store.write_atomically(work / "model_index.json", json.dumps(index, indent=2) + "\n")
-    store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
-    (work / _PLAN).unlink()
-    work.rename(target)
-    store.sync(target.parent)
 
 
-def _base_index(base: str, family: Family) -> dict:
+def _base_index(base: str, family: Family, model: ModelConfig) -> dict:
+    """model_index.json of a pipeline that can take this model, all of whose other parts are there.
+
+    Raises:
+        ConvertError: it cannot, or they are not.
+    """
     file = Path(base) / "model_index.json"
     if not file.is_file():
         raise ConvertError(f"{file} does not exist; --base wants the folder of a whole pipeline")
-    index = json.loads(file.read_text(encoding="utf-8"))
-    if index.get("transformer", [None, None])[1] != family.architecture:
+    index = read_json(file)
+    if (index.get("transformer") or [None, None])[1] != family.architecture:
         raise ConvertError(f"{file}: its transformer is {index.get('transformer')}, not a {family.architecture}; give a pipeline of this family")
+    config = Path(base, "transformer", "config.json")
+    if config.is_file():
+        theirs = family.model(read_json(config), config.parent)
+        differing = [name for name in _INTERFACE if getattr(theirs, name) != getattr(model, name)]
+        if differing:
+            parts = [getattr(shape, differing[0]) for shape in (theirs, model)]
+            raise ConvertError(f"{config}: {differing[0]} is {parts[0]}, of this checkpoint {parts[1]}; give the pipeline it came from")
+    for name in _parts(index):
+        if not name.isidentifier():
+            raise ConvertError(f"{file}: {name!r} names no part of a pipeline; download it again")
+        if name != "transformer" and not Path(base, name).is_dir():
+            raise ConvertError(f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline")
     return index
+
+
+def _parts(index: dict) -> list[str]:
+    """The parts of a pipeline that have folders."""
+    return [name for name, value in index.items() if isinstance(value, list) and any(value)]
+
+
+def _copy_base(base: Path, index: dict, work: Path, one_step: bool) -> None:
+    """Everything of the pipeline but its transformer.
+
+    For a one-step model its scheduler stays behind too, and Wan2.2's second network, which takes over at less noise than a single step sees.
+    """
+    left = ("transformer", "transformer_2", "scheduler") if one_step else ("transformer",)
+    for name in _parts(index):
+        if name not in left:
+            shutil.copytree(base / name, work / name)
+    if one_step:
+        index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
+        index |= {name: value for name, value in (("transformer_2", [None, None]), ("boundary_ratio", None)) if name in index}
+    store.write_atomically(work / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Path, name: str, dtype: str, moved: Moved, shard_bytes: int) -> None:
@@ -191,8 +239,11 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
 
             def read(part: list[Mapped] = part) -> Iterator[tuple[str, Tensor]]:
                 loaded = store.read_tensors(source, [_key(prefix, mapped) for mapped in part], _AT_ONCE)
-                for mapped, (_, tensor) in zip(part, loaded, strict=True):
-                    yield from zip(mapped.theirs, mapped.change.theirs(tensor.to(dtypes[mapped.name])), strict=True)
+                for mapped, (key, tensor) in zip(part, loaded, strict=True):
+                    wanted = tensor.to(dtypes[mapped.name])
+                    if wanted.dtype == torch.float16 and tensor.dtype != wanted.dtype and not torch.isfinite(wanted).all():
+                        raise ConvertError(f"{source}: {key} has numbers beyond float16 (65504); use --dtype bfloat16 or float32")
+                    yield from zip(mapped.theirs, mapped.change.theirs(wanted), strict=True)
 
             _write_safetensors(file, entries, read(), moved)
     if len(files) > 1:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from megatron_apt.convert.source import ConvertError
 from megatron_apt.convert.weights import Mapped, Rule, mapped
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
@@ -54,6 +56,19 @@ class Family:
     rules: Callable[[ModelConfig], list[Rule]]
     example: Callable[[ModelConfig, int, torch.Generator], Inputs]
     forward: Callable[[nn.Module, Inputs], Tensor]
+
+    def model(self, config: dict, where: Path) -> ModelConfig:
+        """Our shape from the config.json of `where`.
+
+        Raises:
+            ConvertError: a field that is missing, or has a value that we do not have.
+        """
+        try:
+            return self.read_config(config)
+        except KeyError as error:
+            raise ConvertError(f"{where}: config.json lacks {error.args[0]}, which a {self.architecture} has; download it again") from None
+        except (TypeError, ValueError) as error:
+            raise ConvertError(f"{where}: no {self.architecture} that can be converted: {error}") from None
 
     def tensors(self, model: ModelConfig, mesh: Mesh) -> list[Mapped]:
         """Every tensor of a model of this shape, with what it is made of."""

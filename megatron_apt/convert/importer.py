@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_apt.checkpoint import store
-from megatron_apt.config import RunConfig, to_dict
+from megatron_apt.config import CAPTIONS, DataConfig, RunConfig, to_dict
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.source import ConvertError, Source
 from megatron_apt.convert.weights import Mapped
@@ -71,41 +71,57 @@ def import_checkpoint(source: Source, family: Family, target: Path, mesh: Mesh, 
     Raises:
         ConvertError: source and model do not fit, or the target holds a run.
     """
-    model = replace(family.read_config(source.config), dtype=_main_dtype(source))
+    model = replace(family.model(source.config, source.path), dtype=_main_dtype(source))
     tensors = family.tensors(model, mesh)
     source.check(tensors)
+    for mapped in tensors:
+        _dtype(mapped, source)
     root = target / "checkpoints"
     final = root / "iteration-00000000"
-    if root.exists() and any(root.glob("iteration-*")):
-        raise ConvertError(f"{root} holds checkpoints already; give another target")
-    work = _begin(root / ".import.tmp", source, tensors, part_bytes)
-    sums: dict[str, dict] = {}
-    with ThreadPoolExecutor(1) as hashing:  # of one part while the next is written
-        for done in [hashing.submit(_hashed, work.folder, part, sums) for part in _written(work, source, moved)]:
-            done.result()
-    _finish(work, model, source, sums)
-    work.folder.rename(final)
-    store.sync(root)
-    store.write_atomically(root / "latest", final.name)
+    with store.lock(root / ".import.lock"):
+        parts, plan = _plan(source, tensors, part_bytes)
+        interrupted = not (root / "latest").exists() and _planned(final, plan)  # between its last two steps
+        if any(root.glob("iteration-*")) and not interrupted:
+            raise ConvertError(f"{root} holds checkpoints already; give another target")
+        if not interrupted:
+            work = _begin(root / ".import.tmp", parts, plan)
+            sums: dict[str, dict] = {}
+            with ThreadPoolExecutor(1) as hashing:  # of one part while the next is written
+                for done in [hashing.submit(_hashed, work.folder, part, sums) for part in _written(work, source, moved)]:
+                    done.result()
+            _finish(work, model, source, sums)
+            work.folder.rename(final)
+            store.sync(root)
+        store.write_atomically(root / "latest", final.name)
     return final
 
 
-def _begin(folder: Path, source: Source, tensors: list[Mapped], part_bytes: int) -> _Work:
-    """Cuts the tensors into parts; keeps what an interrupted import of the same source has written."""
+def _plan(source: Source, tensors: list[Mapped], part_bytes: int) -> tuple[list[list[Mapped]], dict]:
+    """The tensors in parts, and all that decides what the parts will hold."""
     parts: list[list[Mapped]] = [[]]
     for mapped in tensors:
         if parts[-1] and _bytes(parts[-1], source) + _bytes([mapped], source) > part_bytes:
             parts.append([])
         parts[-1].append(mapped)
     files = sorted({entry.file for entry in source.entries.values()})
-    plan = {
+    return parts, {
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "config": source.config,
-        "parts": [[m.name for m in part] for part in parts],
+        "parts": [[[m.name, list(m.theirs), str(m.change)] for m in part] for part in parts],
     }
-    if folder.exists() and not ((folder / _PLAN).is_file() and json.loads((folder / _PLAN).read_text(encoding="utf-8")) == plan):
+
+
+def _planned(folder: Path, plan: dict) -> bool:
+    return (folder / _PLAN).is_file() and json.loads((folder / _PLAN).read_text(encoding="utf-8")) == plan
+
+
+def _begin(folder: Path, parts: list[list[Mapped]], plan: dict) -> _Work:
+    """Keeps what an interrupted import of the same source has written."""
+    if folder.exists() and not _planned(folder, plan):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob("*.json.tmp"):
+        left_over.unlink()
     store.write_atomically(folder / _PLAN, json.dumps(plan))
     return _Work(folder, parts)
 
@@ -180,7 +196,7 @@ def _finish(work: _Work, model: ModelConfig, source: Source, sums: dict[str, dic
         "ema": False,
         "values": {},
         "imported": source.config,
-        "config": to_dict(RunConfig(method="flow", model=model)),
+        "config": to_dict(RunConfig(method="flow", model=model, data=DataConfig(text_length=CAPTIONS.get(model.family, 0)))),
     }
     store.write_atomically(work.folder / "state.json", json.dumps(state, indent=1))
     for file in work.folder.iterdir():

@@ -80,7 +80,7 @@ def open_source(path: str | Path, subfolder: str = "", config: str = "") -> Sour
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and (subfolder or (path / "transformer").is_dir()):
         folder = path = path / (subfolder or "transformer")
-    settings = _json(Path(config) if config else folder / "config.json")
+    settings = read_json(Path(config) if config else folder / "config.json")
     files = [path] if path.is_file() else _listed(folder)
     entries: dict[str, Entry] = {}
     for file in files:
@@ -93,7 +93,7 @@ def open_source(path: str | Path, subfolder: str = "", config: str = "") -> Sour
 
 def _listed(folder: Path) -> list[Path]:
     """The weight files of a folder, by its index if it has one."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices = sorted(folder.glob("*.safetensors.index*.json"))  # with the variant in its name, if it is one
     if len(indices) > 1:
         raise ConvertError(f"{folder}: several indices ({', '.join(i.name for i in indices)}); leave one")
     if not indices:
@@ -105,8 +105,8 @@ def _listed(folder: Path) -> list[Path]:
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix))
         reason = f"only {pickles[0]}, a pickle, which could run code: save it as safetensors first" if pickles else "no .safetensors file"
         raise ConvertError(f"{folder}: {reason}")
-    weights = _json(indices[0]).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
+    weights = read_json(indices[0]).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(isinstance(place, str) for place in weights.values()):
         raise ConvertError(f"{indices[0]}: has no weight_map; download it again")
     files = [folder / name for name in sorted(set(weights.values()))]
     for file in files:
@@ -140,7 +140,12 @@ def _opened(file: Path):
         raise ConvertError(f"{file}: is no whole safetensors file ({error}); it was cut short or is of another format: download it again") from None
 
 
-def _json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ConvertError: not there, or none in it.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError:

@@ -36,6 +36,7 @@ def parity(checkpoint: str, family: Family, model: ModelConfig, source: Source, 
     Raises:
         ConvertError: the original does not make the model that its config.json describes.
     """
+    source.check(family.tensors(model, mesh))
     inputs = family.example(model, samples, torch.Generator().manual_seed(seed))
     ours = build_backbone(replace(model, dtype="float32", fp8=Fp8Config()), mesh).to(mesh.device)
     load_weights(checkpoint, ours, mesh)

@@ -32,6 +32,8 @@ def _read(config: dict) -> ModelConfig:
 
 
 def _write(model: ModelConfig) -> dict:
+    if model.rope_theta != 10000.0:
+        raise ValueError(f"model.rope_theta={model.rope_theta}: a {_CLASS} rotates with 10000")
     return {
         "_class_name": _CLASS,
         "patch_size": list(model.patch),

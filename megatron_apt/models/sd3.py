@@ -113,7 +113,8 @@ class Sd3(MMDiT):
         super().__init__(model, mesh, depth, output, cut)
         size = model.sd3.position_size
         if cut.first:
-            table = nn.Parameter(torch.empty(size * size, model.width, dtype=DTYPES[model.dtype]))
+            # Never trained, so that nothing is saved by rounding it; what came in goes out.
+            table = nn.Parameter(torch.empty(size * size, model.width, dtype=torch.promote_types(DTYPES[model.dtype], torch.float32)))
             self.position_table = declare(table, sines_and_cosines(size, model.sd3.sample_size // model.patch[1]), fixed=True)
 
     def block_type(self, i: int) -> type[Block]:
@@ -123,4 +124,5 @@ class Sd3(MMDiT):
         return PooledEmbedding(self.model.pooled_width, self.model.width, DTYPES[self.model.dtype])
 
     def embed(self, x: Tensor, layout: Layout) -> Tensor:
-        return super().embed(x, layout) + self.position_table.index_select(0, table_rows(layout, self.model.sd3.position_size))
+        h = super().embed(x, layout)
+        return h + self.position_table.index_select(0, table_rows(layout, self.model.sd3.position_size)).to(h.dtype)
