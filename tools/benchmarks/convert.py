@@ -1,11 +1,14 @@
 """Import and export of a Wan-1.3B-shaped checkpoint with random weights, against `cp` of the same bytes: time, and memory of the process.
 
-python tools/benchmarks/convert.py [--gigabytes 2] [--json FILE]
+    python tools/benchmarks/convert.py [--gigabytes 2] [--rounds 3] [--json FILE]
+
+Medians over the rounds after a first one, in which all files are read once. "alone" is what the command itself reports, without starting Python.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,34 +80,40 @@ def measured(command: list[str]) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         size, largest = write_source(root / "source", options.gigabytes)
-        subprocess.run(["sync"], check=True)
         convert = [sys.executable, "-W", "ignore", "-m", "megatron_apt", "convert"]
-        _, idle = measured([*convert, "import", "--help"])
-        idle = max(idle, measured([sys.executable, "-W", "ignore", "-c", "import megatron_apt.convert.command"])[1])
-        rows = {}
-        for final in (False, True):  # the second round counts: all files have then been read once
-            for name, command in {
+        idle = measured([sys.executable, "-W", "ignore", "-c", "import megatron_apt.convert.command"])[1]
+        rounds: list[dict[str, tuple[float, float, int]]] = []
+        for _ in range(options.rounds + 1):
+            commands = {
                 "cp": ["cp", "-r", str(root / "source"), str(root / "copy")],
-                "import": [*convert, "import", str(root / "source"), str(root / "imported")],
-                "export": [*convert, "export", str(root / "imported"), str(root / "exported")],
-            }.items():
-                rows[name] = measured(command)
-            subprocess.run(["sync"], check=True)
-            if not final:
-                for folder in ("copy", "imported", "exported"):
-                    shutil.rmtree(root / folder)
-    print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB; the program alone holds {idle / 1e6:.0f} MB")
+                "import": [*convert, "import", str(root / "source"), str(root / "imported"), "--json", str(root / "import.json")],
+                "export": [*convert, "export", str(root / "imported"), str(root / "exported"), "--json", str(root / "export.json")],
+            }
+            rows = {}
+            for name, command in commands.items():
+                subprocess.run(["sync"], check=True)
+                seconds, peak = measured(command)
+                alone = seconds if name == "cp" else json.loads((root / f"{name}.json").read_text())["seconds"]
+                rows[name] = seconds, alone, peak
+            rounds.append(rows)
+            for folder in ("copy", "imported", "exported"):
+                shutil.rmtree(root / folder)
+    print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB; the program by itself holds {idle / 1e6:.0f} MB")
     result = {"bytes": size, "largest": largest, "idle_bytes": idle}
-    for name, (seconds, peak) in rows.items():
-        times, above = seconds / rows["cp"][0], max(peak - idle, 0)
-        print(f"{name:7} {seconds:6.1f} s  {size / 1e9 / seconds:5.2f} GB/s  {times:4.1f} x cp", end="")
-        print("" if name == "cp" else f"  memory above that {above / 1e6:.0f} MB, {above / largest:.1f} x the largest tensor")
-        result[name] = {"seconds": seconds, "of_cp": times, "bytes_above_idle": above, "of_largest": above / largest}
+    copied = statistics.median(rows["cp"][0] for rows in rounds[1:])
+    for name in ("cp", "import", "export"):
+        seconds, alone = (statistics.median(rows[name][i] for rows in rounds[1:]) for i in range(2))
+        above = max(max(rows[name][2] for rows in rounds) - idle, 0)
+        print(f"{name:7} {seconds:6.1f} s  alone {alone:6.1f} s  {size / 1e9 / alone:5.2f} GB/s  {alone / copied:4.1f} x cp", end="")
+        print("" if name == "cp" else f"  memory above the program's {above / 1e6:.0f} MB, {above / largest:.1f} x the largest tensor")
+        figures = {"seconds": seconds, "alone_seconds": alone, "of_cp": alone / copied, "bytes_above_idle": above, "of_largest": above / largest}
+        result[name] = figures
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 
