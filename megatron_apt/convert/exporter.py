@@ -34,7 +34,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
 _INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
-_AT_ONCE = 2**25  # bytes of small tensors read together: each reading looks up the whole index
+_AT_ONCE = 2**23  # bytes of small tensors read together: each reading looks up the whole index
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -244,6 +244,7 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
                     if wanted.dtype == torch.float16 and tensor.dtype != wanted.dtype and not torch.isfinite(wanted).all():
                         raise ConvertError(f"{source}: {key} has numbers beyond float16 (65504); use --dtype bfloat16 or float32")
                     yield from zip(mapped.theirs, mapped.change.theirs(wanted), strict=True)
+                    del tensor, wanted  # not while the next one is read
 
             _write_safetensors(file, entries, read(), moved)
     if len(files) > 1:
