@@ -37,8 +37,11 @@ def test_a_schedule_takes_the_measured_ratios(file):
 
 def test_another_model_is_scaled_by_its_arithmetic(file):
     wide = read(str(file)).block(ModelConfig(width=128, recompute="full"))
-    ratio = block_flops(128, 4, 100, 20) / block_flops(64, 4, 100, 20)
-    assert block_flops(64, 4, 100, 20) == 2 * 120 * 12 * 64**2 + 4 * 120**2 * 64
+    small, large = ModelConfig(width=64), ModelConfig(width=128)
+    ratio = block_flops(large, 100, 20) / block_flops(small, 100, 20)
+    assert block_flops(small, 100, 20) == 2 * 120 * 12 * 64**2 + 4 * 120**2 * 64
+    wan = ModelConfig(family="wan", width=64, mlp_width=100, modulation="single", pooled_text=False)
+    assert block_flops(wan, 100, 20) == 2 * 100 * (6 * 64**2 + 2 * 64 * 100) + 2 * 20 * 2 * 64**2 + 4 * 64 * 100 * 120
     assert pytest.approx((2 * ratio, 5 * ratio, ratio)) == (wide.F, wide.I, wide.W)
 
 

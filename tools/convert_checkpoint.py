@@ -1,6 +1,6 @@
 """`megatron-apt convert` from a source tree: Hugging Face checkpoints in, diffusers pipelines out.
 
-    python tools/convert_checkpoint.py import | export | verify ...
+python tools/convert_checkpoint.py import | export | verify ...
 """
 
 import sys

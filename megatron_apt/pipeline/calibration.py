@@ -31,15 +31,21 @@ class Calibration:
 
     def block(self, model: ModelConfig) -> Cost:
         """Seconds of a block of another model on samples of the same length, by its arithmetic."""
-        cost = self.seconds * (block_flops(model.width, model.mlp_ratio, self.visual_tokens, self.text_tokens) / self.flops)
+        cost = self.seconds * (block_flops(model, self.visual_tokens, self.text_tokens) / self.flops)
         again = cost.F if model.recompute == "full" else 0.0  # the backward pass begins with another forward pass
         return Cost(cost.F, cost.I + again, cost.W)
 
 
-def block_flops(width: int, mlp_ratio: int, visual: int, text: int) -> float:
-    """Of one block's forward pass over one sample: 2 for each weight and token, and 4 T^2 D of attention over T = visual + text."""
+def block_flops(model: ModelConfig, visual: int, text: int) -> float:
+    """Of one block's forward pass over one sample: 2 for each weight and token, and 4 D of attention for each query and key.
+
+    In Wan the visual tokens attend to each other and then to the text, which is only projected to keys and values; elsewhere all attend to all.
+    """
+    d, mlp = model.width, 2 * model.mlp
+    if model.family == "wan":
+        return 2 * d * (visual * (6 * d + mlp) + text * 2 * d) + 4 * d * visual * (visual + text)
     tokens = visual + text
-    return 2 * tokens * width * width * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width
+    return 2 * d * tokens * (4 * d + mlp) + 4 * d * tokens**2
 
 
 def read(source: str) -> Calibration:
@@ -56,7 +62,7 @@ def read(source: str) -> Calibration:
             raise ValueError(f"has no {name!r}; it has {', '.join(map(repr, stored['blocks'])) or 'nothing: every measurement failed'}")
         times = [float(stored["blocks"][name][kind]) for kind in "FIW"]
         tokens = stored["visual_tokens"], stored["text_tokens"]
-        flops = block_flops(stored["width"], stored["mlp_ratio"], *tokens)
+        flops = block_flops(ModelConfig(width=stored["width"], heads=1, mlp_ratio=stored["mlp_ratio"]), *tokens)
         if min(*times, flops) <= 0:
             raise ValueError(f"{name!r} holds times {times}; all must be above 0")
     except OSError as error:

@@ -131,7 +131,7 @@ Figures = Iterator[dict[str, float]]  # a few at a time, so that what fails late
 
 
 def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
-    flops = block_flops(model.width, model.mlp_ratio, GRID[0] * GRID[1] * GRID[2], TEXT)
+    flops = block_flops(model, GRID[0] * GRID[1] * GRID[2], TEXT)
     problem = BlockProblem(model, mesh)
     with torch.no_grad():
         forward = seconds(problem.forward)
@@ -150,7 +150,7 @@ def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> 
     """diffusers' SD3 block, which has the same matrix products (no rotation), as its users run it: SDPA, and torch.compile."""
     from diffusers.models.attention import JointTransformerBlock
 
-    flops = block_flops(model.width, model.mlp_ratio, GRID[0] * GRID[1] * GRID[2], TEXT)
+    flops = block_flops(model, GRID[0] * GRID[1] * GRID[2], TEXT)
     block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(device, torch.bfloat16)
     make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     x, text, c = make(1, GRID[0] * GRID[1] * GRID[2], model.width), make(1, TEXT, model.width), make(1, model.width)
@@ -180,7 +180,7 @@ def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
     x = torch.randn(len(layout.positions), model.patch_width, device=mesh.device, dtype=torch.bfloat16)
     text = torch.randn(TEXT, model.text_width, device=mesh.device, dtype=torch.bfloat16)
     condition, t = Condition(text, (TEXT,), text.mean(0, keepdim=True)), torch.ones(1, device=mesh.device)
-    flops = model.depth * block_flops(model.width, model.mlp_ratio, len(x), TEXT)
+    flops = model.depth * block_flops(model, len(x), TEXT)
     with torch.no_grad():
         forward = seconds(lambda: network(x, t, condition, layout), repeats=2, warm=1)
     yield {
