@@ -86,8 +86,8 @@ def import_checkpoint(source: Source, family: Family, target: Path, mesh: Mesh, 
         if not interrupted:
             work = _begin(root / ".import.tmp", parts, plan)
             sums: dict[str, dict] = {}
-            with ThreadPoolExecutor(1) as hashing:  # of one part while the next is written
-                for done in [hashing.submit(_hashed, work.folder, part, sums) for part in _written(work, source, moved)]:
+            with ThreadPoolExecutor(1) as sealing:  # of one part while the next is written
+                for done in [sealing.submit(_seal, work, i, sums) for i in _written(work, source, moved)]:
                     done.result()
             _finish(work, model, source, sums)
             work.folder.rename(final)
@@ -130,8 +130,8 @@ def _bytes(part: list[Mapped], source: Source) -> int:
     return sum(source.entries[name].bytes for mapped in part for name in mapped.theirs)
 
 
-def _written(work: _Work, source: Source, moved: Moved) -> Iterator[Path]:
-    """Writes every part that is not there yet."""
+def _written(work: _Work, source: Source, moved: Moved) -> Iterator[int]:
+    """Writes every part that is not there yet, under another name, and tells its number."""
     for i, part in enumerate(work.parts):
         folder = work.part(i)
         if folder.is_dir():
@@ -141,7 +141,7 @@ def _written(work: _Work, source: Source, moved: Moved) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             tensors = {f"{ROLE}.{mapped.name}": mapped for mapped in part}
             empty = {key: torch.empty(m.shape, dtype=_dtype(m, source), device="meta") for key, m in tensors.items()}
-            writer = FileSystemWriter(temporary, single_file_per_rank=True, thread_count=1)
+            writer = FileSystemWriter(temporary, single_file_per_rank=True, thread_count=1, sync_files=False)
             try:
                 dcp.save(empty, storage_writer=writer, planner=_Streaming(source, tensors, moved), no_dist=True)
             except CheckpointException as error:  # derives from BaseException
@@ -150,9 +150,7 @@ def _written(work: _Work, source: Source, moved: Moved) -> Iterator[Path]:
                     raise cause from None
                 reason = f"{type(cause).__name__}: {cause}"
                 raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
-            temporary.rename(folder)
-            store.sync(work.folder)
-        yield folder
+        yield i
 
 
 def _main_dtype(source: Source) -> str:
@@ -170,9 +168,16 @@ def _dtype(mapped: Mapped, source: Source) -> torch.dtype:
     return dtypes.pop()
 
 
-def _hashed(folder: Path, part: Path, sums: dict[str, dict]) -> None:
-    for file in part.iterdir():
-        sums[str(file.relative_to(folder))] = store.checksum(file)
+def _seal(work: _Work, i: int, sums: dict[str, dict]) -> None:
+    """A part that has just been written goes to disk, and only then gets its name; of every part the checksums."""
+    temporary, folder = work.part(i).with_suffix(".tmp"), work.part(i)
+    if not folder.is_dir():
+        for file in temporary.iterdir():
+            store.sync(file)
+        temporary.rename(folder)
+        store.sync(work.folder)
+    for file in folder.iterdir():
+        sums[str(file.relative_to(work.folder))] = store.checksum(file)
 
 
 def _finish(work: _Work, model: ModelConfig, source: Source, sums: dict[str, dict]) -> None:
