@@ -112,10 +112,8 @@ def main() -> None:
     for name in rounds[0]:
         seconds, alone = (statistics.median(rows[name][i] for rows in rounds[1:]) for i in range(2))
         above = max(max(rows[name][2] for rows in rounds) - idle, 0)
-        print(
-            f"{name:7} {seconds:6.1f} s  alone {alone:6.1f} s  {size / 1e9 / alone:5.2f} GB/s  {alone / copied:4.1f} x cp  {alone / flushed:4.1f} x cp, flushed",
-            end="",
-        )
+        times = f"{alone / copied:4.1f} x cp  {alone / flushed:4.1f} x flushed"
+        print(f"{name:7} {seconds:6.1f} s  alone {alone:6.1f} s  {size / 1e9 / alone:5.2f} GB/s  {times}", end="")
         print("" if name in ("cp", "flushed") else f"  memory above the program's {above / 1e6:.0f} MB, {above / largest:.1f} x the largest tensor")
         figures = {
             "seconds": seconds,
