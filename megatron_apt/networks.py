@@ -83,17 +83,6 @@ class Network:
         self.updates += 1
         return square, lr
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """The module with the average's weights; outside, and after any error inside, it has its own again."""
-        if self.ema is None:
-            raise ValueError(f"{self.name} keeps no average; set optimizer.ema above 0")
-        try:
-            self.shards.publish(self.ema.average)
-            yield self.module
-        finally:
-            self.shards.publish()
-
     def _buffers(self) -> dict[str, Tensor]:
         """Every buffer laid out like the shard, by the prefix its tensors have in a checkpoint."""
         if self.shards is None:

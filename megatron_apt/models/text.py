@@ -3,6 +3,7 @@
 Those that run as a diffusers pipeline does are in pipeline_text.py.
 """
 
+import abc
 import io
 import json
 import math
@@ -22,7 +23,7 @@ MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
 END = "</s>"
 
 
-class TextEncoder:
+class TextEncoder(abc.ABC):
     """What every encoder has.
 
     Attributes:
@@ -31,17 +32,17 @@ class TextEncoder:
 
     width: int
 
+    @abc.abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """One (L_i, width) float32 CPU tensor per caption, L_i >= 1, as a model is to read it."""
-        raise NotImplementedError
 
     def encode_pooled(self, captions: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
         """encode(captions), and one (P,) float32 vector for each whole caption, or None where the encoder has none."""
         return self.encode(captions), None
 
+    @abc.abstractmethod
     def config_dict(self) -> dict:
         """What load_text_encoder makes an equal encoder of."""
-        raise NotImplementedError
 
 
 def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: int = 1024) -> None:

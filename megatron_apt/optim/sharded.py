@@ -148,9 +148,9 @@ class ShardedParameters:
                 self.master[f.offset : f.offset + f.size].copy_(flat[f.start : f.stop])
 
     @torch.no_grad()
-    def publish(self, weights: Tensor | None = None) -> None:
-        """Writes the masters (or another buffer of the shard's layout) into the module's parameters on every rank."""
-        self.write(self.master if weights is None else weights)
+    def publish(self) -> None:
+        """Writes the masters into the module's parameters on every rank."""
+        self.write(self.master)
         self.gather()
 
     @torch.no_grad()
