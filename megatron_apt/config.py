@@ -12,7 +12,8 @@ def _check(condition: bool, field_name: str, value: object, remedy: str) -> None
         raise ValueError(f"{field_name}={value!r}: {remedy}")
 
 
-CAPTIONS = {"wan": 512, "sd3": 77 + 256}  # tokens that the pipelines of a family of models pad captions to
+# Tokens that the pipelines of a family of models pad captions to; 0: the model reads no padding.
+CAPTIONS = {"wan": 512, "sd3": 77 + 256, "hunyuan": 0}
 
 
 @dataclass(frozen=True)
@@ -316,11 +317,12 @@ def check_fits(config: RunConfig) -> None:
         _check_fp8(config)
     if config.method == "apt":
         _check_apt(config)
-    padded = CAPTIONS.get(model.family, 0)
-    if padded and config.data.text_length != padded:
+    padded = CAPTIONS.get(model.family, config.data.text_length)
+    if config.data.text_length != padded:
+        habit = f"pad captions to {padded} tokens, which the model reads" if padded else "hide padding from the model"
         warnings.warn(
-            f"data.text_length={config.data.text_length}: diffusers' pipelines of model.family={model.family!r} pad captions to {padded} tokens, "
-            "which the model reads; train with the same, or an exported generator sees other captions than it was trained on",
+            f"data.text_length={config.data.text_length}: diffusers' pipelines of model.family={model.family!r} {habit}; train with {padded}, "
+            "or an exported generator sees other captions than it was trained on",
             stacklevel=2,
         )
 

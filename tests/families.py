@@ -7,22 +7,27 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from diffusers import SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import HunyuanVideoTransformer3DModel, SD3Transformer2DModel, WanTransformer3DModel
 from problems import whole
 from torch import Tensor, nn
 
 from megatron_apt.convert.family import Family, Inputs
+from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.wan import WAN
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.config import HunyuanConfig, ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, build_layout
 from megatron_apt.parallel.mesh import Mesh
 
-FAMILIES: dict[str, tuple[Family, type[nn.Module]]] = {"wan": (WAN, WanTransformer3DModel), "sd3": (SD3, SD3Transformer2DModel)}
+FAMILIES: dict[str, tuple[Family, type[nn.Module]]] = {
+    "wan": (WAN, WanTransformer3DModel),
+    "sd3": (SD3, SD3Transformer2DModel),
+    "hunyuan": (HUNYUAN, HunyuanVideoTransformer3DModel),
+}
 TEXT, POOLED, IMAGE = 10, 14, 20  # widths
 # What diffusers takes of the text, when there are image tokens before it, is its last 512 tokens.
 IMAGE_TEXT = 512
@@ -70,7 +75,30 @@ def sd3_config(seed: int) -> dict:
     }
 
 
-CONFIGS = {"wan": wan_config, "sd3": sd3_config}
+def hunyuan_config(seed: int) -> dict:
+    """A random shape; with the seed go double and single blocks (none of one kind, too) and the input for guidance."""
+    rng = random.Random(seed)
+    heads, axes, channels = rng.choice((2, 4)), [2 * rng.randint(1, 4) for _ in range(3)], rng.choice((2, 3))
+    return {
+        "in_channels": channels + (1 if seed % 4 == 3 else 0),
+        "out_channels": channels,
+        "num_attention_heads": heads,
+        "attention_head_dim": sum(axes),
+        "num_layers": (seed + 1) % 3,
+        "num_single_layers": (2, 1, 1, 0)[seed % 4] + (seed % 3 == 2),
+        "num_refiner_layers": 1 + seed % 2,
+        "mlp_ratio": rng.choice((2.0, 3.5, 4.0)),
+        "patch_size": rng.choice((1, 2)),
+        "patch_size_t": rng.choice((1, 2)),
+        "guidance_embeds": seed % 4 != 2,
+        "text_embed_dim": TEXT,
+        "pooled_projection_dim": POOLED,
+        "rope_theta": rng.choice((256.0, 100.0)),
+        "rope_axes_dim": tuple(axes),
+    }
+
+
+CONFIGS = {"wan": wan_config, "sd3": sd3_config, "hunyuan": hunyuan_config}
 
 
 @dataclass
@@ -119,7 +147,7 @@ def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) 
 def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], seed: int) -> list[Sample]:
     """One sample for each grid of tokens and each length of text."""
     generator = torch.Generator().manual_seed(seed)
-    patch = config["patch_size"] if family == "wan" else (1, config["patch_size"], config["patch_size"])
+    patch = shape(family, config).patch
     made = []
     for grid, length in zip(sizes, texts, strict=True):
         size = tuple(g * p for g, p in zip(grid, patch, strict=True))
@@ -144,7 +172,8 @@ def their_velocities(family: str, model: nn.Module, batch: list[Sample]) -> list
     if len({(s.latent.shape, s.text.shape) for s in batch}) > 1:
         return [v for one in batch for v in their_velocities(family, model, [one])]
     fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image"))
-    inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields))
+    guidance = torch.full((len(batch),), HunyuanConfig.guidance) if model.config.get("guidance_embeds") else None
+    inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields), guidance=guidance)
     return list(FAMILIES[family][0].forward(model, inputs))
 
 

@@ -72,7 +72,7 @@ def microbatch(
 
 def _pooled(model: ModelConfig, n: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor | None:
     """Pooled texts of a family that has its own; None: the mean of the text serves."""
-    if model.family != "sd3":
+    if model.pooled_width == model.text_width:
         return None
     return torch.randn(n, model.pooled_width, generator=generator, dtype=torch.float64).to(dtype)
 

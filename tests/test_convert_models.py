@@ -30,8 +30,10 @@ from megatron_apt.train import Trainer, train
 SEEDS = range(8)
 CASES = [(family, seed) for family in FAMILIES for seed in SEEDS]
 # Grids of tokens and lengths of texts: one size, and several in one microbatch.
-UNIFORM = {"wan": ([(2, 3, 5)] * 3, [5] * 3), "sd3": ([(1, 3, 5)] * 3, [5] * 3)}
-PACKED = {"wan": ([(2, 3, 5), (1, 4, 3)], [4, 7]), "sd3": ([(1, 3, 5), (1, 7, 2)], [4, 7])}
+VIDEOS, PICTURES = ([(2, 3, 5)] * 3, [5] * 3), ([(1, 3, 5)] * 3, [5] * 3)
+UNIFORM = {"wan": VIDEOS, "sd3": PICTURES, "hunyuan": VIDEOS}
+VIDEOS, PICTURES = ([(2, 3, 5), (1, 4, 3)], [4, 7]), ([(1, 3, 5), (1, 7, 2)], [4, 7])
+PACKED = {"wan": VIDEOS, "sd3": PICTURES, "hunyuan": VIDEOS}
 # Both models compute in fp32. Measured over all cases and meshes below: velocities differ by up to 5e-7, gradients by up to 3e-6.
 TOLERANCE = 1e-5
 

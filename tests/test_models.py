@@ -14,7 +14,7 @@ from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, seaweed_8b, tiny
-from megatron_apt.models.embeddings import patchify, rotary_split, unpatchify
+from megatron_apt.models.embeddings import patchify, unpatchify
 from megatron_apt.models.layout import build_layout, chunk
 from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.parallel.mesh import Axis
@@ -102,7 +102,7 @@ def test_rotary_scores_depend_on_relative_position_only(mesh):
     from megatron_apt.models.embeddings import rotary_table
 
     layout = build_layout(((3, 4, 5),), (2,), mesh)
-    table = rotary_table(layout, 12, 100.0, torch.float64)
+    table = rotary_table(layout, (2, 2, 2), 100.0, torch.float64)
     q, k = torch.randn(2, 12, dtype=torch.float64)
     index = {tuple(p): i for i, p in enumerate(layout.positions.tolist())}
     at = lambda v, place: rotate(v.view(1, 1, 1, 1, 12), table[:, index[place]][:, None])  # noqa: E731
@@ -110,7 +110,7 @@ def test_rotary_scores_depend_on_relative_position_only(mesh):
     assert score((0, 1, 2), (1, 2, 4)) == pytest.approx(score((1, 0, 1), (2, 1, 3)), rel=1e-12)
     assert score((0, 0, 0), (0, 0, 0)) == pytest.approx(float(q @ k), rel=1e-12)
     assert score((0, 0, 0), (1, 0, 0)) != pytest.approx(float(q @ k), rel=1e-3)
-    assert rotary_split(128) == (22, 21, 21)
+    assert ModelConfig(width=256, heads=2).rotary_pairs == (22, 21, 21)
 
 
 @given(st.integers(0, 200), st.integers(1, 9))

@@ -27,6 +27,7 @@ class Inputs:
     pooled: Tensor | None = None  # (n, E')
     given: Tensor | None = None  # (n, C', F, H, W)
     image: Tensor | None = None  # (n, L', E'')
+    guidance: Tensor | None = None  # (n,) scale of guidance that models with such an input are told
 
     def condition(self, patch: tuple[int, int, int]) -> Condition:
         n, length = self.text.shape[:2]

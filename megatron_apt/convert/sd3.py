@@ -62,7 +62,7 @@ def _write(model: ModelConfig) -> dict:
 def _rules(model: ModelConfig) -> list[Rule]:
     channels, last = model.latent_channels + model.condition_channels, model.depth - 1
     block, ours, outside = "transformer_blocks.{i}", "blocks.{i}", "time_text_embed"
-    by_head = ByHead(model.heads, 3)
+    by_head = ByHead(model.heads, (model.head_size,) * 3)
     scale_shift = Reordered((1, 0))  # theirs scale, shift; ours shift, scale
     return [
         Rule("x_embed.weight", ("pos_embed.proj.weight",), View((model.width, -1), (model.width, channels, *model.patch[1:]))),

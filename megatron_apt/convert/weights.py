@@ -49,16 +49,31 @@ class View:
 
 @dataclass(frozen=True)
 class ByHead:
-    """Several projections to heads, (H K, ...) each, in one whose rows are ordered (head, projection, K)."""
+    """Several projections to heads, (H K, ...) each with a K of its own, in one whose rows are ordered (head, projection, K)."""
 
     heads: int
-    parts: int
+    widths: tuple[int, ...]  # K of each
 
     def ours(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 2)
+        return torch.cat([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def theirs(self, tensor: Tensor) -> list[Tensor]:
-        return [part.flatten(0, 1).contiguous() for part in tensor.unflatten(0, (self.heads, self.parts, -1)).unbind(1)]
+        return [part.flatten(0, 1).contiguous() for part in tensor.unflatten(0, (self.heads, -1)).split(self.widths, dim=1)]
+
+
+@dataclass(frozen=True)
+class ColumnsByHead:
+    """A projection from several inputs, (D, H K) of each side by side, whose columns become ordered (head, input, K)."""
+
+    heads: int
+    widths: tuple[int, ...]  # K of each
+
+    def ours(self, parts: Sequence[Tensor]) -> Tensor:
+        inputs = parts[0].split([self.heads * width for width in self.widths], dim=1)
+        return torch.cat([part.unflatten(1, (self.heads, -1)) for part in inputs], dim=2).flatten(1, 2)
+
+    def theirs(self, tensor: Tensor) -> list[Tensor]:
+        return [torch.cat([part.flatten(1, 2) for part in tensor.unflatten(1, (self.heads, -1)).split(self.widths, dim=2)], dim=1)]
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class Rule:
     ours: str
     theirs: tuple[str, ...]
     change: Change = Same()
+    ahead: int = 0  # by how much the number of our block exceeds theirs
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ def mapped(rules: Iterable[Rule], shapes: dict[str, torch.Size], fixed: Iterable
         if len(hits) != 1:
             raise ValueError(f"{len(hits)} rules for our tensor {name!r}; exactly one is needed")
         match, rule = hits[0]
-        number = match.groups()[0] if match.groups() else ""
+        number = str(int(match.groups()[0]) - rule.ahead) if match.groups() else ""
         names = [pattern.replace("{i}", number) for pattern in rule.theirs]
         parts = rule.change.theirs(torch.empty(shape, device="meta"))
         found.append(Mapped(name, shape, {key: part.shape for key, part in zip(names, parts, strict=True)}, rule.change, name in fixed))

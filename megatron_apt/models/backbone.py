@@ -31,6 +31,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight)
 
 
+class LayerNorm(nn.Module):
+    """Layer norm over the last dimension with learned scale and shift, in at least fp32."""
+
+    def __init__(self, width: int, dtype: torch.dtype, tp_partial: bool = False, eps: float = 1e-6):
+        super().__init__()
+        self.weight = declare(nn.Parameter(torch.empty(width, dtype=dtype)), parameters.ones, tp_partial=tp_partial)
+        self.bias = declare(nn.Parameter(torch.empty(width, dtype=dtype)), parameters.zeros, tp_partial=tp_partial)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
+
+
 class Modulation(nn.Module):
     """AdaLN vectors of one place: (n, count * D) from the condition c, as `count` tensors (n, D).
 
@@ -121,7 +135,7 @@ class Backbone(nn.Module):
     def run_blocks(self, stage: int, state: State, layout: Layout, taps: tuple[int, ...] = ()) -> tuple[State, dict[int, Tensor]]:
         """The state behind the blocks of a stage, and the visual hidden states behind those of them that are numbered (from 1) in `taps`."""
         hidden, constant = tuple(state[name] for name in self.hidden), tuple(state.get(name) for name in self.constant)
-        rotary = rotary_table(layout, self.model.head_size, self.model.rope_theta, hidden[0].dtype) if self.model.rotary else None
+        rotary = rotary_table(layout, self.model.rotary_pairs, self.model.rope_theta, hidden[0].dtype) if self.model.rotary else None
         tapped = {}
         for i in self.cut.blocks(self.depth, stage):
             hidden = self._run(i, (*hidden, *constant), layout, rotary)

@@ -66,12 +66,38 @@ class Sd3Config:
 
 
 @dataclass(frozen=True)
+class HunyuanConfig:
+    """What only HunyuanVideo has."""
+
+    double_blocks: int = 20
+    """Blocks with separate weights for text and visual tokens; in those after them both share one set."""
+    refiner_blocks: int = 2
+    """Of the small transformer that reads the text first."""
+    pooled_width: int = 768
+    """Width of the pooled text, which CLIP gives for the whole caption."""
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    """Numbers of a head that frame, row and column turn."""
+    guidance: float = 6.0
+    """The scale of guidance that the model is told, which its pipeline calls guidance_scale; 0: a model without that input."""
+
+    def __post_init__(self):
+        for name in ("double_blocks", "refiner_blocks", "guidance"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.hunyuan.{name}={getattr(self, name)}: must not be negative")
+        if self.pooled_width < 1:
+            raise ValueError(f"model.hunyuan.pooled_width={self.pooled_width}: must be at least 1")
+        if any(axis < 2 or axis % 2 for axis in self.rope_axes):
+            raise ValueError(f"model.hunyuan.rope_axes={self.rope_axes}: each must be even and at least 2, because pairs of numbers turn")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a diffusion transformer of any family. Defaults are the `tiny` preset, which trains on a CPU in minutes."""
 
-    family: Literal["mmdit", "wan", "sd3"] = "mmdit"
-    """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text.
-    Both rotate visual queries and keys by their place in the video. sd3: an mmdit of pictures, whose tokens carry a table of positions instead."""
+    family: Literal["mmdit", "wan", "sd3", "hunyuan"] = "mmdit"
+    """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text. hunyuan: an
+    mmdit whose later layers share their weights between text and visual tokens. These rotate visual queries and keys by their place in the video.
+    sd3: an mmdit of pictures, whose tokens carry a table of positions instead."""
     depth: int = 6
     width: int = 64
     heads: int = 4
@@ -98,6 +124,7 @@ class ModelConfig:
     fp8: Fp8Config = Fp8Config()
     wan: WanConfig = WanConfig()
     sd3: Sd3Config = Sd3Config()
+    hunyuan: HunyuanConfig = HunyuanConfig()
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "mlp_ratio", "latent_channels", "text_width"):
@@ -118,6 +145,8 @@ class ModelConfig:
             raise ValueError(f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple")
         if self.rotary and (self.head_size % 2 or self.head_size < 6):
             raise ValueError(f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even head size of at least 6")
+        if self.family == "hunyuan":
+            self._check_hunyuan()
 
     def _check_sd3(self) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:
@@ -132,6 +161,21 @@ class ModelConfig:
         beyond = [i for i in self.sd3.dual_layers if not 0 <= i < self.depth]
         if beyond:
             raise ValueError(f"model.sd3.dual_layers names blocks {beyond} of model.depth={self.depth}")
+
+    def _check_hunyuan(self) -> None:
+        if self.modulation != "block" or not self.pooled_text or self.last_block_text:
+            raise ValueError(
+                "model.family='hunyuan' has model.modulation='block', model.pooled_text and no model.last_block_text; "
+                f"here they are {self.modulation!r}, {self.pooled_text} and {self.last_block_text}"
+            )
+        if self.patch[1] != self.patch[2]:
+            raise ValueError(f"model.patch={self.patch}: model.family='hunyuan' has as many rows as columns in a patch")
+        if self.hunyuan.double_blocks > self.depth:
+            raise ValueError(f"model.hunyuan.double_blocks={self.hunyuan.double_blocks}: there are {self.depth} blocks in all (model.depth)")
+        if sum(self.hunyuan.rope_axes) != self.head_size:
+            raise ValueError(f"model.hunyuan.rope_axes={self.hunyuan.rope_axes}: must add up to the {self.head_size} numbers of a head")
+        if self.mlp % self.heads:
+            raise ValueError(f"model.mlp_width={self.mlp}: model.family='hunyuan' deals it out to model.heads={self.heads}; use a multiple")
 
     @property
     def head_size(self) -> int:
@@ -148,6 +192,14 @@ class ModelConfig:
         return self.family != "sd3"
 
     @property
+    def rotary_pairs(self) -> tuple[int, int, int]:
+        """Pairs of numbers of a head turned by frame, row and column; where a family does not say, what does not divide by three goes to frames."""
+        if self.family == "hunyuan":
+            return tuple(axis // 2 for axis in self.hunyuan.rope_axes)
+        pairs = self.head_size // 2
+        return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+    @property
     def qk_norm(self) -> bool:
         """Queries and keys are normalised."""
         return self.family != "sd3" or self.sd3.qk_norm
@@ -155,7 +207,7 @@ class ModelConfig:
     @property
     def pooled_width(self) -> int:
         """Width of the pooled text."""
-        return self.sd3.pooled_width if self.family == "sd3" else self.text_width
+        return {"sd3": self.sd3.pooled_width, "hunyuan": self.hunyuan.pooled_width}.get(self.family, self.text_width)
 
     @property
     def patch_width(self) -> int:
@@ -244,3 +296,19 @@ def sd35_large() -> ModelConfig:
 def sd35_medium() -> ModelConfig:
     """Stable Diffusion 3.5 medium (2.5B, of which 0.2B are its table of positions)."""
     return replace(sd3_medium(), sd3=Sd3Config(position_size=384, qk_norm=True, dual_layers=tuple(range(13))))
+
+
+def hunyuan_video() -> ModelConfig:
+    """HunyuanVideo (13B): 20 double and 40 single blocks."""
+    return ModelConfig(
+        family="hunyuan",
+        depth=60,
+        width=3072,
+        heads=24,
+        mlp_width=12288,
+        latent_channels=16,
+        text_width=4096,
+        rope_theta=256.0,
+        dtype="bfloat16",
+        recompute="full",
+    )

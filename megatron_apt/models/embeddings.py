@@ -30,17 +30,28 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 
-def rotary_split(head_size: int) -> tuple[int, int, int]:
-    """Complex pairs of a head given to (frames, rows, columns); what does not divide by three goes to frames."""
-    pairs = head_size // 2
-    return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+class PooledEmbedding(nn.Module):
+    """Pooled text (n, P) -> (n, D) through a two-layer network."""
+
+    def __init__(self, width_in: int, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.linear_1, self.linear_2 = linear(width_in, width, dtype), linear(width, width, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.linear_1.in_features:
+            raise ValueError(f"pooled text is {x.shape[1]} wide, this model reads {self.linear_1.in_features}: give that of its own text encoders")
+        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 @lru_cache(maxsize=8)  # a table of 46,800 tokens is 24 MB
-def rotary_table(layout: Layout, head_size: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers e^{i position / theta^(j / pairs)} of the visual tokens, in the layout's folded form (a, b, 1, 1, K / 2)."""
+def rotary_table(layout: Layout, axes: Grid, theta: float, dtype: torch.dtype) -> Tensor:
+    """Unit complex numbers e^{i position / theta^(j / pairs)} of the visual tokens, in the layout's folded form (a, b, 1, 1, K / 2).
+
+    Args:
+        axes: pairs of numbers of a head turned by (frame, row, column); K / 2 in all.
+    """
     angles = []
-    for axis, pairs in enumerate(rotary_split(head_size)):
+    for axis, pairs in enumerate(axes):
         rates = theta ** (-torch.arange(pairs, device=layout.positions.device, dtype=torch.float64) / max(pairs, 1))
         angles.append(layout.positions[:, axis, None].double() * rates)
     phases = torch.cat(angles, dim=-1)

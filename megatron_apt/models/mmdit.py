@@ -95,17 +95,21 @@ class MMDiT(Backbone):
         dtype, d = DTYPES[model.dtype], model.width
         if cut.first:
             self.x_embed = linear(model.input_width, d, dtype)
-            self.text_embed = linear(model.text_width, d, dtype)
+            self.text_embed = self.text_embedding()
             self.time_embed = TimestepEmbedding(d, dtype)
             self.pooled_embed = self.pooled_embedding() if model.pooled_text else None
             self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
         spec = mmdit_block_spec(choose_backend(mesh.device.type, model.dtype))
-        last_text = [i < model.depth - 1 or model.last_block_text for i in range(self.depth)]
-        self.blocks = nn.ModuleDict({str(i): self.block_type(i)(model, mesh, spec, i + 1, last_text[i]) for i in self.held})
+        self.blocks = nn.ModuleDict({str(i): self.block(i, spec) for i in self.held})
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
 
-    def block_type(self, i: int) -> type[Block]:
-        return Block
+    def block(self, i: int, parts: BlockSubmodules) -> nn.Module:
+        """Layer i (from 0)."""
+        update_text = i < self.model.depth - 1 or self.model.last_block_text
+        return Block(self.model, self.mesh, parts, i + 1, update_text)
+
+    def text_embedding(self) -> nn.Module:
+        return linear(self.model.text_width, self.model.width, DTYPES[self.model.dtype])
 
     def pooled_embedding(self) -> nn.Module:
         return linear(self.model.text_width, self.model.width, DTYPES[self.model.dtype])
@@ -114,14 +118,20 @@ class MMDiT(Backbone):
         """(T, input_width) -> (T, D): this rank's visual tokens."""
         return self.x_embed(x.to(self.x_embed.weight.dtype))
 
+    def embed_text(self, condition: Condition, t: Tensor, layout: Layout) -> Tensor:
+        """(T_text, D): this rank's text tokens."""
+        return self.text_embed(condition.tokens.to(self.x_embed.weight.dtype).index_select(0, layout.text.index))
+
+    def embed_condition(self, condition: Condition, t: Tensor) -> Tensor:
+        """(n, D): what modulates every block."""
+        c = self.time_embed(t)
+        return c if self.pooled_embed is None else c + self.pooled_embed(condition.pooled.to(self.x_embed.weight.dtype))
+
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
         """Embeddings: hidden states of both streams, the condition vector c (n, D) and, with modulation "single", the shared (n, 6 D) vectors."""
-        dtype = self.x_embed.weight.dtype
         h = layout.visual.fold(self.embed(condition.beside(x, layout), layout))
-        text = layout.text.fold(self.text_embed(condition.tokens.to(dtype).index_select(0, layout.text.index)))
-        c = self.time_embed(t)
-        if self.pooled_embed is not None:
-            c = c + self.pooled_embed(condition.pooled.to(dtype))
+        text = layout.text.fold(self.embed_text(condition, t, layout))
+        c = self.embed_condition(condition, t)
         if self.mesh.sequence_parallel:
             h, text = (scatter_to_sequence_parallel_region(y, group=self.mesh.tp.group) for y in (h, text))
         state = {"visual": h, "text": text, "c": c}

@@ -6,7 +6,6 @@ In 3.5 medium ("MMDiT-X") the first blocks have a second attention, of visual to
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_apt.kernels.gated_residual import gated_residual
@@ -14,9 +13,10 @@ from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import RMSNorm
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.embeddings import PooledEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.mmdit import Block, MMDiT
-from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
+from megatron_apt.models.parameters import column_linear, declare, row_linear
 from megatron_apt.models.spec import DTYPES, BlockSubmodules, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut
 from megatron_apt.parallel.context import self_attention
@@ -55,21 +55,6 @@ class DualBlock(Block):
         rows = layout.visual.rows
         x = gated_residual(x, gate, self.second(modulated_norm(x, shift, scale, rows), layout), rows)
         return super().after_attention(x, attended, vectors, layout)
-
-
-class PooledEmbedding(nn.Module):
-    """Pooled text (n, P) -> (n, D) through a two-layer network."""
-
-    def __init__(self, width_in: int, width: int, dtype: torch.dtype):
-        super().__init__()
-        self.linear_1, self.linear_2 = linear(width_in, width, dtype), linear(width, width, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != self.linear_1.in_features:
-            raise ValueError(
-                f"pooled text is {x.shape[1]} wide, model.sd3.pooled_width={self.linear_1.in_features}: give the pooled outputs of the text encoders"
-            )
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 def sines_and_cosines(size: int, extent: float) -> parameters.Init:
@@ -117,8 +102,9 @@ class Sd3(MMDiT):
             table = nn.Parameter(torch.empty(size * size, model.width, dtype=torch.promote_types(DTYPES[model.dtype], torch.float32)))
             self.position_table = declare(table, sines_and_cosines(size, model.sd3.sample_size // model.patch[1]), fixed=True)
 
-    def block_type(self, i: int) -> type[Block]:
-        return DualBlock if i in self.model.sd3.dual_layers else Block
+    def block(self, i: int, parts: BlockSubmodules) -> nn.Module:
+        kind = DualBlock if i in self.model.sd3.dual_layers else Block
+        return kind(self.model, self.mesh, parts, i + 1, update_text=i < self.model.depth - 1)
 
     def pooled_embedding(self) -> nn.Module:
         return PooledEmbedding(self.model.pooled_width, self.model.width, DTYPES[self.model.dtype])

@@ -14,7 +14,7 @@ from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import EPS
 from megatron_apt.models import parameters
-from megatron_apt.models.backbone import Backbone, FinalLayer, Modulation
+from megatron_apt.models.backbone import Backbone, FinalLayer, LayerNorm, Modulation
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding
@@ -25,20 +25,6 @@ from megatron_apt.models.stages import WHOLE, Cut, State
 from megatron_apt.parallel.collectives import sum_over
 from megatron_apt.parallel.context import cross_attention, self_attention
 from megatron_apt.parallel.mesh import Mesh
-
-
-class LayerNorm(nn.Module):
-    """Layer norm over the last dimension with learned scale and shift, in at least fp32."""
-
-    def __init__(self, width: int, dtype: torch.dtype, tp_partial: bool = False, eps: float = 1e-6):
-        super().__init__()
-        self.weight = declare(nn.Parameter(torch.empty(width, dtype=dtype)), parameters.ones, tp_partial=tp_partial)
-        self.bias = declare(nn.Parameter(torch.empty(width, dtype=dtype)), parameters.zeros, tp_partial=tp_partial)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.layer_norm(x.to(wide), x.shape[-1:], self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
 
 
 class NormAcrossHeads(nn.Module):

@@ -90,6 +90,21 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], l
     return stream.fold(torch.cat([attention(*(x.unsqueeze(0) for x in qkv)).squeeze(0) for qkv in samples]).flatten(1))
 
 
+def whole_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], attention) -> Tensor:
+    """Attention of each sample's tokens among themselves, where they are whole on every rank.
+
+    Args:
+        q, k, v: (sum of lengths, H, K) packed, this rank's heads.
+
+    Returns:
+        (sum of lengths, H * K).
+    """
+    if len(set(lengths)) == 1:
+        return attention(*(x.unflatten(0, (len(lengths), -1)) for x in (q, k, v))).flatten(0, 1).flatten(1)
+    samples = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([attention(*(x.unsqueeze(0) for x in qkv)).squeeze(0) for qkv in samples]).flatten(1)
+
+
 class _Permuted(torch.autograd.Function):
     """Rows in another order. Every row occurs once, so the gradient is rows in the order before: no sum, as indexing would have."""
 

@@ -86,7 +86,7 @@ class BlockProblem:
         make = lambda *shape: torch.randn(*shape, device=mesh.device, dtype=torch.bfloat16)  # noqa: E731
         d = model.width
         self.inputs = [make(1, len(layout.positions), d), make(1, TEXT, d), make(1, d), make(1, 6 * d)]
-        self.rest = (layout, rotary_table(layout, model.head_size, model.rope_theta, torch.bfloat16))
+        self.rest = (layout, rotary_table(layout, model.rotary_pairs, model.rope_theta, torch.bfloat16))
         self.gradients = [torch.randn_like(t) for t in self.inputs[:2]]
 
     def forward(self) -> tuple[Tensor, Tensor]:

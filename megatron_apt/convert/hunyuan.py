@@ -1,0 +1,156 @@
+"""HunyuanVideo: diffusers' HunyuanVideoTransformer3DModel, text to video."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron_apt.convert.family import Family, Inputs, only
+from megatron_apt.convert.weights import ByHead, ColumnsByHead, Reordered, Rule, Stacked, View, joined, layer
+from megatron_apt.models.config import HunyuanConfig, ModelConfig, hunyuan_video
+
+_CLASS = "HunyuanVideoTransformer3DModel"
+
+
+def _read(config: dict) -> ModelConfig:
+    only(config, _CLASS, qk_norm="rms_norm", image_condition_type=None)
+    heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
+    out, patch = config.get("out_channels") or channels, config["patch_size"]
+    hunyuan = HunyuanConfig(
+        double_blocks=config["num_layers"],
+        refiner_blocks=config["num_refiner_layers"],
+        pooled_width=config["pooled_projection_dim"],
+        rope_axes=tuple(config.get("rope_axes_dim", HunyuanConfig.rope_axes)),
+        guidance=HunyuanConfig.guidance if config.get("guidance_embeds", True) else 0.0,
+    )
+    return replace(
+        hunyuan_video(),
+        depth=config["num_layers"] + config["num_single_layers"],
+        width=heads * size,
+        heads=heads,
+        mlp_width=int(heads * size * config.get("mlp_ratio", 4.0)),
+        latent_channels=out,
+        condition_channels=channels - out,
+        patch=(config["patch_size_t"], patch, patch),
+        text_width=config["text_embed_dim"],
+        rope_theta=float(config.get("rope_theta", 256.0)),
+        hunyuan=hunyuan,
+    )
+
+
+def _write(model: ModelConfig) -> dict:
+    hunyuan = model.hunyuan
+    return {
+        "_class_name": _CLASS,
+        "in_channels": model.latent_channels + model.condition_channels,
+        "out_channels": model.latent_channels,
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.head_size,
+        "num_layers": hunyuan.double_blocks,
+        "num_single_layers": model.depth - hunyuan.double_blocks,
+        "num_refiner_layers": hunyuan.refiner_blocks,
+        "mlp_ratio": model.mlp / model.width,
+        "patch_size": model.patch[1],
+        "patch_size_t": model.patch[0],
+        "qk_norm": "rms_norm",
+        "guidance_embeds": hunyuan.guidance > 0,
+        "text_embed_dim": model.text_width,
+        "pooled_projection_dim": hunyuan.pooled_width,
+        "rope_theta": model.rope_theta,
+        "rope_axes_dim": list(hunyuan.rope_axes),
+        "image_condition_type": None,
+    }
+
+
+def _rules(model: ModelConfig) -> list[Rule]:
+    channels, size, outside = model.latent_channels + model.condition_channels, model.head_size, "time_text_embed"
+    text = "context_embedder"
+    return [
+        Rule("x_embed.weight", ("x_embedder.proj.weight",), View((model.width, -1), (model.width, channels, *model.patch))),
+        Rule("x_embed.bias", ("x_embedder.proj.bias",)),
+        *_two_layers("time_embed", f"{outside}.timestep_embedder"),
+        *_two_layers("pooled_embed", f"{outside}.text_embedder"),
+        *_two_layers("guidance_embed", f"{outside}.guidance_embedder"),
+        *layer("text_embed.linear_in", f"{text}.proj_in"),
+        *_two_layers("text_embed.time_embed", f"{text}.time_text_embed.timestep_embedder"),
+        *_two_layers("text_embed.mean_embed", f"{text}.time_text_embed.text_embedder"),
+        *_refiner("text_embed.blocks.{i}", f"{text}.token_refiner.refiner_blocks.{{i}}", ByHead(model.heads, (size,) * 3)),
+        *_double("blocks.{i}", "transformer_blocks.{i}", ByHead(model.heads, (size,) * 3)),
+        *(replace(rule, ahead=model.hunyuan.double_blocks) for rule in _single(model, "blocks.{i}", "single_transformer_blocks.{i}")),
+        *layer("final.modulation.linear", "norm_out.linear", Reordered((1, 0))),  # theirs scale, shift; ours shift, scale
+        *layer("final.linear", "proj_out"),
+    ]
+
+
+def _two_layers(ours: str, theirs: str) -> list[Rule]:
+    return [rule for part in ("linear_1", "linear_2") for rule in layer(f"{ours}.{part}", f"{theirs}.{part}")]
+
+
+def _refiner(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
+    return [
+        *layer(f"{ours}.norm_1", f"{theirs}.norm1"),
+        *joined(f"{ours}.linear_qkv", [f"{theirs}.attn.to_{x}" for x in "qkv"], by_head),
+        *layer(f"{ours}.linear_proj", f"{theirs}.attn.to_out.0"),
+        *layer(f"{ours}.norm_2", f"{theirs}.norm2"),
+        *layer(f"{ours}.linear_fc1", f"{theirs}.ff.net.0.proj"),
+        *layer(f"{ours}.linear_fc2", f"{theirs}.ff.net.2"),
+        *layer(f"{ours}.gates", f"{theirs}.norm_out.linear"),
+    ]
+
+
+def _double(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
+    rules = []
+    for stream, qkv, norm, out, mlp, modulation in (
+        ("visual", "to_{}", "norm", "to_out.0", "ff", "norm1"),
+        ("text", "add_{}_proj", "norm_added", "to_add_out", "ff_context", "norm1_context"),
+    ):
+        rules += [
+            *layer(f"{ours}.{stream}.modulation.linear", f"{theirs}.{modulation}.linear"),
+            *joined(f"{ours}.{stream}.linear_qkv", [f"{theirs}.attn.{qkv.format(x)}" for x in "qkv"], by_head),
+            Rule(f"{ours}.{stream}.qk_norm.weight", (f"{theirs}.attn.{norm}_q.weight", f"{theirs}.attn.{norm}_k.weight"), Stacked(2)),
+            *layer(f"{ours}.{stream}.linear_proj", f"{theirs}.attn.{out}"),
+            *layer(f"{ours}.{stream}.linear_fc1", f"{theirs}.{mlp}.net.0.proj"),
+            *layer(f"{ours}.{stream}.linear_fc2", f"{theirs}.{mlp}.net.2"),
+        ]
+    return rules
+
+
+def _single(model: ModelConfig, ours: str, theirs: str) -> list[Rule]:
+    size, mlp = model.head_size, model.mlp // model.heads
+    return [
+        *layer(f"{ours}.modulation.linear", f"{theirs}.norm.linear"),
+        *joined(
+            f"{ours}.linear_in",
+            [*(f"{theirs}.attn.to_{x}" for x in "qkv"), f"{theirs}.proj_mlp"],
+            ByHead(model.heads, (size, size, size, mlp)),
+        ),
+        Rule(f"{ours}.qk_norm.weight", (f"{theirs}.attn.norm_q.weight", f"{theirs}.attn.norm_k.weight"), Stacked(2)),
+        Rule(f"{ours}.linear_out.weight", (f"{theirs}.proj_out.weight",), ColumnsByHead(model.heads, (size, mlp))),
+        Rule(f"{ours}.linear_out.bias", (f"{theirs}.proj_out.bias",)),
+    ]
+
+
+def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size = tuple(tokens * side for tokens, side in zip((3, 4, 5), model.patch, strict=True))
+    guidance = model.hunyuan.guidance
+    return Inputs(
+        normal(samples, model.latent_channels, *size),
+        torch.rand(samples, generator=generator),
+        normal(samples, 77, model.text_width),
+        pooled=normal(samples, model.hunyuan.pooled_width),
+        given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
+        guidance=torch.full((samples,), guidance) if guidance else None,
+    )
+
+
+def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
+    latents = inputs.latents if inputs.given is None else torch.cat((inputs.latents, inputs.given), dim=1)
+    guidance = None if inputs.guidance is None else 1000 * inputs.guidance
+    visible = torch.ones(inputs.text.shape[:2], dtype=torch.int64)
+    return original(latents, 1000 * inputs.t, inputs.text, visible, inputs.pooled, guidance, return_dict=False)[0]
+
+
+HUNYUAN = Family("hunyuan", _CLASS, _read, _write, _rules, _example, _forward)
