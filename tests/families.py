@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from megatron_apt.models.config import HunyuanConfig, ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, build_layout
+from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 
 FAMILIES: dict[str, tuple[Family, type[nn.Module]]] = {
@@ -128,13 +130,16 @@ def shape(family: str, config: dict) -> ModelConfig:
 
 
 def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) -> nn.Module:
-    """Our model on this mesh from diffusers' tensors, every one of which must be used once."""
-    network = build_backbone(model, mesh)
+    """Our model, or this rank's stage of it, from diffusers' tensors, every one of which must be used once."""
+    network = build_backbone(model, mesh, cut=Cut(mesh.pp.size, (mesh.pp.rank,)))
     parameters, used = dict(network.named_parameters()), Counter()
     for one in FAMILIES[family][0].tensors(model, mesh):
         used.update(list(one.theirs))
         value = one.change.ours([state[key] for key in one.theirs])
-        parameter = parameters.pop(one.name)
+        parameter = parameters.pop(one.name, None)
+        if parameter is None:
+            assert mesh.pp.size > 1  # on another stage
+            continue
         if parameter.sharded_dim is not None:
             value = value.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
         with torch.no_grad():
@@ -189,6 +194,39 @@ def our_inputs(batch: list[Sample], model: ModelConfig, mesh: Mesh) -> tuple[Ten
     return tokens.index_select(0, layout.visual.index), torch.stack([s.time for s in batch]), condition, layout
 
 
+def staged(network: nn.Module, inputs: tuple, mesh: Mesh, loss: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Forward and backward of loss(network(*inputs)), its stages one after another on the ranks of the pipeline; the output on the last one."""
+    stage, group, layout = mesh.pp.rank, mesh.pp.group, inputs[-1]
+    before, after = (None if rank is None else dist.get_global_rank(group, rank) for rank in neighbours(mesh))
+    if before is None:
+        state = arrived = network.enter(*inputs)
+    else:
+        arrived = {name: torch.empty(size) for name, (size, _) in network.carried(stage - 1, layout).items()}
+        for tensor in arrived.values():
+            dist.recv(tensor, before, group=group)
+        state = {name: tensor.requires_grad_() for name, tensor in arrived.items()}
+    out = network.run_stage(stage, dict(state), layout)
+    if after is None:
+        loss(out).backward()
+    else:
+        sent = [out[name] for name in network.carried(stage, layout)]
+        for tensor in sent:
+            dist.send(tensor.detach().contiguous(), after, group=group)
+        gradients = [torch.empty_like(tensor) for tensor in sent]
+        for gradient in gradients:
+            dist.recv(gradient, after, group=group)
+        torch.autograd.backward(sent, gradients)
+    if before is not None:
+        for tensor in arrived.values():
+            dist.send(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous(), before, group=group)
+    return out if after is None else None
+
+
+def neighbours(mesh: Mesh) -> tuple[int | None, int | None]:
+    """Ranks of the pipeline before and after this one."""
+    return (mesh.pp.rank - 1 if mesh.pp.rank else None), (mesh.pp.rank + 1 if mesh.pp.rank < mesh.pp.size - 1 else None)
+
+
 def gradient_of(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
     """The gradient over all ranks, whole."""
     grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
@@ -219,15 +257,20 @@ def compare(
         torch.cat([patchify(v[None], model.patch) for v in values]).index_select(0, layout.visual.index)
         for values in (velocities, [s.target for s in batch])
     )
+
+    def loss(v: Tensor) -> Tensor:
+        return (layout.sample_sum((v - target).square()) / layout.sample_numel(v.shape[1])).sum()
+
     with implementation("kernels") if kernels else nullcontext():
-        got = network(x, t, condition, layout)
-        (layout.sample_sum((got - target).square()) / layout.sample_numel(got.shape[1])).sum().backward()
-    forward = float(((got - want).abs().max() / want.abs().max()).detach())
+        got = staged(network, (x, t, condition, layout), mesh, loss)
+    forward = 0.0 if got is None else float(((got - want).abs().max() / want.abs().max()).detach())
 
     gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in reference.named_parameters()}
     largest, worst = max(float(g.abs().max()) for g in gradients.values()), (0.0, "")
     parameters = dict(network.named_parameters())
     for one in FAMILIES[family][0].tensors(model, mesh):
+        if one.name not in parameters:
+            continue  # on another stage
         if parameters[one.name].fixed:
             assert parameters[one.name].grad is None
             continue
