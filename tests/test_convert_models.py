@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from families import CONFIGS, FAMILIES, compare, shape, theirs
+from families import CONFIGS, FAMILIES, compare, ours, shape, theirs
 from parity import compare_exactly, deep, iterations, meshes, problem
 from test_train import config as training
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from megatron_apt.config import DataConfig, ParallelConfig
 from megatron_apt.convert import family_of
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.source import open_source
@@ -21,7 +22,20 @@ from megatron_apt.convert.wan import WAN
 from megatron_apt.data.batches import Batches
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium, sd35_large, sd35_medium, wan_1_3b, wan_5b, wan_14b, wan_14b_i2v
+from megatron_apt.models.config import (
+    HunyuanConfig,
+    ModelConfig,
+    Sd3Config,
+    hunyuan_video,
+    sd3_medium,
+    sd35_large,
+    sd35_medium,
+    wan_1_3b,
+    wan_5b,
+    wan_14b,
+    wan_14b_i2v,
+)
+from megatron_apt.models.embeddings import patch_grid, patchify, unpatchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.sample import load_generator
@@ -49,7 +63,7 @@ def test_velocities_and_gradients_equal_those_of_diffusers(mesh, family, seed):
     assert_equal(compare(mesh, family, config, *PACKED[family], recompute="full"))
 
 
-@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7)])
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("hunyuan", 1)])
 def test_with_kernels(mesh, family, seed):
     assert_equal(compare(mesh, family, CONFIGS[family](seed), *PACKED[family], kernels=True))
 
@@ -104,8 +118,17 @@ SMALL = {
         dtype="float64",
         sd3=Sd3Config(pooled_width=12, position_size=6, sample_size=8, qk_norm=True, dual_layers=(0,)),
     ),
+    "hunyuan": ModelConfig(
+        family="hunyuan",
+        depth=2,
+        width=48,
+        heads=4,
+        text_width=8,
+        dtype="float64",
+        hunyuan=HunyuanConfig(double_blocks=1, refiner_blocks=1, pooled_width=12, rope_axes=(4, 4, 4)),
+    ),
 }
-DATA = {"wan": "mixed", "sd3": "pictures"}
+DATA = {"wan": "mixed", "sd3": "pictures", "hunyuan": "mixed"}
 
 
 @pytest.mark.dist
@@ -146,6 +169,25 @@ def published(**changes) -> dict:
     return common | changes
 
 
+PUBLISHED_HUNYUAN = {
+    "_class_name": "HunyuanVideoTransformer3DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 16,
+    "mlp_ratio": 4.0,
+    "num_attention_heads": 24,
+    "num_layers": 20,
+    "num_refiner_layers": 2,
+    "num_single_layers": 40,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "pooled_projection_dim": 768,
+    "qk_norm": "rms_norm",
+    "rope_axes_dim": [16, 56, 56],
+    "rope_theta": 256.0,
+    "text_embed_dim": 4096,
+}
 PUBLISHED = {
     "sd3_medium": published(caption_projection_dim=1536, num_attention_heads=24, num_layers=24, pos_embed_max_size=192),
     "sd35_large": published(caption_projection_dim=2432, num_attention_heads=38, num_layers=38, pos_embed_max_size=192, qk_norm="rms_norm"),
@@ -165,6 +207,10 @@ def test_presets_of_sd3_are_the_published_shapes(name, preset):
     assert SD3.read_config(PUBLISHED[name]) == preset
 
 
+def test_preset_of_hunyuan_video_is_the_published_shape():
+    assert HUNYUAN.read_config(PUBLISHED_HUNYUAN) == hunyuan_video()
+
+
 @pytest.mark.parametrize(
     ("family", "model", "billions"),
     [
@@ -175,6 +221,7 @@ def test_presets_of_sd3_are_the_published_shapes(name, preset):
         (SD3, sd3_medium(), 2.03),
         (SD3, sd35_large(), 8.06),
         (SD3, sd35_medium(), 2.24),
+        (HUNYUAN, hunyuan_video(), 12.82),
     ],
     ids=lambda value: "" if isinstance(value, ModelConfig) else str(getattr(value, "name", value)),
 )
@@ -197,6 +244,22 @@ def test_a_time_for_every_token_is_the_samples_time_where_they_are_one(mesh):
     torch.testing.assert_close(WAN.forward(original, inputs), want, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_padding_that_hunyuans_pipeline_hides_is_as_if_it_were_not_there(mesh):
+    """diffusers is given padded captions and a mask, we the captions alone."""
+    config, lengths = CONFIGS["hunyuan"](0), (5, 2, 7)
+    original, model = theirs("hunyuan", config, seed=1), shape("hunyuan", config)
+    inputs = HUNYUAN.example(model, len(lengths), torch.Generator().manual_seed(0))
+    visible = (torch.arange(inputs.text.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    want = original(inputs.latents, 1000 * inputs.t, inputs.text, visible, inputs.pooled, 1000 * inputs.guidance, return_dict=False)[0]
+    condition = Condition.pack([text[:length] for text, length in zip(inputs.text, lengths, strict=True)], pooled=inputs.pooled)
+    grid = patch_grid(tuple(inputs.latents.shape[2:]), model.patch)
+    layout = build_layout((grid,) * len(lengths), condition.lengths, mesh)
+    network = ours("hunyuan", model, mesh, original.state_dict())
+    got = unpatchify(network(patchify(inputs.latents, model.patch), inputs.t, condition, layout), grid, model.patch)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
 def test_every_norm_of_sd3_has_our_eps():
     norms = [m for m in theirs("sd3", CONFIGS["sd3"](7), seed=1).modules() if hasattr(m, "eps") and not isinstance(m, nn.ModuleList)]
     assert len(norms) > 10
@@ -215,6 +278,10 @@ def test_every_norm_of_sd3_has_our_eps():
         (WAN, {"eps": 1e-5}, "eps=1e-05"),
         (WAN, {"freq_dim": 128}, "freq_dim=128"),
         (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514"),
+        (HUNYUAN, {"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
+        (HUNYUAN, {"image_condition_type": "token_replace"}, "image_condition_type='token_replace'"),
+        (HUNYUAN, {"rope_axes_dim": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
+        (HUNYUAN, {"rope_axes_dim": [3, 4, 5]}, r"rope_axes=\(3, 4, 5\): each must be even"),
     ],
 )
 def test_configurations_that_we_do_not_have_are_refused(family, change, message):
@@ -231,7 +298,7 @@ def test_a_width_that_diffusers_cannot_say_is_not_written():
 # --- files
 
 
-@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7)])
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("hunyuan", 1)])
 def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, seed):
     described, original = FAMILIES[family][0], theirs(family, CONFIGS[family](seed), seed=1)
     original.save_pretrained(tmp_path / "original")
