@@ -294,13 +294,8 @@ class RunConfig:
             _check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 
-def check_fits(config: RunConfig) -> None:
-    """The checks that concern more than one part.
-
-    Raises:
-        ValueError: naming the fields, the values and the remedy.
-    """
-    model, parallel = config.model, config.parallel
+def check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ValueError where heads do not split over the ranks that share them."""
     if model.heads % parallel.tp:
         raise ValueError(f"model.heads={model.heads} do not split over parallel.tp={parallel.tp}; use a tp that divides the heads")
     local_heads = model.heads // parallel.tp
@@ -311,6 +306,15 @@ def check_fits(config: RunConfig) -> None:
             f"that trade them (parallel.context_parallel={parallel.context_parallel}); use --parallel.context-parallel all_gather or another cp"
         )
 
+
+def check_fits(config: RunConfig) -> None:
+    """The checks that concern more than one part.
+
+    Raises:
+        ValueError: naming the fields, the values and the remedy.
+    """
+    model, parallel = config.model, config.parallel
+    check_heads(model, parallel)
     if parallel.context_parallel in ("p2p", "a2a+p2p") and parallel.cp > 1:
         _check_ring(config)
     if model.fp8.recipe != "none":

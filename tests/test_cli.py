@@ -97,6 +97,8 @@ def test_the_papers_examples_build():
         config = load_recipe(f"{examples}/wan.py:{stage}_i2v_14b")
         check_fits(config)
         assert (config.model.condition_channels, config.model.wan.image_width) == (20, 1280)
+    for stage in ("consistency", "image", "video"):
+        check_fits(load_recipe(f"{examples}/hunyuan.py:{stage}"))
     for name in ("consistency", "apt", "consistency_large", "apt_large"):
         check_fits(load_recipe(f"{examples}/sd35.py:{name}"))
     apt = load_recipe(f"{examples}/image.py:apt")
@@ -107,6 +109,9 @@ def test_captions_shorter_than_a_pipelines_are_noticed():
     recipe = load_recipe(f"{Path(__file__).parents[1]}/examples/wan.py:consistency")
     with pytest.warns(UserWarning, match="data.text_length=0: .* pad captions to 512 tokens"):
         check_fits(replace(recipe, data=replace(recipe.data, text_length=0)))
+    recipe = load_recipe(f"{Path(__file__).parents[1]}/examples/hunyuan.py:consistency")
+    with pytest.warns(UserWarning, match="data.text_length=256: .* hide padding from the model; train with 0"):
+        check_fits(replace(recipe, data=replace(recipe.data, text_length=256)))
 
 
 @pytest.mark.dist

@@ -1,6 +1,8 @@
 """Published families against diffusers: from the same weights the same velocities and the same gradients, on one process and on meshes."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from megatron_apt.config import DataConfig, ParallelConfig
 from megatron_apt.convert import family_of
+from megatron_apt.convert.command import Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.importer import import_checkpoint
@@ -105,6 +108,30 @@ def test_a_mesh_equals_diffusers(ranks, name, family):
     for errors in ranks(2).run(on_mesh, SPLIT[name], family):
         for seed, one in enumerate(errors):
             assert_equal(one, f"{family} {seed}: ")
+
+
+def verified(mesh, run, folder):
+    file = Path(run).with_name(f"verified-{mesh.world.rank}.json")
+    code = perform(Verify(run, folder, json=str(file)), mesh)
+    return code, json.loads(file.read_text())["difference"] if mesh.is_main else None
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verify_on_a_mesh(ranks, mesh, tmp_path, family):
+    """Also notices one number that is wrong: in the last block's second half of heads, which only some ranks hold."""
+    model = theirs(family, CONFIGS[family](4), seed=1)
+    model.save_pretrained(tmp_path / "their")
+    source = open_source(tmp_path / "their")
+    import_checkpoint(source, family_of(source.config, "x"), tmp_path / "run", mesh)
+    for name in ("tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "pp2"):
+        answers = ranks(2).run(verified, SPLIT[name], str(tmp_path / "run"), str(tmp_path / "their"))
+        assert [code for code, _ in answers] == [0, 0] and 0 <= answers[0][1] < 1e-6, (name, answers)
+    with torch.no_grad():
+        list(p for name, p in model.named_parameters() if name.endswith("to_v.weight"))[-1][-1] += 1.0
+    model.save_pretrained(tmp_path / "their")
+    answers = ranks(2).run(verified, SPLIT["tp2-sp-cp1-dp1"], str(tmp_path / "run"), str(tmp_path / "their"))
+    assert [code for code, _ in answers] == [1, 1] and answers[0][1] > 1e-3
 
 
 SMALL = {

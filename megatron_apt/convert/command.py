@@ -4,14 +4,14 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_apt.config import ParallelConfig
+from megatron_apt.config import ParallelConfig, check_heads
 from megatron_apt.convert import family_of, family_of_model
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import Moved, import_checkpoint
@@ -60,7 +60,9 @@ class Export:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compares our forward pass with diffusers' on random inputs, in float32; exit code 1 above the tolerance."""
+    """Compares our forward pass with diffusers' on random inputs, in float32; exit code 1 above the tolerance.
+
+    Under torchrun or srun ours runs on the mesh of --parallel, as it will in training."""
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Run folder or iteration-* folder."""
@@ -72,6 +74,7 @@ class Verify:
     """Of the largest difference, relative to the largest value."""
     samples: int = 2
     seed: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     json: str = ""
 
 
@@ -84,9 +87,10 @@ Command = (
 
 def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
-    mesh = startup.start(ParallelConfig())
+    verifies = isinstance(command, Verify)
+    mesh = startup.start(command.parallel if verifies else ParallelConfig())
     try:
-        if mesh.world.size > 1:
+        if mesh.world.size > 1 and not verifies:
             raise ConvertError(f"convert is for one process, and here are {mesh.world.size}; start it without torchrun or srun")
         return perform(command, mesh)
     except OSError as error:
@@ -96,7 +100,7 @@ def run(command: Import | Export | Verify) -> int:
 
 
 def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
-    """The command on a mesh of one process; returns the exit code."""
+    """The command, on a mesh of one process unless it is Verify; returns the exit code."""
     if isinstance(command, Import):
         source = open_source(command.source, command.subfolder, command.config)
         family = family_of(source.config, str(source.path))
@@ -112,16 +116,24 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
             export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
         print(target)
         return 0
+    check_heads(checkpoint.model, command.parallel)
     source = open_source(command.source, command.subfolder)
     kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
     found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
     good = found <= command.tolerance
     verdict = f"tolerance {command.tolerance:.0e}: {'equal' if good else 'NOT equal'}"
-    print(f"{family.architecture}: largest difference {found:.2e} of the largest value, {verdict}")
-    if command.json:
-        result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture}
+    if mesh.is_main:
+        print(f"{family.architecture}{_described(mesh)}: largest difference {found:.2e} of the largest value, {verdict}")
+    if command.json and mesh.is_main:
+        axes = {name: getattr(mesh, name).size for name in ("tp", "cp", "pp")}
+        result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture, **axes}
         Path(command.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return int(not good)
+
+
+def _described(mesh: Mesh) -> str:
+    split = [f"{name}={getattr(mesh, name).size}" for name in ("tp", "cp", "pp") if getattr(mesh, name).size > 1]
+    return f" on {', '.join(split)}" if split else ""
 
 
 @contextmanager

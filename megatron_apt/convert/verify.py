@@ -3,47 +3,52 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
-from megatron_apt.convert.family import Family, Inputs
+from megatron_apt.convert.family import Family
 from megatron_apt.convert.source import ConvertError, Source
 from megatron_apt.models.config import Fp8Config, ModelConfig
-from megatron_apt.models.embeddings import patch_grid, patchify, unpatchify
+from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
+from megatron_apt.models.stages import Cut, run_line
 from megatron_apt.networks import load_weights
+from megatron_apt.parallel.collectives import max_over
 from megatron_apt.parallel.mesh import Mesh
-
-
-def velocity(ours: nn.Module, inputs: Inputs, mesh: Mesh) -> Tensor:
-    """What our model says to the inputs, (n, C, F, H, W)."""
-    patch = ours.model.patch
-    grid = patch_grid(tuple(inputs.latents.shape[2:]), patch)
-    condition = inputs.condition(patch).to(mesh.device)
-    layout = build_layout((grid,) * len(inputs.t), condition.lengths, mesh)
-    v = ours(patchify(inputs.latents, patch).to(mesh.device), inputs.t.to(mesh.device), condition, layout)
-    return unpatchify(v, grid, patch)
 
 
 @torch.no_grad()
 def parity(checkpoint: str, family: Family, model: ModelConfig, source: Source, mesh: Mesh, samples: int, seed: int) -> float:
-    """Largest difference of the velocities in float32, relative to their largest value. One model at a time is in memory.
+    """Largest difference of the velocities in float32, relative to their largest value, over all ranks. One model at a time is in memory.
 
     Args:
         checkpoint: `path`, `path:ema` or `path:raw`.
-        source: the original.
+        source: the original, which the first rank runs.
+        mesh: our model's; diffusers' is always whole.
 
     Raises:
         ConvertError: the original does not make the model that its config.json describes.
     """
     source.check(family.tensors(model, mesh))
     inputs = family.example(model, samples, torch.Generator().manual_seed(seed))
-    ours = build_backbone(replace(model, dtype="float32", fp8=Fp8Config()), mesh).to(mesh.device)
+    cut = Cut(mesh.pp.size, (mesh.pp.rank,))
+    ours = build_backbone(replace(model, dtype="float32", fp8=Fp8Config()), mesh, cut=cut).to(mesh.device)
     load_weights(checkpoint, ours, mesh)
-    got = velocity(ours, inputs, mesh).cpu()
+    condition = inputs.condition(model.patch).to(mesh.device)
+    layout = build_layout((patch_grid(tuple(inputs.latents.shape[2:]), model.patch),) * samples, condition.lengths, mesh)
+    x = patchify(inputs.latents, model.patch).to(mesh.device).index_select(0, layout.visual.index)
+    got = run_line(ours, x, inputs.t.to(mesh.device), condition, layout, mesh.pp)
     del ours
-    want = family.forward(original(family, source), inputs)
-    return float((got - want).abs().max() / want.abs().max())
+    want = torch.empty_like(inputs.latents)
+    if mesh.is_main:
+        want.copy_(family.forward(original(family, source), inputs))
+    want = want.to(mesh.device)
+    dist.broadcast(want, 0)
+    difference, largest = want.new_zeros(()), want.abs().max()
+    if got is not None:
+        difference = (got - patchify(want, model.patch).index_select(0, layout.visual.index)).abs().max()
+    return float(max_over(torch.nan_to_num(difference / largest, nan=torch.inf), mesh.world))
 
 
 def original(family: Family, source: Source) -> nn.Module:

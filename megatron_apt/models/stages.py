@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_apt.models.layout import Layout, chunk
+from megatron_apt.parallel.mesh import Axis
 
 State = dict[str, Tensor]  # what one stage gives to the next, by name
 
@@ -66,3 +68,21 @@ def run_all(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout) ->
     for stage in range(network.cut.stages):
         state = network.run_stage(stage, state, layout)
     return state
+
+
+@torch.no_grad()
+def run_line(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout, axis: Axis) -> Tensor | None:
+    """The output of a network whose stages lie on the ranks of an axis, one after another; None on all of them but the last."""
+    before, after = (dist.get_global_rank(axis.group, rank) if 0 <= rank < axis.size else None for rank in (axis.rank - 1, axis.rank + 1))
+    if before is None:
+        state = network.enter(x, t, condition, layout)
+    else:
+        state = {name: x.new_empty(size, dtype=network.dtype) for name, (size, _) in network.carried(axis.rank - 1, layout).items()}
+        for tensor in state.values():
+            dist.recv(tensor, before, group=axis.group)
+    out = network.run_stage(axis.rank, state, layout)
+    if after is None:
+        return out
+    for name in network.carried(axis.rank, layout):
+        dist.send(out[name].contiguous(), after, group=axis.group)
+    return None
