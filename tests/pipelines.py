@@ -173,7 +173,7 @@ def save_sd3(folder: Path, with_t5: bool = True) -> Path:
 
 
 def llama_tokenizer():
-    """Llama 3's: its splitting and bytes, with a token for every word of HunyuanVideo's prompt template, which is 95 tokens long as in Llama 3."""
+    """Llama 3's splitting and bytes, and a token for every word of HunyuanVideo's prompt template, whose start is the 95 tokens that are cut off."""
     import transformers
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
