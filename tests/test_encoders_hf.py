@@ -235,7 +235,7 @@ def test_pipeline_folder_problems(wan, sd3, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer_2 is \['mine', 'Loader'\]"):
         open_text_encoder(folder)
     change_json(folder / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match=r"model_index\.json: the text of FluxPipeline cannot be encoded, only that of Wan and StableDiffusion3"):
+    with pytest.raises(ValueError, match=r"model_index\.json: the text of FluxPipeline cannot be encoded, .* Wan, StableDiffusion3"):
         open_text_encoder(folder)
     with pytest.raises(ValueError, match=r"text_tokenizer='x': .* leave it empty"):
         open_text_encoder(sd3, "x")

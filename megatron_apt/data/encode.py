@@ -50,7 +50,8 @@ class EncodeConfig:
     allow_upscale: bool = False
     """Accept pictures and videos smaller than the bucket."""
     codec: str = "pixel"
-    """"pixel" (built in, no weights), "wan" (AutoencoderKLWan from codec_path) or "kl" (AutoencoderKL, Stable Diffusion 3's; pictures only)."""
+    """"pixel" (built in, no weights), or the class of codec_path: "wan" (AutoencoderKLWan), "hunyuan" (AutoencoderKLHunyuanVideo) or "kl"
+    (AutoencoderKL, Stable Diffusion 3's; pictures only)."""
     codec_path: str = ""
     """Local folder of the VAE, or of a diffusers pipeline with the VAE in vae/; safetensors only."""
     codec_tiling: int = 0
@@ -68,8 +69,8 @@ class EncodeConfig:
     pixel_scale: float = 1.0
     """Pixel codec: latents are divided by it."""
     text: str = "builtin"
-    """"builtin" (needs no weights), or a local folder: a diffusers pipeline, Wan or Stable Diffusion 3, for embeddings as its encode_prompt
-    gives them; or a T5 or UMT5 encoder with its tokenizer."""
+    """"builtin" (needs no weights), or a local folder: a diffusers pipeline, Wan, Stable Diffusion 3 or HunyuanVideo, for embeddings as its
+    encode_prompt gives them; or a T5 or UMT5 encoder with its tokenizer."""
     text_tokenizer: str = ""
     """Folder of the tokenizer, if it is not in the Wan pipeline's tokenizer/ or beside the T5 or UMT5 encoder."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -101,7 +102,7 @@ class EncodeConfig:
         for field in ("fps", "start"):
             _check(math.isfinite(getattr(self, field)) and getattr(self, field) >= 0, field, getattr(self, field), "must be a number >= 0")
         _check(0 <= self.max_rejected <= 1, "max_rejected", self.max_rejected, "is a share; use a number from 0 to 1")
-        _check(self.codec in ("pixel", *VAE_CODECS), "codec", self.codec, "use 'pixel', 'wan' or 'kl'")
+        _check(self.codec in ("pixel", *VAE_CODECS), "codec", self.codec, f"use {', '.join(map(repr, ('pixel', *VAE_CODECS)))}")
         _check(self.codec == "pixel" or bool(self.codec_path), "codec_path", self.codec_path, f"codec={self.codec!r} needs a local folder")
         _check(self.codec != "pixel" or not self.codec_tiling, "codec_tiling", self.codec_tiling, "applies to VAEs; leave it 0 with codec='pixel'")
         _check(not self.image_to_video or self.codec == "wan", "image_to_video", self.image_to_video, f"needs codec='wan', not {self.codec!r}")

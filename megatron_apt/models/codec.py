@@ -136,7 +136,7 @@ class PixelCodec:
 
 
 class VaeCodec:
-    """A VAE of diffusers from a local folder; latents are normalised with the numbers in its config.json. See WanCodec and KlCodec.
+    """A VAE of diffusers from a local folder; latents are normalised with the numbers in its config.json. See WanCodec, HunyuanCodec and KlCodec.
 
     Args:
         path: the VAE's folder (config.json and diffusion_pytorch_model*.safetensors), or a pipeline's with the VAE in vae/. Nothing is downloaded
@@ -169,6 +169,14 @@ class VaeCodec:
             self._tile(tiling)
             self.vae.enable_slicing()
 
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Raises ValueError for sizes that do not fit."""
+        return latent_shape_of((frames, height, width), self.latent_channels, self._temporal, self._spatial)
+
+    def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of the clips whose latents are of this size."""
+        return 1 + (frames - 1) * self._temporal, height * self._spatial, width * self._spatial
+
     def config_dict(self) -> dict:
         config = {"kind": self.kind, "path": self.path, "dtype": self.dtype}
         return config | ({"tiling": self.tiling} if self.tiling else {})
@@ -190,6 +198,12 @@ class VaeCodec:
         pixels = self._pixels(self._raw(batch.to(self.device).float()).to(self.vae.dtype)).float().clamp(-1, 1)
         return pixels.cpu().view(*latent.shape[:-4], *pixels.shape[1:])
 
+    def _mode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels).latent_dist.mode()
+
+    def _pixels(self, raw: Tensor) -> Tensor:
+        return self.vae.decode(raw).sample
+
 
 class WanCodec(VaeCodec):
     """AutoencoderKLWan: videos; (x - latents_mean) / latents_std per channel."""
@@ -201,14 +215,6 @@ class WanCodec(VaeCodec):
         self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
         self._spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Raises ValueError for sizes that do not fit."""
-        return latent_shape_of((frames, height, width), self.latent_channels, self._temporal, self._spatial)
-
-    def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(F, H, W) of the clips whose latents are of this size."""
-        return 1 + (frames - 1) * self._temporal, height * self._spatial, width * self._spatial
 
     @property
     def given_channels(self) -> int:
@@ -237,17 +243,34 @@ class WanCodec(VaeCodec):
     def _tile(self, side: int) -> None:
         self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
 
-    def _mode(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode(pixels).latent_dist.mode()
-
-    def _pixels(self, raw: Tensor) -> Tensor:
-        return self.vae.decode(raw).sample
-
     def _normalised(self, mode: Tensor) -> Tensor:
         return (mode - self._mean) / self._std
 
     def _raw(self, latent: Tensor) -> Tensor:
         return latent * self._std + self._mean
+
+
+class HunyuanCodec(VaeCodec):
+    """AutoencoderKLHunyuanVideo: videos; x * scaling_factor.
+
+    With or without tiling, diffusers cuts clips of more than 16 frames into overlapping pieces of 17 and blends their latents, or their pixels.
+    """
+
+    kind, class_name = "hunyuan", "AutoencoderKLHunyuanVideo"
+
+    def _read(self, folder: Path, config) -> None:
+        self.latent_channels, self._scale = config.latent_channels, config.scaling_factor
+        self._temporal, self._spatial = config.temporal_compression_ratio, config.spatial_compression_ratio
+
+    def _tile(self, side: int) -> None:
+        stride = side * 3 // 4
+        self.vae.enable_tiling(side, side, tile_sample_stride_height=stride, tile_sample_stride_width=stride)
+
+    def _normalised(self, mode: Tensor) -> Tensor:
+        return mode * self._scale
+
+    def _raw(self, latent: Tensor) -> Tensor:
+        return latent.to(self.vae.dtype) / self._scale  # in the VAE's precision, as HunyuanVideoPipeline does
 
 
 class KlCodec(VaeCodec):
@@ -259,14 +282,14 @@ class KlCodec(VaeCodec):
         if config.latents_mean is not None or config.latents_std is not None:
             raise ValueError(f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and scaling_factor only")
         self.latent_channels = config.latent_channels
-        self._spatial = 2 ** (len(config.block_out_channels) - 1)
+        self._temporal, self._spatial = 1, 2 ** (len(config.block_out_channels) - 1)
         self._shift, self._scale = config.shift_factor or 0.0, config.scaling_factor
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(c, 1, h, w); raises ValueError for sizes that do not fit."""
         if frames != 1:
-            raise ValueError(f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or codec 'wan' for videos")
-        return latent_shape_of((1, height, width), self.latent_channels, 1, self._spatial)
+            raise ValueError(f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or codec 'wan' or 'hunyuan' for videos")
+        return super().latent_shape(frames, height, width)
 
     def _tile(self, side: int) -> None:
         self.vae.enable_tiling()
@@ -288,7 +311,7 @@ class KlCodec(VaeCodec):
         return latent / self._scale + self._shift
 
 
-VAE_CODECS = {codec.kind: codec for codec in (WanCodec, KlCodec)}
+VAE_CODECS = {codec.kind: codec for codec in (WanCodec, HunyuanCodec, KlCodec)}
 
 
 def component_folder(path: str | Path, name: str) -> Path:

@@ -1,8 +1,8 @@
 """Text encoders of whole diffusers pipelines: the numbers that a pipeline's own encode_prompt gives, from its folder.
 
 Models are read from safetensors and tokenizers from json or sentencepiece files in the folder; nothing is downloaded and no pickle is read.
-Tokenizers are those of transformers, by the class that model_index.json names, because a pipeline's are; batches are padded as a pipeline pads them,
-so that with its dtype the embeddings are a pipeline's to the last bit.
+Tokenizers are those of transformers, by the class that model_index.json names, because a pipeline's are (but see load_fast_tokenizer); batches are
+padded as a pipeline pads them, so that with its dtype the embeddings are a pipeline's to the last bit.
 """
 
 import html
@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from megatron_apt.models.codec import checked_model_folder
 from megatron_apt.models.text import TextEncoder, load_t5
 
-KINDS = {"Wan": "wan", "StableDiffusion3": "sd3"}  # by how the name of the pipeline's class begins
+# By how the name of the pipeline's class begins; HunyuanVideo's in full, since its image-to-video and later ones encode text in other ways.
+KINDS = {"Wan": "wan", "StableDiffusion3": "sd3", "HunyuanVideoPipeline": "hunyuan"}
+CLIP_TOKENS = 77
 
 
 def pipeline_kind(folder: Path) -> str | None:
-    """ "wan" or "sd3" for a pipeline folder, None for one without model_index.json.
+    """ "wan", "sd3" or "hunyuan" for a pipeline folder, None for one without model_index.json.
 
     Raises:
         ValueError: a pipeline of another kind.
@@ -33,8 +35,8 @@ def pipeline_kind(folder: Path) -> str | None:
         if name.startswith(start):
             return kind
     raise ValueError(
-        f"{folder}/model_index.json: the text of {name or 'an unnamed pipeline'} cannot be encoded, only that of {' and '.join(KINDS)} pipelines; "
-        "if its text encoder is a T5 or UMT5, give the folder of that"
+        f"{folder}/model_index.json: the text of {name or 'an unnamed pipeline'} cannot be encoded, only that of pipelines "
+        f"whose class begins with {', '.join(KINDS)}; if its text encoder is a T5 or UMT5, give the folder of that"
     )
 
 
@@ -68,6 +70,22 @@ def load_tokenizer(index: dict, name: str, folder: Path):
         wanted = ", ".join(" and ".join(files) for files in sets)
         raise FileNotFoundError(f"{folder}: no tokenizer; it must hold one of {wanted}")
     return tokenizer_class.from_pretrained(folder, local_files_only=True)
+
+
+def load_fast_tokenizer(folder: Path):
+    """The tokenizer that a folder's tokenizer.json describes, whatever class the pipeline's index gives.
+
+    HunyuanVideo's index names LlamaTokenizerFast, which since transformers 5 splits text as Llama 2 does: of a Llama 3 tokenizer.json it keeps the
+    vocabulary alone, and spaces are lost without a word.
+
+    Raises:
+        FileNotFoundError: no tokenizer.json.
+    """
+    import transformers
+
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder}/tokenizer.json does not exist; copy it from the pipeline")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def clean_prompt(text: str) -> str:
@@ -135,7 +153,7 @@ class Sd3TextEncoder(TextEncoder):
         self.path, self.max_length, self.dtype = str(path), max_length, dtype
         folder = Path(path)
         index = read_index(folder)
-        self._clips = [load_clip(folder / name, device, dtype) for name in ("text_encoder", "text_encoder_2")]
+        self._clips = [load_model(folder / name, "CLIPTextModelWithProjection", device, dtype) for name in ("text_encoder", "text_encoder_2")]
         self._tokenizers = [load_tokenizer(index, name, folder / name) for name in ("tokenizer", "tokenizer_2")]
         self._clip_length = self._tokenizers[0].model_max_length  # the pipeline takes the first one's for both
         positions = min(clip.config.max_position_embeddings for clip in self._clips)
@@ -192,17 +210,84 @@ class Sd3TextEncoder(TextEncoder):
         return self._t5(ids.to(self._t5.device)).last_hidden_state.float().cpu()  # without a mask, as in the pipeline
 
 
-def load_clip(folder: Path, device: str, dtype: str) -> torch.nn.Module:
-    """The frozen CLIPTextModelWithProjection of a folder.
+class HunyuanTextEncoder(TextEncoder):
+    """Llama and CLIP of a HunyuanVideo pipeline folder: HunyuanVideoPipeline.encode_prompt with its default template.
+
+    A caption is put into diffusers' prompt template. Its rows are what Llama's last two layers would read, without the template before it and without
+    padding, which the transformer masks out of every attention. Its pooled vector is CLIP's, of the caption alone.
+
+    Args:
+        path: pipeline folder with model_index.json, text_encoder/, text_encoder_2/, tokenizer/ (tokenizer.json) and tokenizer_2/.
+        max_length: tokens that captions with what follows them in the template are cut to.
+        dtype: "float32" or "bfloat16", of the models; embeddings are float32.
+    """
+
+    def __init__(self, path: str | Path, max_length: int = 256, device: str = "cpu", dtype: str = "float32"):
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        self.path, self.max_length, self.dtype = str(path), max_length, dtype
+        folder = Path(path)
+        index = read_index(folder)
+        self._template, self._crop = DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"]
+        self._tokenizer = load_fast_tokenizer(folder / "tokenizer")
+        self._check_tokenizer(folder / "tokenizer")
+        self._clip_tokenizer = load_tokenizer(index, "tokenizer_2", folder / "tokenizer_2")
+        self._clip = load_model(folder / "text_encoder_2", "CLIPTextModel", device, dtype)
+        self._llama = _without_last_layers(load_model(folder / "text_encoder", "LlamaModel", device, dtype), 2)
+        self.width = self._llama.config.hidden_size
+
+    def _check_tokenizer(self, folder: Path) -> None:
+        if self._tokenizer.padding_side != "right":
+            raise ValueError(
+                f"{folder}/tokenizer_config.json: padding_side={self._tokenizer.padding_side!r}, but HunyuanVideo's template is cut off at the start "
+                "and padding at the end; set it to 'right'"
+            )
+        length = len(self._tokenizer(self._template.format("")).input_ids)
+        if length <= self._crop:
+            raise ValueError(
+                f"{folder}/tokenizer.json: HunyuanVideo's prompt template is {length} tokens, of which diffusers cuts off {self._crop}, so that "
+                "nothing is left of an empty caption; give the tokenizer of the pipeline"
+            )
+
+    def config_dict(self) -> dict:
+        return {"kind": "hunyuan", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        """One (L, width) float32 CPU tensor per caption, of its tokens and <|eot_id|>; the empty caption is that token alone."""
+        return self.encode_pooled(captions)[0]
+
+    @torch.no_grad()
+    def encode_pooled(self, captions: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
+        """The rows of encode, and (n, P) pooled vectors; without captions there are neither."""
+        if not captions:
+            return [], None
+        tokens = _tokens(self._tokenizer, [self._template.format(caption) for caption in captions], self._crop + self.max_length)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        states = self._llama(ids.to(self._llama.device), mask.to(self._llama.device), use_cache=False).last_hidden_state.float().cpu()
+        rows = [row[real] for row, real in zip(states[:, self._crop :], mask[:, self._crop :].bool(), strict=True)]
+        ids = _tokens(self._clip_tokenizer, list(captions), CLIP_TOKENS).input_ids
+        return rows, self._clip(ids.to(self._clip.device)).pooler_output.float().cpu()
+
+
+def load_model(folder: Path, class_name: str, device: str, dtype: str) -> torch.nn.Module:
+    """The frozen model of a folder, of a class of transformers.
 
     Raises:
         FileNotFoundError, ValueError: no such model, or none in safetensors.
     """
     import transformers
 
-    checked_model_folder(folder, "CLIPTextModelWithProjection")
-    model = transformers.CLIPTextModelWithProjection.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
+    checked_model_folder(folder, class_name)
+    model_class = getattr(transformers, class_name)
+    model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _without_last_layers(llama: torch.nn.Module, skipped: int) -> torch.nn.Module:
+    """A LlamaModel whose output is that of an earlier layer, not normalised. Asked for hidden states instead, it would keep those of all layers."""
+    kept = len(llama.layers) - skipped
+    llama.layers, llama.norm, llama.config.num_hidden_layers = llama.layers[:kept], torch.nn.Identity(), kept
+    return llama
 
 
 def _tokens(tokenizer, captions: list[str], length: int):

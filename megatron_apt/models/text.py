@@ -216,7 +216,9 @@ def read_model_type(path: str | Path) -> str:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give a Wan or Stable Diffusion 3 pipeline, a T5 or UMT5 encoder, or text='builtin'")
+        raise FileNotFoundError(
+            f"{file} does not exist; give a Wan, Stable Diffusion 3 or HunyuanVideo pipeline, a T5 or UMT5 encoder, or text='builtin'"
+        )
     model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     if model_type not in ("t5", "umt5"):
         raise ValueError(f"{file}: model_type={model_type!r}; only 't5' and 'umt5' are supported")
@@ -224,7 +226,7 @@ def read_model_type(path: str | Path) -> str:
 
 
 def open_text_encoder(path: str | Path, tokenizer_path: str = "", device: str = "cpu", dtype: str = "float32") -> TextEncoder:
-    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3), or of a folder with a T5 or UMT5 encoder.
+    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3, HunyuanVideo), or of a folder with a T5 or UMT5 encoder.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing, or a pipeline of another kind.
@@ -232,8 +234,8 @@ def open_text_encoder(path: str | Path, tokenizer_path: str = "", device: str = 
     from megatron_apt.models import pipeline_text
 
     kind = pipeline_text.pipeline_kind(Path(path))
-    if kind == "sd3" and tokenizer_path:
-        raise ValueError(f"text_tokenizer={tokenizer_path!r}: {path} is a Stable Diffusion 3 pipeline, which has its three; leave it empty")
+    if kind in ("sd3", "hunyuan") and tokenizer_path:
+        raise ValueError(f"text_tokenizer={tokenizer_path!r}: {path} is a pipeline with several tokenizers and uses its own; leave it empty")
     config = {"kind": kind or "huggingface", "path": str(path), "dtype": dtype}
     return load_text_encoder(config | ({"tokenizer_path": tokenizer_path} if tokenizer_path else {}), device)
 
@@ -244,11 +246,11 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
     Raises:
         ValueError: unknown kind or setting.
     """
-    from megatron_apt.models.pipeline_text import Sd3TextEncoder, WanTextEncoder
+    from megatron_apt.models.pipeline_text import HunyuanTextEncoder, Sd3TextEncoder, WanTextEncoder
 
     settings = dict(config)
     kind = settings.pop("kind", None)
-    folders = {"huggingface": HuggingFaceTextEncoder, "wan": WanTextEncoder, "sd3": Sd3TextEncoder}
+    folders = {"huggingface": HuggingFaceTextEncoder, "wan": WanTextEncoder, "sd3": Sd3TextEncoder, "hunyuan": HunyuanTextEncoder}
     try:
         if kind == "builtin":
             return BuiltinTextEncoder(**settings)
@@ -256,4 +258,4 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
             return folders[kind](**settings, device=device)
     except TypeError as error:
         raise ValueError(f"text encoder {kind}: {error}; settings given: {settings}") from None
-    raise ValueError(f"text encoder kind={kind!r} is unknown; use 'builtin', 'huggingface', 'wan' or 'sd3'")
+    raise ValueError(f"text encoder kind={kind!r} is unknown; use {', '.join(map(repr, ('builtin', *folders)))}")
