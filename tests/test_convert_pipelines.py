@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from pipelines import change_json, save_sd3, save_wan
+from pipelines import change_json, save_hunyuan, save_sd3, save_wan
 from safetensors.torch import load_file
 
-from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.command import Command, perform
 from megatron_apt.convert.exporter import Checkpoint
@@ -176,3 +176,42 @@ def test_sd3_from_pipeline_to_pipeline(sd3, mesh, tmp_path):
     assert_equal(one_step(mesh, final, "ema", z, condition).squeeze(1), theirs)
     assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition).squeeze(1), theirs)
     assert pipeline(PROMPT, output_type="np", **options).images.shape == (1, 32, 40, 3)
+
+
+@torch.no_grad()
+def test_hunyuan_from_pipeline_to_pipeline(mesh, tmp_path):
+    from diffusers import DiffusionPipeline, HunyuanVideoPipeline
+
+    hunyuan = save_hunyuan(tmp_path / "hub")
+    base = imported(mesh, hunyuan, tmp_path / "pretrained")
+    clips = write_digit_clips(tmp_path / "webm", count=6)
+    options = {"codec": "hunyuan", "codec_path": str(hunyuan), "text": str(hunyuan), "allow_upscale": True}
+    encode(EncodeConfig(str(clips), str(tmp_path / "videos"), height=32, width=32, frames=5, **options), progress=False)
+    pretrained, data = str(tmp_path / "pretrained"), DataConfig(shards=(str(tmp_path / "videos"),))
+    with torch.enable_grad():
+        no_guidance = ConsistencyConfig(guidance_scale=1.0)
+        start = InitConfig(diffusion=pretrained)
+        distilled = trained(mesh, base, tmp_path / "consistency", method="consistency", data=data, init=start, consistency=no_guidance)
+        final = trained(
+            mesh,
+            base,
+            tmp_path / "apt",
+            method="apt",
+            data=data,
+            init=InitConfig(generator=distilled, diffusion=pretrained),
+            optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9),
+            apt=AptConfig(ar1_sigma=0.1, timestep_shift=12.0),
+        )
+    out = tmp_path / "one-step"
+    assert convert(mesh, "export", final, out, "--base", hunyuan) == 0
+    assert convert(mesh, "verify", final, out) == 0
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    assert isinstance(pipeline, HunyuanVideoPipeline) and pipeline.scheduler.config.shift == 1.0
+    assert "pipeline(prompt, num_inference_steps=1, guidance_scale=6)" in (out / "README.md").read_text()
+    z, options = torch.randn(4, 2, 4, 4), {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 6.0}
+    theirs = pipeline(PROMPT, latents=z[None], output_type="latent", **options).frames[0]
+    text, pooled = open_text_encoder(hunyuan).encode_pooled([PROMPT])
+    condition = Condition.pack(text, 0, pooled)
+    assert_equal(one_step(mesh, final, "ema", z, condition), theirs)
+    assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition), theirs)
+    assert pipeline(PROMPT, output_type="np", **options).frames.shape == (1, 5, 32, 32, 3)

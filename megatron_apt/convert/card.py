@@ -5,8 +5,6 @@ from pathlib import Path
 
 from megatron_apt.convert.family import Family
 
-_TASKS = {"WanTransformer3DModel": "text-to-video", "SD3Transformer2DModel": "text-to-image"}
-
 
 def model_card(state: dict, family: Family, average: bool, license: str, base: str) -> str:
     """Markdown with Hugging Face's front matter.
@@ -19,7 +17,9 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     config = state["config"]
     trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
     optimizer, first_frame = config["optimizer"], config["model"].get("condition_channels", 0) > 0
-    task = "image-to-video" if first_frame else _TASKS.get(family.architecture, "text-to-video")
+    task = "image-to-video" if first_frame else "text-to-image" if family.name == "sd3" else "text-to-video"
+    # What a model is told of guidance is an input of the network, no second evaluation.
+    guidance = config["model"].get("hunyuan", {}).get("guidance", 0) if family.name == "hunyuan" else 0
     lines = [
         "---",
         f"license: {json.dumps(license)}",
@@ -39,7 +39,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
             "",
             "```python",
             "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
-            f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, guidance_scale=1)",
+            f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, guidance_scale={guidance or 1:g})",
             "```",
             "",
         ]
