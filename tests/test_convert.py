@@ -163,6 +163,7 @@ def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
     attempt(with_config(ffn_dim=36), r"blocks\.0\.ffn\.net\.0\.proj\.weight has shape \(37, 48\), config\.json asks for \(36, 48\)")
     attempt(with_tensors(lambda t: t.pop("proj_out.bias")), r"lacks proj_out\.bias")
     attempt(with_tensors(lambda t: t.update(extra=torch.ones(1))), r"has unknown extra")
+    attempt(with_tensors(lambda t: t.update({"head.modulation": t.pop("scale_shift_table")})), r"WanTransformer3DModel\.from_single_file\(FILE")
     attempt(with_tensors(lambda t: t.update({"proj_out.bias": torch.ones(16, dtype=torch.int8)})), r"proj_out\.bias has dtype I8")
     attempt(with_tensors(lambda t: t.update({"blocks.0.attn1.to_q.bias": torch.ones(48)})), r"to_q\.bias.* become one tensor, and have dtypes")
     attempt(lambda folder: (folder / files[1]).unlink(), rf"index\.json: names {files[1]} \(for \S+\), which is not there")

@@ -17,6 +17,8 @@ def family_of(config: dict, where: str) -> Family:
         ConvertError: an architecture that is not known.
     """
     found = config.get("_class_name")
+    if found == "WanModel":
+        raise ConvertError(f"{where}: _class_name='WanModel' is the layout of Wan's authors; use the repository with -Diffusers in its name")
     if not isinstance(found, str) or found not in FAMILIES:
         raise ConvertError(f"{where}: _class_name={found!r} is not known; there are {', '.join(FAMILIES)}")
     return FAMILIES[found]

@@ -13,6 +13,10 @@ from megatron_apt.convert.weights import Mapped
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+# Tensors that the authors of Wan, Stable Diffusion 3 and HunyuanVideo call so, and diffusers otherwise.
+_ORIGINAL = {"head.modulation", "x_embedder.proj.weight", "joint_blocks.0.x_block.attn.qkv.weight", "img_in.proj.weight"}
+
+
 class ConvertError(ValueError):
     """A checkpoint that cannot be converted; names the file, the tensor and the remedy."""
 
@@ -54,7 +58,10 @@ class Source:
         missing, extra = sorted(needed.keys() - self.entries.keys()), sorted(self.entries.keys() - needed.keys())
         if missing or extra:
             parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has unknown", extra)) if names]
-            raise ConvertError(f"{self.path}: {' and '.join(parts)}; config.json describes another model, or the checkpoint is not whole")
+            reason = "config.json describes another model, or the checkpoint is not whole"
+            if _ORIGINAL.intersection(name.removeprefix("model.diffusion_model.") for name in extra):
+                reason = f"it has its authors' names, not diffusers': {rewrite(self.config.get('_class_name'))}"
+            raise ConvertError(f"{self.path}: {' and '.join(parts)}; {reason}")
         for name, shape in needed.items():
             entry = self.entries[name]
             if entry.shape != shape:
@@ -155,6 +162,11 @@ def read_json(file: Path) -> dict:
     if not isinstance(value, dict):
         raise ConvertError(f"{file}: is not a JSON object; download it again")
     return value
+
+
+def rewrite(architecture: str) -> str:
+    """What to do with a checkpoint under its authors' names."""
+    return f"`diffusers.{architecture}.from_single_file(FILE, config=FOLDER_OF_CONFIG_JSON).save_pretrained(FOLDER)` renames them"
 
 
 def _some(names: list[str]) -> str:
