@@ -13,7 +13,7 @@ def _check(condition: bool, field_name: str, value: object, remedy: str) -> None
 
 
 # Tokens that the pipelines of a family of models pad captions to; 0: the model reads no padding.
-CAPTIONS = {"wan": 512, "sd3": 77 + 256, "hunyuan": 0}
+CAPTIONS = {"wan": 512, "sd3": 77 + 256, "flux": 512, "hunyuan": 0}
 
 
 @dataclass(frozen=True)

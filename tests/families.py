@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from diffusers import HunyuanVideoTransformer3DModel, SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, SD3Transformer2DModel, WanTransformer3DModel
 from problems import whole
 from torch import Tensor, nn
 
 from megatron_apt.convert.family import Family, Inputs
+from megatron_apt.convert.flux import FLUX
 from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.wan import WAN
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import HunyuanConfig, ModelConfig
+from megatron_apt.models.config import FluxConfig, HunyuanConfig, ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, build_layout
@@ -28,6 +29,7 @@ from megatron_apt.parallel.mesh import Mesh
 FAMILIES: dict[str, tuple[Family, type[nn.Module]]] = {
     "wan": (WAN, WanTransformer3DModel),
     "sd3": (SD3, SD3Transformer2DModel),
+    "flux": (FLUX, FluxTransformer2DModel),
     "hunyuan": (HUNYUAN, HunyuanVideoTransformer3DModel),
 }
 TEXT, POOLED, IMAGE = 10, 14, 20  # widths
@@ -100,7 +102,24 @@ def hunyuan_config(seed: int) -> dict:
     }
 
 
-CONFIGS = {"wan": wan_config, "sd3": sd3_config, "hunyuan": hunyuan_config}
+def flux_config(seed: int) -> dict:
+    """As of HunyuanVideo, of which Flux has parts."""
+    like = hunyuan_config(seed)
+    return {
+        "in_channels": 4 * like["in_channels"],
+        "out_channels": 4 * like["out_channels"],
+        "num_layers": like["num_layers"],
+        "num_single_layers": like["num_single_layers"],
+        "attention_head_dim": like["attention_head_dim"],
+        "num_attention_heads": like["num_attention_heads"],
+        "joint_attention_dim": TEXT,
+        "pooled_projection_dim": POOLED,
+        "guidance_embeds": like["guidance_embeds"],
+        "axes_dims_rope": like["rope_axes_dim"],
+    }
+
+
+CONFIGS = {"wan": wan_config, "sd3": sd3_config, "flux": flux_config, "hunyuan": hunyuan_config}
 
 
 @dataclass
@@ -152,12 +171,12 @@ def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) 
 def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], seed: int) -> list[Sample]:
     """One sample for each grid of tokens and each length of text."""
     generator = torch.Generator().manual_seed(seed)
-    patch = shape(family, config).patch
+    model = shape(family, config)
+    patch = model.patch
     made = []
     for grid, length in zip(sizes, texts, strict=True):
         size = tuple(g * p for g, p in zip(grid, patch, strict=True))
-        image, channels = config.get("image_dim"), config["out_channels"]
-        given = config["in_channels"] - channels
+        image, channels, given = config.get("image_dim"), model.latent_channels, model.condition_channels
         made.append(
             Sample(
                 torch.randn(channels, *size, generator=generator),
@@ -177,7 +196,8 @@ def their_velocities(family: str, model: nn.Module, batch: list[Sample]) -> list
     if len({(s.latent.shape, s.text.shape) for s in batch}) > 1:
         return [v for one in batch for v in their_velocities(family, model, [one])]
     fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image"))
-    guidance = torch.full((len(batch),), HunyuanConfig.guidance) if model.config.get("guidance_embeds") else None
+    scale = {"flux": FluxConfig.guidance, "hunyuan": HunyuanConfig.guidance}.get(family)
+    guidance = torch.full((len(batch),), scale) if model.config.get("guidance_embeds") else None
     inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields), guidance=guidance)
     return list(FAMILIES[family][0].forward(model, inputs))
 

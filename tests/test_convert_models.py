@@ -16,6 +16,7 @@ from megatron_apt.config import DataConfig, ParallelConfig
 from megatron_apt.convert import family_of
 from megatron_apt.convert.command import Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+from megatron_apt.convert.flux import FLUX
 from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.sd3 import SD3
@@ -26,9 +27,12 @@ from megatron_apt.data.batches import Batches
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import (
+    FluxConfig,
     HunyuanConfig,
     ModelConfig,
     Sd3Config,
+    flux_dev,
+    flux_schnell,
     hunyuan_video,
     sd3_medium,
     sd35_large,
@@ -46,9 +50,10 @@ from megatron_apt.train import Trainer, train
 
 SEEDS = range(8)
 CASES = [(family, seed) for family in FAMILIES for seed in SEEDS]
+PICTURES = ("sd3", "flux")
 # Grids of tokens and lengths of texts: one size, and several in one microbatch.
-UNIFORM = {family: ([(1 if family == "sd3" else 2, 3, 5)] * 3, [5] * 3) for family in FAMILIES}
-PACKED = {family: ([(1, 3, 5), (1, 7, 2)] if family == "sd3" else [(2, 3, 5), (1, 4, 3)], [4, 7]) for family in FAMILIES}
+UNIFORM = {family: ([(1 if family in PICTURES else 2, 3, 5)] * 3, [5] * 3) for family in FAMILIES}
+PACKED = {family: ([(1, 3, 5), (1, 7, 2)] if family in PICTURES else [(2, 3, 5), (1, 4, 3)], [4, 7]) for family in FAMILIES}
 # Both models compute in fp32. Measured over all cases and meshes below: velocities differ by up to 5e-7, gradients by up to 3e-6.
 TOLERANCE = 1e-5
 
@@ -66,7 +71,7 @@ def test_velocities_and_gradients_equal_those_of_diffusers(mesh, family, seed):
     assert_equal(compare(mesh, family, config, *PACKED[family], recompute="full"))
 
 
-@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("hunyuan", 1)])
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("flux", 3), ("hunyuan", 1)])
 def test_with_kernels(mesh, family, seed):
     assert_equal(compare(mesh, family, CONFIGS[family](seed), *PACKED[family], kernels=True))
 
@@ -145,6 +150,15 @@ SMALL = {
         dtype="float64",
         sd3=Sd3Config(pooled_width=12, position_size=6, sample_size=8, qk_norm=True, dual_layers=(0,)),
     ),
+    "flux": ModelConfig(
+        family="flux",
+        depth=2,
+        width=48,
+        heads=4,
+        text_width=8,
+        dtype="float64",
+        flux=FluxConfig(double_blocks=1, pooled_width=12, rope_axes=(4, 4, 4)),
+    ),
     "hunyuan": ModelConfig(
         family="hunyuan",
         depth=2,
@@ -155,7 +169,7 @@ SMALL = {
         hunyuan=HunyuanConfig(double_blocks=1, refiner_blocks=1, pooled_width=12, rope_axes=(4, 4, 4)),
     ),
 }
-DATA = {"wan": "mixed", "sd3": "pictures", "hunyuan": "mixed"}
+DATA = {"wan": "mixed", "sd3": "pictures", "flux": "pictures", "hunyuan": "mixed"}
 
 
 @pytest.mark.dist
@@ -234,8 +248,24 @@ def test_presets_of_sd3_are_the_published_shapes(name, preset):
     assert SD3.read_config(PUBLISHED[name]) == preset
 
 
-def test_preset_of_hunyuan_video_is_the_published_shape():
+PUBLISHED_FLUX = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+
+
+def test_presets_of_flux_and_hunyuan_video_are_the_published_shapes():
     assert HUNYUAN.read_config(PUBLISHED_HUNYUAN) == hunyuan_video()
+    assert FLUX.read_config(PUBLISHED_FLUX) == flux_dev()
+    assert FLUX.read_config(PUBLISHED_FLUX | {"guidance_embeds": False}) == flux_schnell()
 
 
 @pytest.mark.parametrize(
@@ -248,6 +278,8 @@ def test_preset_of_hunyuan_video_is_the_published_shape():
         (SD3, sd3_medium(), 2.03),
         (SD3, sd35_large(), 8.06),
         (SD3, sd35_medium(), 2.24),
+        (FLUX, flux_dev(), 11.90),
+        (FLUX, flux_schnell(), 11.89),
         (HUNYUAN, hunyuan_video(), 12.82),
     ],
     ids=lambda value: "" if isinstance(value, ModelConfig) else str(getattr(value, "name", value)),
@@ -305,6 +337,9 @@ def test_every_norm_of_sd3_has_our_eps():
         (WAN, {"eps": 1e-5}, "eps=1e-05"),
         (WAN, {"freq_dim": 128}, "freq_dim=128"),
         (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514"),
+        (FLUX, {"patch_size": 2}, "patch_size=2"),
+        (FLUX, {"in_channels": 6}, "in_channels=6"),
+        (FLUX, {"axes_dims_rope": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
         (HUNYUAN, {"image_condition_type": "token_replace"}, "image_condition_type='token_replace'"),
         (HUNYUAN, {"rope_axes_dim": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
@@ -325,7 +360,7 @@ def test_a_width_that_diffusers_cannot_say_is_not_written():
 # --- files
 
 
-@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("hunyuan", 1)])
+@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("flux", 3), ("hunyuan", 1)])
 def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, seed):
     described, original = FAMILIES[family][0], theirs(family, CONFIGS[family](seed), seed=1)
     original.save_pretrained(tmp_path / "original")

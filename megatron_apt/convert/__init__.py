@@ -1,13 +1,14 @@
 """Hugging Face checkpoints in and out: one module per family, each a declarative map of weights; nothing is read through pickle."""
 
 from megatron_apt.convert.family import Family
+from megatron_apt.convert.flux import FLUX
 from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.source import ConvertError
 from megatron_apt.convert.wan import WAN
 from megatron_apt.models.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.architecture: family for family in (WAN, SD3, HUNYUAN)}
+FAMILIES: dict[str, Family] = {family.architecture: family for family in (WAN, SD3, FLUX, HUNYUAN)}
 
 
 def family_of(config: dict, where: str) -> Family:

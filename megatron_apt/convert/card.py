@@ -17,9 +17,9 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     config = state["config"]
     trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
     optimizer, first_frame = config["optimizer"], config["model"].get("condition_channels", 0) > 0
-    task = "image-to-video" if first_frame else "text-to-image" if family.name == "sd3" else "text-to-video"
+    task = "image-to-video" if first_frame else "text-to-image" if family.name in ("sd3", "flux") else "text-to-video"
     # What a model is told of guidance is an input of the network, no second evaluation.
-    guidance = config["model"].get("hunyuan", {}).get("guidance", 0) if family.name == "hunyuan" else 0
+    guidance = config["model"].get(family.name, {}).get("guidance", 0)
     lines = [
         "---",
         f"license: {json.dumps(license)}",

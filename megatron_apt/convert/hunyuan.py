@@ -68,21 +68,21 @@ def _rules(model: ModelConfig) -> list[Rule]:
     return [
         Rule("x_embed.weight", ("x_embedder.proj.weight",), View((model.width, -1), (model.width, channels, *model.patch))),
         Rule("x_embed.bias", ("x_embedder.proj.bias",)),
-        *_two_layers("time_embed", f"{outside}.timestep_embedder"),
-        *_two_layers("pooled_embed", f"{outside}.text_embedder"),
-        *_two_layers("guidance_embed", f"{outside}.guidance_embedder"),
+        *two_layers("time_embed", f"{outside}.timestep_embedder"),
+        *two_layers("pooled_embed", f"{outside}.text_embedder"),
+        *two_layers("guidance_embed", f"{outside}.guidance_embedder"),
         *layer("text_embed.linear_in", f"{text}.proj_in"),
-        *_two_layers("text_embed.time_embed", f"{text}.time_text_embed.timestep_embedder"),
-        *_two_layers("text_embed.mean_embed", f"{text}.time_text_embed.text_embedder"),
+        *two_layers("text_embed.time_embed", f"{text}.time_text_embed.timestep_embedder"),
+        *two_layers("text_embed.mean_embed", f"{text}.time_text_embed.text_embedder"),
         *_refiner("text_embed.blocks.{i}", f"{text}.token_refiner.refiner_blocks.{{i}}", ByHead(model.heads, (size,) * 3)),
-        *_double("blocks.{i}", "transformer_blocks.{i}", ByHead(model.heads, (size,) * 3)),
-        *(replace(rule, ahead=model.hunyuan.double_blocks) for rule in _single(model, "blocks.{i}", "single_transformer_blocks.{i}")),
+        *double_blocks("blocks.{i}", "transformer_blocks.{i}", ByHead(model.heads, (size,) * 3)),
+        *single_blocks(model, "blocks.{i}", "single_transformer_blocks.{i}"),
         *layer("final.modulation.linear", "norm_out.linear", Reordered((1, 0))),  # theirs scale, shift; ours shift, scale
         *layer("final.linear", "proj_out"),
     ]
 
 
-def _two_layers(ours: str, theirs: str) -> list[Rule]:
+def two_layers(ours: str, theirs: str) -> list[Rule]:
     return [rule for part in ("linear_1", "linear_2") for rule in layer(f"{ours}.{part}", f"{theirs}.{part}")]
 
 
@@ -98,7 +98,8 @@ def _refiner(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
     ]
 
 
-def _double(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
+def double_blocks(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
+    """Blocks with separate weights, as diffusers names them in HunyuanVideo and in Flux."""
     rules = []
     for stream, qkv, norm, out, mlp, modulation in (
         ("visual", "to_{}", "norm", "to_out.0", "ff", "norm1"),
@@ -115,19 +116,18 @@ def _double(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
     return rules
 
 
-def _single(model: ModelConfig, ours: str, theirs: str) -> list[Rule]:
+def single_blocks(model: ModelConfig, ours: str, theirs: str) -> list[Rule]:
+    """Blocks with shared weights, likewise; theirs are numbered from 0 again."""
     size, mlp = model.head_size, model.mlp // model.heads
-    return [
+    inputs = [*(f"{theirs}.attn.to_{x}" for x in "qkv"), f"{theirs}.proj_mlp"]
+    rules = [
         *layer(f"{ours}.modulation.linear", f"{theirs}.norm.linear"),
-        *joined(
-            f"{ours}.linear_in",
-            [*(f"{theirs}.attn.to_{x}" for x in "qkv"), f"{theirs}.proj_mlp"],
-            ByHead(model.heads, (size, size, size, mlp)),
-        ),
+        *joined(f"{ours}.linear_in", inputs, ByHead(model.heads, (size, size, size, mlp))),
         Rule(f"{ours}.qk_norm.weight", (f"{theirs}.attn.norm_q.weight", f"{theirs}.attn.norm_k.weight"), Stacked(2)),
         Rule(f"{ours}.linear_out.weight", (f"{theirs}.proj_out.weight",), ColumnsByHead(model.heads, (size, mlp))),
         Rule(f"{ours}.linear_out.bias", (f"{theirs}.proj_out.bias",)),
     ]
+    return [replace(rule, ahead=model.single_stream.double_blocks) for rule in rules]
 
 
 def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:

@@ -66,37 +66,58 @@ class Sd3Config:
 
 
 @dataclass(frozen=True)
-class HunyuanConfig:
-    """What only HunyuanVideo has."""
+class SingleStreamConfig:
+    """What Flux and HunyuanVideo have in common."""
 
-    double_blocks: int = 20
+    double_blocks: int = 0
     """Blocks with separate weights for text and visual tokens; in those after them both share one set."""
-    refiner_blocks: int = 2
-    """Of the small transformer that reads the text first."""
     pooled_width: int = 768
     """Width of the pooled text, which CLIP gives for the whole caption."""
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     """Numbers of a head that frame, row and column turn."""
-    guidance: float = 6.0
+    guidance: float = 0.0
     """The scale of guidance that the model is told, which its pipeline calls guidance_scale; 0: a model without that input."""
 
     def __post_init__(self):
-        for name in ("double_blocks", "refiner_blocks", "guidance"):
+        for name in ("double_blocks", "guidance"):
             if getattr(self, name) < 0:
-                raise ValueError(f"model.hunyuan.{name}={getattr(self, name)}: must not be negative")
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.pooled_width < 1:
-            raise ValueError(f"model.hunyuan.pooled_width={self.pooled_width}: must be at least 1")
+            raise ValueError(f"pooled_width={self.pooled_width}: must be at least 1")
         if any(axis < 2 or axis % 2 for axis in self.rope_axes):
-            raise ValueError(f"model.hunyuan.rope_axes={self.rope_axes}: each must be even and at least 2, because pairs of numbers turn")
+            raise ValueError(f"rope_axes={self.rope_axes}: each must be even and at least 2, because pairs of numbers turn")
+
+
+@dataclass(frozen=True)
+class FluxConfig(SingleStreamConfig):
+    """What Flux has."""
+
+    double_blocks: int = 19
+    guidance: float = 3.5
+
+
+@dataclass(frozen=True)
+class HunyuanConfig(SingleStreamConfig):
+    """What HunyuanVideo has."""
+
+    double_blocks: int = 20
+    guidance: float = 6.0
+    refiner_blocks: int = 2
+    """Of the small transformer that reads the text first."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.refiner_blocks < 0:
+            raise ValueError(f"refiner_blocks={self.refiner_blocks}: must not be negative")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a diffusion transformer of any family. Defaults are the `tiny` preset, which trains on a CPU in minutes."""
 
-    family: Literal["mmdit", "wan", "sd3", "hunyuan"] = "mmdit"
-    """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text. hunyuan: an
-    mmdit whose later layers share their weights between text and visual tokens. These rotate visual queries and keys by their place in the video.
+    family: Literal["mmdit", "wan", "sd3", "flux", "hunyuan"] = "mmdit"
+    """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text. flux, hunyuan:
+    mmdits whose later layers share their weights between text and visual tokens. These rotate visual queries and keys by their place in the video.
     sd3: an mmdit of pictures, whose tokens carry a table of positions instead."""
     depth: int = 6
     width: int = 64
@@ -124,6 +145,7 @@ class ModelConfig:
     fp8: Fp8Config = Fp8Config()
     wan: WanConfig = WanConfig()
     sd3: Sd3Config = Sd3Config()
+    flux: FluxConfig = FluxConfig()
     hunyuan: HunyuanConfig = HunyuanConfig()
 
     def __post_init__(self):
@@ -145,8 +167,8 @@ class ModelConfig:
             raise ValueError(f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple")
         if self.rotary and (self.head_size % 2 or self.head_size < 6):
             raise ValueError(f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even head size of at least 6")
-        if self.family == "hunyuan":
-            self._check_hunyuan()
+        if self.single_stream is not None:
+            self._check_single_stream(self.single_stream)
 
     def _check_sd3(self) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:
@@ -162,20 +184,25 @@ class ModelConfig:
         if beyond:
             raise ValueError(f"model.sd3.dual_layers names blocks {beyond} of model.depth={self.depth}")
 
-    def _check_hunyuan(self) -> None:
+    def _check_single_stream(self, config: SingleStreamConfig) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:
             raise ValueError(
-                "model.family='hunyuan' has model.modulation='block', model.pooled_text and no model.last_block_text; "
+                f"model.family={self.family!r} has model.modulation='block', model.pooled_text and no model.last_block_text; "
                 f"here they are {self.modulation!r}, {self.pooled_text} and {self.last_block_text}"
             )
         if self.patch[1] != self.patch[2]:
-            raise ValueError(f"model.patch={self.patch}: model.family='hunyuan' has as many rows as columns in a patch")
-        if self.hunyuan.double_blocks > self.depth:
-            raise ValueError(f"model.hunyuan.double_blocks={self.hunyuan.double_blocks}: there are {self.depth} blocks in all (model.depth)")
-        if sum(self.hunyuan.rope_axes) != self.head_size:
-            raise ValueError(f"model.hunyuan.rope_axes={self.hunyuan.rope_axes}: must add up to the {self.head_size} numbers of a head")
+            raise ValueError(f"model.patch={self.patch}: model.family={self.family!r} has as many rows as columns in a patch")
+        if config.double_blocks > self.depth:
+            raise ValueError(f"model.{self.family}.double_blocks={config.double_blocks}: there are {self.depth} blocks in all (model.depth)")
+        if sum(config.rope_axes) != self.head_size:
+            raise ValueError(f"model.{self.family}.rope_axes={config.rope_axes}: must add up to the {self.head_size} numbers of a head")
         if self.mlp % self.heads:
-            raise ValueError(f"model.mlp_width={self.mlp}: model.family='hunyuan' deals it out to model.heads={self.heads}; use a multiple")
+            raise ValueError(f"model.mlp_width={self.mlp}: model.family={self.family!r} deals it out to model.heads={self.heads}; use a multiple")
+
+    @property
+    def single_stream(self) -> SingleStreamConfig | None:
+        """What the families with single-stream blocks have in common; None of others."""
+        return {"flux": self.flux, "hunyuan": self.hunyuan}.get(self.family)
 
     @property
     def head_size(self) -> int:
@@ -194,8 +221,8 @@ class ModelConfig:
     @property
     def rotary_pairs(self) -> tuple[int, int, int]:
         """Pairs of numbers of a head turned by frame, row and column; where a family does not say, what does not divide by three goes to frames."""
-        if self.family == "hunyuan":
-            return tuple(axis // 2 for axis in self.hunyuan.rope_axes)
+        if self.single_stream is not None:
+            return tuple(axis // 2 for axis in self.single_stream.rope_axes)
         pairs = self.head_size // 2
         return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
@@ -207,7 +234,8 @@ class ModelConfig:
     @property
     def pooled_width(self) -> int:
         """Width of the pooled text."""
-        return {"sd3": self.sd3.pooled_width, "hunyuan": self.hunyuan.pooled_width}.get(self.family, self.text_width)
+        own = self.sd3 if self.family == "sd3" else self.single_stream
+        return self.text_width if own is None else own.pooled_width
 
     @property
     def patch_width(self) -> int:
@@ -296,6 +324,25 @@ def sd35_large() -> ModelConfig:
 def sd35_medium() -> ModelConfig:
     """Stable Diffusion 3.5 medium (2.5B, of which 0.2B are its table of positions)."""
     return replace(sd3_medium(), sd3=Sd3Config(position_size=384, qk_norm=True, dual_layers=tuple(range(13))))
+
+
+def flux_dev() -> ModelConfig:
+    """FLUX.1 dev (12B): 19 double and 38 single blocks, told a scale of guidance."""
+    return ModelConfig(
+        family="flux",
+        depth=57,
+        width=3072,
+        heads=24,
+        latent_channels=16,
+        text_width=4096,
+        dtype="bfloat16",
+        recompute="full",
+    )
+
+
+def flux_schnell() -> ModelConfig:
+    """FLUX.1 schnell (12B), which is not told of guidance."""
+    return replace(flux_dev(), flux=FluxConfig(guidance=0.0))
 
 
 def hunyuan_video() -> ModelConfig:
