@@ -202,6 +202,28 @@ def hunyuan_vae(**changes) -> torch.nn.Module:
     return AutoencoderKLHunyuanVideo(**{**sizes, **changes}).eval()
 
 
+def save_flux(folder: Path) -> Path:
+    """FluxPipeline: the T5's text 16 wide, CLIP's pooled text 20 wide, guidance embedded, scheduler as published."""
+    import transformers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(4)
+    words, pieces = clip_tokenizer(), transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
+    sizes = dict(num_layers=2, num_single_layers=2, attention_head_dim=12, num_attention_heads=2, axes_dims_rope=(4, 4, 4))
+    transformer = FluxTransformer2DModel(in_channels=16, joint_attention_dim=16, pooled_projection_dim=20, guidance_embeds=True, **sizes)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=kl_vae(),
+        text_encoder=clip(words, 20, 0, eos=words.eos_token_id),
+        tokenizer=words,
+        text_encoder_2=t5("t5", pieces, 16),
+        tokenizer_2=pieces,
+        transformer=spread(transformer),
+    )
+    pipeline.save_pretrained(folder / "flux")
+    return folder / "flux"
+
+
 def save_hunyuan(folder: Path) -> Path:
     """HunyuanVideoPipeline: Llama's text 16 wide, CLIP's pooled text 20 wide, guidance embedded, scheduler as published."""
     import transformers

@@ -97,8 +97,8 @@ def test_the_papers_examples_build():
         config = load_recipe(f"{examples}/wan.py:{stage}_i2v_14b")
         check_fits(config)
         assert (config.model.condition_channels, config.model.wan.image_width) == (20, 1280)
-    for stage in ("consistency", "image", "video"):
-        check_fits(load_recipe(f"{examples}/hunyuan.py:{stage}"))
+    for recipe in ("hunyuan.py:consistency", "hunyuan.py:image", "hunyuan.py:video", "flux.py:consistency", "flux.py:apt"):
+        check_fits(load_recipe(f"{examples}/{recipe}"))
     for name in ("consistency", "apt", "consistency_large", "apt_large"):
         check_fits(load_recipe(f"{examples}/sd35.py:{name}"))
     apt = load_recipe(f"{examples}/image.py:apt")

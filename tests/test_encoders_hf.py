@@ -234,8 +234,8 @@ def test_pipeline_folder_problems(wan, sd3, tmp_path):
     change_json(folder / "model_index.json", tokenizer_2=["mine", "Loader"])
     with pytest.raises(ValueError, match=r"tokenizer_2 is \['mine', 'Loader'\]"):
         open_text_encoder(folder)
-    change_json(folder / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match=r"model_index\.json: the text of FluxPipeline cannot be encoded, .* Wan, StableDiffusion3"):
+    change_json(folder / "model_index.json", _class_name="LTXPipeline")
+    with pytest.raises(ValueError, match=r"model_index\.json: the text of LTXPipeline cannot be encoded, .* Wan, StableDiffusion3"):
         open_text_encoder(folder)
     with pytest.raises(ValueError, match=r"text_tokenizer='x': .* leave it empty"):
         open_text_encoder(sd3, "x")

@@ -274,7 +274,10 @@ class HunyuanCodec(VaeCodec):
 
 
 class KlCodec(VaeCodec):
-    """AutoencoderKL, the VAE of Stable Diffusion 3: pictures, as clips of one frame; (x - shift_factor) * scaling_factor, a missing shift is 0."""
+    """AutoencoderKL, the VAE of Stable Diffusion 3 and Flux: pictures, as clips of one frame; (x - shift_factor) * scaling_factor.
+
+    A missing shift is 0.
+    """
 
     kind, class_name = "kl", "AutoencoderKL"
 
@@ -293,7 +296,7 @@ class KlCodec(VaeCodec):
 
     def _tile(self, side: int) -> None:
         self.vae.enable_tiling()
-        # diffusers' tile is the config's sample_size, 1024 in Stable Diffusion 3, and has no argument.
+        # diffusers' tile is the config's sample_size, 1024 in both, and has no argument.
         self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = side, side // self._spatial
 
     def _mode(self, pixels: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def read_model_type(path: str | Path) -> str:
 
 
 def open_text_encoder(path: str | Path, tokenizer_path: str = "", device: str = "cpu", dtype: str = "float32") -> TextEncoder:
-    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3, HunyuanVideo), or of a folder with a T5 or UMT5 encoder.
+    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3, Flux, HunyuanVideo), or of a folder with a T5 or UMT5 encoder.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing, or a pipeline of another kind.
@@ -234,7 +234,7 @@ def open_text_encoder(path: str | Path, tokenizer_path: str = "", device: str = 
     from megatron_apt.models import pipeline_text
 
     kind = pipeline_text.pipeline_kind(Path(path))
-    if kind in ("sd3", "hunyuan") and tokenizer_path:
+    if kind in ("sd3", "flux", "hunyuan") and tokenizer_path:
         raise ValueError(f"text_tokenizer={tokenizer_path!r}: {path} is a pipeline with several tokenizers and uses its own; leave it empty")
     config = {"kind": kind or "huggingface", "path": str(path), "dtype": dtype}
     return load_text_encoder(config | ({"tokenizer_path": tokenizer_path} if tokenizer_path else {}), device)
@@ -246,11 +246,12 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
     Raises:
         ValueError: unknown kind or setting.
     """
-    from megatron_apt.models.pipeline_text import HunyuanTextEncoder, Sd3TextEncoder, WanTextEncoder
+    from megatron_apt.models.pipeline_text import FluxTextEncoder, HunyuanTextEncoder, Sd3TextEncoder, WanTextEncoder
 
     settings = dict(config)
     kind = settings.pop("kind", None)
-    folders = {"huggingface": HuggingFaceTextEncoder, "wan": WanTextEncoder, "sd3": Sd3TextEncoder, "hunyuan": HunyuanTextEncoder}
+    pipelines = {"wan": WanTextEncoder, "sd3": Sd3TextEncoder, "flux": FluxTextEncoder, "hunyuan": HunyuanTextEncoder}
+    folders = {"huggingface": HuggingFaceTextEncoder} | pipelines
     try:
         if kind == "builtin":
             return BuiltinTextEncoder(**settings)
