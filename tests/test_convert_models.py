@@ -115,6 +115,23 @@ def test_a_mesh_equals_diffusers(ranks, name, family):
             assert_equal(one, f"{family} {seed}: ")
 
 
+PAIRS = {
+    "tp2-pp2": ParallelConfig(tp=2, pp=2),
+    "cp2-pp2": ParallelConfig(cp=2, pp=2),
+    "tp2-cp2": ParallelConfig(tp=2, cp=2, context_parallel="all_gather"),  # some configurations have two heads
+}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PAIRS)
+def test_four_ranks_equal_diffusers(ranks, name, family):
+    for errors in ranks(4).run(on_mesh, PAIRS[name], family):
+        for seed, one in enumerate(errors):
+            assert_equal(one, f"{family} {seed}: ")
+
+
 def verified(mesh, run, folder):
     file = Path(run).with_name(f"verified-{mesh.world.rank}.json")
     code = perform(Verify(run, folder, json=str(file)), mesh)
