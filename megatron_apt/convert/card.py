@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.convert.family import Family
+from megatron_apt.models.config import ModelConfig
 
 _TASKS = {"WanTransformer3DModel": "text-to-video", "SD3Transformer2DModel": "text-to-image"}
 
@@ -18,7 +20,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     """
     config = state["config"]
     trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
-    optimizer, first_frame = config["optimizer"], config["model"].get("condition_channels", 0) > 0
+    optimizer, first_frame = config["optimizer"], from_dict(ModelConfig, config["model"]).image_to_video
     task = "image-to-video" if first_frame else _TASKS.get(family.architecture, "text-to-video")
     lines = [
         "---",

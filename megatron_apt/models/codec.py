@@ -98,6 +98,11 @@ class PixelCodec:
         """Raises ValueError for sizes that do not fit."""
         return latent_shape_of((frames, height, width), self.latent_channels, self.config.temporal, self.config.spatial, self.config.causal)
 
+    def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of the clips whose latents are of this size."""
+        first = 1 if self.config.causal else self.config.temporal
+        return first + (frames - 1) * self.config.temporal, height * self.config.spatial, width * self.config.spatial
+
     def config_dict(self) -> dict:
         return {"kind": "pixel", **asdict(self.config)}
 
