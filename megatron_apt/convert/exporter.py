@@ -213,7 +213,9 @@ def _with_a_first_frame(index: dict, model: ModelConfig, file: Path) -> dict:
         ConvertError: no pipeline does.
     """
     if model.patch != (1, 2, 2):
-        raise ConvertError(f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, model.patch={model.patch}; leave out --base")
+        raise ConvertError(
+            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, model.patch={model.patch}; leave out --base"
+        )
     parts = {name: index.get(name, [None, None]) for name in ("image_encoder", "image_processor", "transformer_2")}
     return parts | {"_class_name": _IMAGE_TO_VIDEO, "expand_timesteps": True}
 

@@ -204,7 +204,8 @@ class WanCodec(VaeCodec):
     def _read(self, folder: Path, config) -> None:
         self.latent_channels = config.z_dim
         self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
-        self._spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+        self._patch = config.patch_size or 1  # Wan2.2's TI2V folds 2 x 2 pixels into channels first
+        self._spatial = 2 ** (len(config.dim_mult) - 1) * self._patch
         self._mean, self._std = (torch.tensor(v, device=self.device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -243,9 +244,13 @@ class WanCodec(VaeCodec):
         self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
 
     def _mode(self, pixels: Tensor) -> Tensor:
+        if self.tiling:
+            self._tile(self.tiling // self._patch)  # diffusers cuts what is folded already, but decodes to pixels
         return self.vae.encode(pixels).latent_dist.mode()
 
     def _pixels(self, raw: Tensor) -> Tensor:
+        if self.tiling:
+            self._tile(self.tiling)
         return self.vae.decode(raw).sample
 
     def _normalised(self, mode: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ class Condition:
         if self.first is None:
             return x
         if len(self.first) != sum(layout.first.lengths):
-            raise ValueError(f"given first frames have {len(self.first)} tokens, those of the samples {layout.first.lengths}; encode them in their size")
+            raise ValueError(
+                f"given first frames have {len(self.first)} tokens, those of the samples {layout.first.lengths}; encode them in their size"
+            )
         return x.index_copy(0, layout.first.local, self.first.to(x.dtype).index_select(0, layout.first.index))
 
     def beside(self, x: Tensor, layout: Layout) -> Tensor:

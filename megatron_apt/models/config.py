@@ -43,8 +43,8 @@ class WanConfig:
     """Width of the first frame's CLIP tokens, which a second cross-attention reads (Wan2.1 I2V); 0: there are none."""
     image_tokens: int = 257
     first_frame: bool = False
-    """A clip's first latent frame is given: clean and at time 0 among the noisy ones (Wan2.2 TI2V as image to video). The weights are those of text to
-    video, so this is a recipe's choice. Samples of one frame are pictures, generated from text."""
+    """A clip's first latent frame is given: clean and at time 0 among the noisy ones (Wan2.2 TI2V as image to video). The weights are those of text
+    to video, so this is a recipe's choice. Samples of one frame are pictures, generated from text."""
 
 
 @dataclass(frozen=True)

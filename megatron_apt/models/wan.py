@@ -4,9 +4,9 @@ Compared with MMDiT: one stream; queries and keys are normalised over ALL heads 
 ranks; one projection of the time modulates every block (AdaLN-single), the last layer the time itself. Text, and the image tokens of Wan2.1 I2V, are
 few, so every context-parallel rank makes their keys and values whole. Letters as in layout.py.
 
-With model.wan.first_frame (Wan2.2 TI2V; diffusers' `expand_timesteps`) a clip's first frame is given: it enters in the place of whatever x holds there,
-and at time 0. A sample then has two sets of modulation vectors, its first frame's and the rest's: m = 2 n of them, without it m = n. As no network sees
-another first frame, and none sends a gradient into it, methods only leave it out of their means, and samplers put it into their results.
+With model.wan.first_frame (Wan2.2 TI2V; diffusers' `expand_timesteps`) a clip's first frame is given: it enters in the place of whatever x holds
+there, and at time 0. A sample then has two sets of modulation vectors, its first frame's and the rest's: m = 2 n of them, else m = n. As no network
+sees another first frame, and none sends a gradient into it, methods only leave it out of their means, and samplers put it into their results.
 """
 
 import torch
