@@ -21,7 +21,7 @@ from megatron_apt.convert.wan import WAN
 from megatron_apt.data.batches import Batches
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium, sd35_large, sd35_medium, wan_1_3b, wan_5b, wan_14b, wan_14b_i2v
+from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium, sd35_large, sd35_medium, wan_1_3b, wan_5b, wan_5b_i2v, wan_14b, wan_14b_i2v
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.sample import load_generator
@@ -170,6 +170,7 @@ def test_presets_of_sd3_are_the_published_shapes(name, preset):
     [
         (WAN, wan_1_3b(), 1.42),
         (WAN, wan_5b(), 5.00),
+        (WAN, wan_5b_i2v(), 5.00),
         (WAN, wan_14b(), 14.29),
         (WAN, wan_14b_i2v(), 16.39),
         (SD3, sd3_medium(), 2.03),

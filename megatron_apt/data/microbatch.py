@@ -41,7 +41,7 @@ class Microbatch:
         shapes: latent shape (C, F, H, W) of each sample.
         x: (T_visual, C * patch) clean latents, this rank's tokens.
         condition, null, negative: each sample's own text, the empty caption and the fixed negative prompt, n of each; all with the sample's own
-            first frame, if the model is given one.
+            first frame, if the model is given one. That of `condition.first` is part of x too.
         global_batch: samples of the whole iteration, over which losses are averaged.
     """
 
