@@ -361,6 +361,17 @@ def test_a_codec_whose_first_latent_is_no_picture(clips, mesh, tmp_path):
     assert all(torch.equal(condition.first, torch.cat(firsts).double()) for condition in (batch.condition, batch.null, batch.negative))
 
 
+def test_pictures_train_beside_clips(datasets, mesh, tmp_path):
+    """Microbatches of pictures alone, of clips alone, and of both."""
+    data = DataConfig((str(datasets / "images"), str(datasets / "videos")), block=3)
+    batches = [batch for i in range(3) for batch in Batches(data, MODEL, mesh, 0, 4, 2).iteration(i)]
+    kinds = [[shape[1] > 1 for shape in batch.shapes] for batch in batches]
+    assert [False, False] in kinds and [True, True] in kinds and ([True, False] in kinds or [False, True] in kinds)
+    for batch in batches:
+        assert torch.equal(batch.condition.first, batch.x[given(batch)])
+    trained(mesh, replace(settings("flow"), data=data, micro_batch=2, tensorboard=False), tmp_path / "run", iterations=3)
+
+
 # --- several processes
 
 
