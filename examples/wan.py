@@ -20,7 +20,7 @@ Image to video with Wan2.1's 14B (one consistency and one APT stage, both on cli
 
 With Wan2.2's 5B, whose weights and datasets are those of text to video (which `--model.wan.no-first-frame` trains instead):
 
-    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b
+    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b --first-frame
     megatron-apt encode --source clips/ --output data/videos-5b --frames 49 --height 704 --width 1280 --fps 24 \\
         --codec wan --codec-path Wan2.2-TI2V-5B-Diffusers/vae --text Wan2.2-TI2V-5B-Diffusers
     srun megatron-apt train examples/wan.py:consistency_i2v_5b

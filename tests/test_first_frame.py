@@ -317,6 +317,20 @@ def sampled(run: str, data: Path, frame: Image.Image, folder: Path) -> None:
         sample_to_files(SampleConfig(run, prompts=(PROMPT,), out=str(folder / "no")))
 
 
+def test_imported_as_image_to_video(hub, data, mesh, tmp_path):
+    """It is verified with a time for every token, samples from a picture, and goes out with its own scheduler."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert convert(mesh, "import", hub, run, "--first-frame") == 0
+    assert convert(mesh, "verify", run, hub) == 0
+    assert convert(mesh, "export", run, out, "--base", hub) == 0
+    index = json.loads((out / "model_index.json").read_text())
+    assert (index["_class_name"], index["scheduler"][1]) == ("WanImageToVideoPipeline", "UniPCMultistepScheduler")
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    wanted = SampleConfig(str(run), (PROMPT,), str(tmp_path / "red.png"), steps=3, weights="raw", dataset=str(data), out=str(tmp_path / "samples"))
+    assert len(sample_to_files(wanted)) == 1
+    assert load_generator(str(run), mesh, "raw").model.model.wan.first_frame
+
+
 def test_bases_that_do_not_fit_are_refused(hub, data, mesh, tmp_path):
     base = replace(imported(mesh, hub, tmp_path / "pretrained"), data=DataConfig((str(data),), text_length=512), iterations=1)
     start = InitConfig(diffusion=str(tmp_path / "pretrained"))
