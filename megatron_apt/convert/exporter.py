@@ -202,7 +202,10 @@ def _base_index(base: str, family: Family, checkpoint: Checkpoint) -> dict:
     if model.wan.first_frame:
         return index | _with_a_first_frame(index, model, file)
     if checkpoint.one_step and index.get("_class_name") == _IMAGE_TO_VIDEO and index.get("expand_timesteps"):
-        raise ConvertError(f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: model.wan.first_frame=False")
+        raise ConvertError(
+            f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: model.wan.first_frame=False; "
+            "give the pipeline as text to video (WanPipeline), or train with model.wan.first_frame"
+        )
     return index
 
 
