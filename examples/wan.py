@@ -1,4 +1,4 @@
-"""A pretrained Wan 2.1 into a one-step generator: 1.3B on 32 GPUs, 14B on 256. Not run at this size; tests build the recipes and run a tiny Wan.
+"""A pretrained Wan into a one-step generator: 1.3B and 5B on 32 GPUs, 14B on 256. Not run at this size; tests build the recipes and run a tiny Wan.
 
     megatron-apt convert import Wan2.1-T2V-1.3B-Diffusers runs/wan/pretrained
     megatron-apt encode --source clips/ --output data/videos --frames 49 --height 480 --width 832 --fps 16 \\
@@ -18,6 +18,16 @@ Image to video with Wan2.1's 14B (one consistency and one APT stage, both on cli
     megatron-apt sample runs/wan/video-i2v-14b --image first.png --prompts "the boat leaves the harbour" --format mp4 --fps 16
     megatron-apt convert export runs/wan/video-i2v-14b wan-i2v-one-step --base Wan2.1-I2V-14B-480P-Diffusers
 
+With Wan2.2's 5B, whose weights and datasets are those of text to video (which `--model.wan.no-first-frame` trains instead):
+
+    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b --first-frame
+    megatron-apt encode --source clips/ --output data/videos-5b --frames 49 --height 704 --width 1280 --fps 24 \\
+        --codec wan --codec-path Wan2.2-TI2V-5B-Diffusers/vae --text Wan2.2-TI2V-5B-Diffusers
+    srun megatron-apt train examples/wan.py:consistency_i2v_5b
+    srun megatron-apt train examples/wan.py:video_i2v_5b
+    megatron-apt sample runs/wan/video-i2v-5b --image first.png --prompts "the boat leaves the harbour" --format mp4 --fps 24
+    megatron-apt convert export runs/wan/video-i2v-5b wan-i2v-one-step --base Wan2.2-TI2V-5B-Diffusers
+
 Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's. Batches are not: it had 1,024 GPUs. RMSProp's steps hardly
 depend on the size of a gradient, so smaller batches keep the learning rate and take noisier steps.
 """
@@ -25,9 +35,10 @@ depend on the size of a gradient, so smaller batches keep the learning rate and 
 from dataclasses import replace
 
 from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
-from megatron_apt.models.config import wan_1_3b, wan_14b, wan_14b_i2v
+from megatron_apt.models.config import wan_1_3b, wan_5b_i2v, wan_14b, wan_14b_i2v
 
 PRETRAINED = "runs/wan/pretrained"
+PRETRAINED_5B = "runs/wan/pretrained-5b"
 PRETRAINED_I2V = "runs/wan/pretrained-i2v"
 LENGTH = 512  # Wan reads captions padded with zeros to this, unmasked
 
@@ -115,3 +126,19 @@ def video_i2v_14b() -> RunConfig:
     """Stage 2, from the distilled model."""
     init = InitConfig(generator="runs/wan/consistency-i2v-14b", diffusion=PRETRAINED_I2V)
     return replace(_image_to_video(video_14b()), output="runs/wan/video-i2v-14b", init=init)
+
+
+def _five(config: RunConfig) -> RunConfig:
+    """Wan2.2's 5B on clips; one of 49 frames at 704 x 1280 is 11,440 tokens."""
+    data = DataConfig(shards=("data/videos-5b",), text_length=LENGTH)
+    return replace(config, model=wan_5b_i2v(), output=f"{config.output}-i2v-5b", data=data)
+
+
+def consistency_i2v_5b() -> RunConfig:
+    """Stage 1."""
+    return replace(_five(consistency()), init=InitConfig(diffusion=PRETRAINED_5B))
+
+
+def video_i2v_5b() -> RunConfig:
+    """Stage 2, from the distilled model."""
+    return replace(_five(video()), init=InitConfig(generator="runs/wan/consistency-i2v-5b", diffusion=PRETRAINED_5B))

@@ -28,7 +28,8 @@ class Rows:
 
     Attributes:
         offsets: n + 1 numbers: the rows of sample i are offsets[i] .. offsets[i + 1], none if they are equal.
-        sample: (a,) sample of each entry of the first dimension of the (a, b, ...) tensors meant; None: entry i is sample i.
+        sample: (a,) sample of each entry of the first dimension of the (a, b, ...) tensors meant, or (a, b) where that differs inside an entry;
+            None: entry i is sample i.
     """
 
     offsets: tuple[int, ...]
@@ -57,8 +58,12 @@ class Rows:
         return self.offsets[-1]
 
     def expand(self, values: Tensor) -> Tensor:
-        """(n, ...) per-sample values -> (a, 1, ...), which broadcasts over (a, b, ...) tensors."""
-        return (values if self.sample is None else values.index_select(0, self.sample)).unsqueeze(1)
+        """(n, ...) per-sample values -> (a, 1, ...), which broadcasts over (a, b, ...) tensors, or (a, b, ...)."""
+        if self.sample is None:
+            return values.unsqueeze(1)
+        if self.sample.dim() == 1:
+            return values.index_select(0, self.sample).unsqueeze(1)
+        return values.index_select(0, self.sample.flatten()).unflatten(0, self.sample.shape)
 
     def blocks(self, size: int) -> Blocks:
         """Every sample's rows cut into blocks of `size`; made once."""

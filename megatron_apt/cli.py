@@ -81,7 +81,7 @@ class SampleConfig:
     """One sample is made of each prompt for each seed; empty: the dataset's first captions."""
     image: str = ""
     """Image-to-video: picture (or video) whose first frame every prompt starts from, covered and cropped to the sample's size; empty: the
-    dataset's first captions start from their own first frames."""
+    dataset's first captions start from their own first frames. A model with model.wan.first_frame makes samples of one latent frame from text."""
     seeds: tuple[int, ...] = (0,)
     steps: int = 1
     """1: G(z). 2: the zero-shot two-step procedure of APT, for APT checkpoints. N: Euler steps."""

@@ -13,7 +13,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
-from megatron_apt.data.shards import LatentShards
+from megatron_apt.data.shards import FirstFrame, LatentShards
 from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
@@ -70,7 +70,7 @@ def sample_latents(loaded: Loaded, mesh: Mesh, condition: Condition, negative: C
         config: a SampleConfig.
     """
     condition = condition.to(mesh.device)
-    negative = replace(negative.repeat(len(condition.lengths)).to(mesh.device), visual=condition.visual, image=condition.image)
+    negative = replace(negative.repeat(len(condition.lengths)).to(mesh.device), visual=condition.visual, image=condition.image, first=condition.first)
     sampler = Sampler(loaded.model, mesh, condition, negative)
     z = sample_noise(seed, ids.to(mesh.device), shape)
     if config.steps == 1 and not config.euler and config.guidance == 1.0:
@@ -134,10 +134,12 @@ def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prom
     Raises:
         ValueError: settings that do not fit the model, or each other.
     """
-    if not (model.condition_channels or model.wan.image_width):
+    given = model.condition_channels or model.wan.image_width
+    if not given and not (model.wan.first_frame and shape[1] > 1):
         if config.image:
-            raise ValueError(f"image={config.image!r}: this model is given no first frame; leave it out")
-        return [{}] * len(prompts)
+            which = "makes a sample of one frame from text" if model.wan.first_frame else "is given no first frame"
+            raise ValueError(f"image={config.image!r}: this model {which}; leave it out")
+        return [first_frames([FirstFrame()], model)] * len(prompts)
     if config.image:
         from megatron_apt.data.decode import Clip, decode_clip  # DALI, which only this needs
 
@@ -145,7 +147,10 @@ def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prom
         frame = decode_clip(Clip(Path(config.image), height, width, allow_upscale=True))
         encoder = dataset.image_encoder(device) if model.wan.image_width else None
         image = None if encoder is None else encoder.encode(frame)
-        return [first_frames([(codec.given(frame, frames), image)], model)] * len(prompts)
+        first = FirstFrame(
+            codec.given(frame, frames) if model.condition_channels else None, image, codec.encode(frame) if model.wan.first_frame else None
+        )
+        return [first_frames([first], model)] * len(prompts)
     if config.prompts:
         raise ValueError("this model is given a first frame: add --image FILE to --prompts, or leave both out for captions and frames of the dataset")
     if config.size and config.size != dataset.shapes[0][1:]:

@@ -29,7 +29,7 @@ class Sampler:
 
     Attributes:
         model: a backbone.
-        condition, negative: text of the n samples, and what guidance points away from.
+        condition, negative: text of the n samples, and what guidance points away from. Where they have first frames, so do the samples made.
     """
 
     model: nn.Module
@@ -59,16 +59,24 @@ class Sampler:
         x = z
         for t, following in itertools.pairwise(times):
             x = x + (following - t) * self.velocity(x, t, guidance_scale)
-        return x
+        return self._with_first(x)
 
     @torch.no_grad()
     def one_step(self, z: Tensor) -> Tensor:
         """G(z, c) = z - v(z, c, 1)."""
-        return one_step_sample(z, self.velocity(z, 1.0))
+        return self._with_first(one_step_sample(z, self.velocity(z, 1.0)))
 
     @torch.no_grad()
     def two_steps(self, z: Tensor, renoise: Tensor, t: float = 0.5) -> Tensor:
         """x1 = G(z); x_t = (1 - t) x1 + t z'; x2 = x_t - t v(x_t, c, t): zero-shot two-step inference of the paper."""
         t_tensor = torch.as_tensor(t, dtype=z.dtype)
         x_t = interpolate(self.one_step(z), renoise, t_tensor)
-        return predict_sample(x_t, self.velocity(x_t, t), t_tensor)
+        return self._with_first(predict_sample(x_t, self.velocity(x_t, t), t_tensor))
+
+    def _with_first(self, x: Tensor) -> Tensor:
+        """Latents whose first frames are those given, which no velocity moves."""
+        if self.condition.first is None or x.shape[2] == 1:
+            return x
+        _, rows, columns = patch_grid(tuple(x.shape[2:]), self.model.model.patch)
+        first = unpatchify(self.condition.first.to(x.dtype), (1, rows, columns), self.model.model.patch)
+        return torch.cat((first, x[:, :, 1:]), dim=2)

@@ -1,4 +1,6 @@
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -54,3 +56,19 @@ def datasets(tmp_path_factory):
     encode(EncodeConfig(str(images), str(root / "images"), frames=1, height=8, width=8, **codec), progress=False)
     encode(EncodeConfig(str(clips), str(root / "videos"), frames=5, height=8, width=16, **codec), progress=False)
     return root
+
+
+@pytest.fixture
+def pipeline_of(monkeypatch):
+    """Folder -> diffusers' image-to-video pipeline of Wan; its module uses ftfy without asking whether it is installed."""
+    from diffusers import DiffusionPipeline, WanImageToVideoPipeline
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=lambda text: text), raising=False)
+
+    def load(folder: Path) -> WanImageToVideoPipeline:
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        assert isinstance(pipeline, WanImageToVideoPipeline)
+        return pipeline
+
+    return load

@@ -130,6 +130,7 @@ class Sample:
     pooled: Tensor  # (P,)
     given: Tensor | None  # (C', F, H, W)
     image: Tensor | None  # (257, width)
+    first: Tensor | None  # (C, 1, H, W)
     target: Tensor  # (C, F, H, W)
 
 
@@ -168,8 +169,8 @@ def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) 
     return network
 
 
-def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], seed: int) -> list[Sample]:
-    """One sample for each grid of tokens and each length of text."""
+def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], seed: int, first_frame: bool = False) -> list[Sample]:
+    """One sample for each grid of tokens and each length of text; with `first_frame` that of each clip is given."""
     generator = torch.Generator().manual_seed(seed)
     model = shape(family, config)
     patch = model.patch
@@ -185,6 +186,7 @@ def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts:
                 torch.randn(POOLED, generator=generator),
                 torch.randn(given, *size, generator=generator) if given else None,
                 torch.randn(257, image, generator=generator) if image else None,
+                torch.randn(channels, 1, *size[1:], generator=generator) if first_frame and size[0] > 1 else None,
                 torch.randn(channels, *size, generator=generator),
             )
         )
@@ -195,7 +197,7 @@ def their_velocities(family: str, model: nn.Module, batch: list[Sample]) -> list
     """(C, F, H, W) for each sample: as one batch where all are of one size, else one by one."""
     if len({(s.latent.shape, s.text.shape) for s in batch}) > 1:
         return [v for one in batch for v in their_velocities(family, model, [one])]
-    fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image"))
+    fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image", "first"))
     scale = {"flux": FluxConfig.guidance, "hunyuan": HunyuanConfig.guidance}.get(family)
     guidance = torch.full((len(batch),), scale) if model.config.get("guidance_embeds") else None
     inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields), guidance=guidance)
@@ -210,6 +212,9 @@ def our_inputs(batch: list[Sample], model: ModelConfig, mesh: Mesh) -> tuple[Ten
         condition = replace(condition, visual=torch.cat([patchify(s.given[None], model.patch) for s in batch]))
     if batch[0].image is not None:
         condition = replace(condition, image=torch.stack([s.image for s in batch]))
+    if model.wan.first_frame:
+        firsts = [patchify(s.first[None], model.patch) for s in batch if s.first is not None]
+        condition = replace(condition, first=torch.cat([torch.empty(0, model.patch_width), *firsts]))
     layout = build_layout(tuple(patch_grid(tuple(s.latent.shape[1:]), model.patch) for s in batch), condition.lengths, mesh)
     return tokens.index_select(0, layout.visual.index), torch.stack([s.time for s in batch]), condition, layout
 
@@ -257,7 +262,14 @@ def gradient_of(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
 
 
 def compare(
-    mesh: Mesh, family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], kernels: bool = False, recompute: str = "none"
+    mesh: Mesh,
+    family: str,
+    config: dict,
+    sizes: list[tuple[int, int, int]],
+    texts: list[int],
+    kernels: bool = False,
+    recompute: str = "none",
+    first_frame: bool = False,
 ) -> tuple[float, float, str]:
     """Forward and backward of the mean squared error to random targets, in fp32, by both models from the same weights.
 
@@ -265,8 +277,9 @@ def compare(
         The largest difference of a velocity over the largest velocity; the largest difference of a gradient over the largest entry of its tensor,
         or over 1e-3 of the largest gradient of all if that is more (gradients that are zero but for rounding); and the name of that tensor.
     """
-    reference, batch = theirs(family, config, seed=1), samples(family, config, sizes, texts, seed=2)
+    reference, batch = theirs(family, config, seed=1), samples(family, config, sizes, texts, seed=2, first_frame=first_frame)
     model = replace(shape(family, config), recompute=recompute)
+    model = replace(model, wan=replace(model.wan, first_frame=first_frame))
     network = ours(family, model, mesh, reference.state_dict())
 
     velocities = their_velocities(family, reference, batch)

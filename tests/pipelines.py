@@ -48,6 +48,13 @@ def wan_vae(**changes) -> torch.nn.Module:
     return AutoencoderKLWan(**{**dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), **numbers, **changes}).eval()
 
 
+def wan22_vae() -> torch.nn.Module:
+    """Of Wan2.2's TI2V but for the sizes: residual, 48 channels, 16 times smaller pictures by 2 x 2 pixels and three halvings."""
+    numbers = dict(latents_mean=torch.linspace(-0.3, 0.3, 48).tolist(), latents_std=torch.linspace(0.5, 1.5, 48).tolist())
+    kind = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
+    return wan_vae(z_dim=48, decoder_base_dim=12, **numbers, **kind)
+
+
 def kl_vae(**changes) -> torch.nn.Module:
     """SD3's settings but for the sizes: 4 x smaller pictures, 4 channels."""
     from diffusers import AutoencoderKL
@@ -73,17 +80,18 @@ def spread(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def save_wan(folder: Path) -> Path:
-    """WanPipeline, tokenizer as tokenizer.json, scheduler as published."""
+def save_wan(folder: Path, ti2v: bool = False) -> Path:
+    """WanPipeline, tokenizer as tokenizer.json, scheduler as published; `ti2v`: of Wan2.2's TI2V, which is published as this class."""
     import transformers
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(0)
     tokenizer = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
-    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=2)
-    transformer = spread(WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=16, **sizes))
+    vae, sizes = wan22_vae() if ti2v else wan_vae(), dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=2)
+    channels = vae.config.z_dim
+    transformer = spread(WanTransformer3DModel(in_channels=channels, out_channels=channels, text_dim=16, **sizes))
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipeline = WanPipeline(tokenizer, t5("umt5", tokenizer, 16), wan_vae(), scheduler, transformer)
+    pipeline = WanPipeline(tokenizer, t5("umt5", tokenizer, 16), vae, scheduler, transformer, expand_timesteps=ti2v)
     pipeline.save_pretrained(folder / "wan")
     return folder / "wan"
 

@@ -52,6 +52,9 @@ def microbatch(
     condition = Condition.pack(texts, pooled=None if pooled is None else pooled[list(rows)]).to(mesh.device)
     pictures = {"visual": torch.cat([given[i] for i in rows])} if given else {}
     pictures |= {"image": images[list(rows)]} if images is not None else {}
+    if model.wan.first_frame:
+        clips = [patchify(latent[None, :, :1], model.patch) for latent in latents if latent.shape[1] > 1]
+        pictures["first"] = torch.cat([latents[0].new_empty(0, model.patch_width), *clips]).to(dtype)
     framed = partial(replace, **{name: value.to(mesh.device) for name, value in pictures.items()})
     layout = build_layout(tuple(patch_grid(s[1:], model.patch) for s in shapes), condition.lengths, mesh)
     return Microbatch(

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
 from PIL import Image
 from test_train import config
 
 from megatron_apt.cli import load_recipe, main
 from megatron_apt.config import ParallelConfig, RunConfig, check_fits
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.config import ModelConfig, wan_5b, wan_5b_i2v
 from megatron_apt.train import train
 
 
@@ -97,6 +98,9 @@ def test_the_papers_examples_build():
         config = load_recipe(f"{examples}/wan.py:{stage}_i2v_14b")
         check_fits(config)
         assert (config.model.condition_channels, config.model.wan.image_width) == (20, 1280)
+        config = load_recipe(f"{examples}/wan.py:{stage}_i2v_5b")
+        check_fits(config)
+        assert config.model == wan_5b_i2v() and tyro.cli(RunConfig, default=config, args=["--model.wan.no-first-frame"]).model == wan_5b()
     for recipe in ("hunyuan.py:consistency", "hunyuan.py:image", "hunyuan.py:video", "flux.py:consistency", "flux.py:apt"):
         check_fits(load_recipe(f"{examples}/{recipe}"))
     for name in ("consistency", "apt", "consistency_large", "apt_large"):

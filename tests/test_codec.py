@@ -39,6 +39,7 @@ def test_pixel_codec_is_lossless(config, shape):
     values, x = pixels(*shape, grey=config.channels == 1)
     latent = codec.encode(x)
     assert latent.dtype == torch.float32 and tuple(latent.shape) == codec.latent_shape(*shape[1:])
+    assert codec.pixel_size(*latent.shape[1:]) == shape[1:]
     back = codec.decode(latent)
     assert back.shape == x.shape and (back - x).abs().max() < 1e-5
     assert torch.equal((back * 127.5 + 127.5).round().long(), values)

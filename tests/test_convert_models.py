@@ -39,6 +39,7 @@ from megatron_apt.models.config import (
     sd35_medium,
     wan_1_3b,
     wan_5b,
+    wan_5b_i2v,
     wan_14b,
     wan_14b_i2v,
 )
@@ -290,6 +291,7 @@ def test_presets_of_flux_and_hunyuan_video_are_the_published_shapes():
     [
         (WAN, wan_1_3b(), 1.42),
         (WAN, wan_5b(), 5.00),
+        (WAN, wan_5b_i2v(), 5.00),
         (WAN, wan_14b(), 14.29),
         (WAN, wan_14b_i2v(), 16.39),
         (SD3, sd3_medium(), 2.03),

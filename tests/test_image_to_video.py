@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,26 +58,10 @@ def made(clips, tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def pipeline_of(monkeypatch):
-    """Folder -> diffusers' pipeline; its module uses ftfy without asking whether it is installed."""
-    from diffusers import DiffusionPipeline, WanImageToVideoPipeline
-    from diffusers.pipelines.wan import pipeline_wan_i2v
-
-    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=lambda text: text), raising=False)
-
-    def load(folder: Path) -> WanImageToVideoPipeline:
-        pipeline = DiffusionPipeline.from_pretrained(folder)
-        assert isinstance(pipeline, WanImageToVideoPipeline)
-        return pipeline
-
-    return load
-
-
-def frames_of(clips: Path) -> list[Image.Image]:
+def frames_of(clips: Path, height: int = 32, width: int = 48) -> list[Image.Image]:
     """The clips' first frames, as a user of the pipeline would hand them in."""
     paths = [clips.parent / json.loads(line)["path"] for line in clips.read_text().splitlines()]
-    values = [decode_clip(Clip(path, 32, 48, allow_upscale=True)) * 127.5 + 127.5 for path in paths]
+    values = [decode_clip(Clip(path, height, width, allow_upscale=True)) * 127.5 + 127.5 for path in paths]
     return [Image.fromarray(v[:, 0].round().byte().permute(1, 2, 0).numpy()) for v in values]
 
 

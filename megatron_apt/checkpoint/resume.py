@@ -36,7 +36,7 @@ def _filled(stored: dict, defaults: dict) -> dict:
     filled = {}
     for name, default in defaults.items():
         value = stored.get(name, default)
-        filled[name] = {**default, **value} if isinstance(default, dict) else value
+        filled[name] = _filled(value, default) if isinstance(default, dict) else value
     return stored | filled
 
 

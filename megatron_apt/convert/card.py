@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.convert.family import Family
+from megatron_apt.models.config import ModelConfig
 
 
 def model_card(state: dict, family: Family, average: bool, license: str, base: str) -> str:
@@ -16,7 +18,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     """
     config = state["config"]
     trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
-    optimizer, first_frame = config["optimizer"], config["model"].get("condition_channels", 0) > 0
+    optimizer, first_frame = config["optimizer"], from_dict(ModelConfig, config["model"]).image_to_video
     task = "image-to-video" if first_frame else "text-to-image" if family.name in ("sd3", "flux") else "text-to-video"
     # What a model is told of guidance is an input of the network, no second evaluation.
     guidance = config["model"].get(family.name, {}).get("guidance", 0)

@@ -32,6 +32,8 @@ class Import:
     """Of a pipeline's folder; empty: transformer. Wan2.2 has transformer_2 too."""
     config: str = ""
     """config.json of a file that has none beside it."""
+    first_frame: bool = False
+    """Wan2.2's TI2V: the checkpoint samples as image to video (model.wan.first_frame), which its config.json cannot tell. Recipes choose anew."""
     json: str = ""
     """Also writes bytes, seconds and GB/s to this file."""
 
@@ -105,7 +107,7 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
         source = open_source(command.source, command.subfolder, command.config)
         family = family_of(source.config, str(source.path))
         with _measured("import", sum(entry.bytes for entry in source.entries.values()), command.json) as moved:
-            print(import_checkpoint(source, family, Path(command.target), mesh, moved))
+            print(import_checkpoint(source, family, Path(command.target), mesh, moved, first_frame=command.first_frame))
         return 0
     checkpoint = Checkpoint.open(command.checkpoint, command.weights)
     family = family_of_model(checkpoint.model, str(checkpoint.folder))

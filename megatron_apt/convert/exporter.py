@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timest
 _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
 _INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
+_IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 _AT_ONCE = 2**23  # bytes of small tensors read together: each reading looks up the whole index
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -64,6 +65,11 @@ class Checkpoint:
             raise store.CheckpointError(f"{folder}: keeps no average (optimizer.ema=0); use --weights raw")
         average = state["ema"] and weights != "raw"
         return Checkpoint(folder, state, from_dict(ModelConfig, state["config"]["model"]), f"{ROLE}.ema." if average else f"{ROLE}.")
+
+    @property
+    def one_step(self) -> bool:
+        """It was trained to make a sample in one evaluation."""
+        return self.state["iteration"] > 0 and self.state["config"]["method"] in ("consistency", "apt")
 
     def original(self) -> dict | None:
         """config.json of the Hugging Face checkpoint it goes back to, where that can still be found."""
@@ -134,7 +140,7 @@ def export_pipeline(
     """
     if os.path.lexists(target):
         raise ConvertError(f"{target} exists already; give another target")
-    index = _base_index(base, family, checkpoint.model) if base else None
+    index = _base_index(base, family, checkpoint) if base else None
     work = target.with_name(f".{target.name}.export.tmp")
     with store.lock(target.with_name(f".{target.name}.export.lock")):
         _begin(work, checkpoint, dtype, shard_bytes)
@@ -142,10 +148,9 @@ def export_pipeline(
         if discriminator:
             (work / "discriminator").mkdir()
             export_discriminator(checkpoint, work / "discriminator", dtype, moved, shard_bytes)
-        one_step = checkpoint.state["iteration"] > 0 and checkpoint.state["config"]["method"] in ("consistency", "apt")
         if index is not None:
-            _copy_base(Path(base), index, work, one_step)
-        if one_step or index is None:
+            _copy_base(Path(base), index, work, checkpoint.one_step)
+        if checkpoint.one_step or index is None:
             (work / "scheduler").mkdir()
             store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
         store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
@@ -169,13 +174,13 @@ def _begin(work: Path, checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> 
     store.write_atomically(work / _PLAN, plan)
 
 
-def _base_index(base: str, family: Family, model: ModelConfig) -> dict:
+def _base_index(base: str, family: Family, checkpoint: Checkpoint) -> dict:
     """model_index.json of a pipeline that can take this model, all of whose other parts are there.
 
     Raises:
         ConvertError: it cannot, or they are not.
     """
-    file = Path(base) / "model_index.json"
+    file, model = Path(base) / "model_index.json", checkpoint.model
     if not file.is_file():
         raise ConvertError(f"{file} does not exist; --base wants the folder of a whole pipeline")
     index = read_json(file)
@@ -184,6 +189,7 @@ def _base_index(base: str, family: Family, model: ModelConfig) -> dict:
     config = Path(base, "transformer", "config.json")
     if config.is_file():
         theirs = family.model(read_json(config), config.parent)
+        theirs = replace(theirs, wan=replace(theirs.wan, first_frame=model.wan.first_frame))  # which no transformer's config.json says
         differing = [name for name in _INTERFACE if getattr(theirs, name) != getattr(model, name)]
         if differing:
             parts = [getattr(shape, differing[0]) for shape in (theirs, model)]
@@ -193,7 +199,28 @@ def _base_index(base: str, family: Family, model: ModelConfig) -> dict:
             raise ConvertError(f"{file}: {name!r} names no part of a pipeline; download it again")
         if name != "transformer" and not Path(base, name).is_dir():
             raise ConvertError(f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline")
+    if model.wan.first_frame:
+        return index | _with_a_first_frame(index, model, file)
+    if checkpoint.one_step and index.get("_class_name") == _IMAGE_TO_VIDEO and index.get("expand_timesteps"):
+        raise ConvertError(
+            f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: model.wan.first_frame=False; "
+            "give the pipeline as text to video (WanPipeline), or train with model.wan.first_frame"
+        )
     return index
+
+
+def _with_a_first_frame(index: dict, model: ModelConfig, file: Path) -> dict:
+    """What makes a pipeline give the first frame as such models read it; Wan2.2's TI2V is published as text to video.
+
+    Raises:
+        ConvertError: no pipeline does.
+    """
+    if model.patch != (1, 2, 2):
+        raise ConvertError(
+            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, model.patch={model.patch}; leave out --base"
+        )
+    parts = {name: index.get(name, [None, None]) for name in ("image_encoder", "image_processor", "transformer_2")}
+    return parts | {"_class_name": _IMAGE_TO_VIDEO, "expand_timesteps": True}
 
 
 def _parts(index: dict) -> list[str]:

@@ -27,13 +27,15 @@ class Inputs:
     pooled: Tensor | None = None  # (n, E')
     given: Tensor | None = None  # (n, C', F, H, W)
     image: Tensor | None = None  # (n, L', E'')
+    first: Tensor | None = None  # (n, C, 1, H, W) given first frames, in the place of the latents' own
     guidance: Tensor | None = None  # (n,) scale of guidance that models with such an input are told
 
     def condition(self, patch: tuple[int, int, int]) -> Condition:
         n, length = self.text.shape[:2]
         pooled = self.text.mean(1) if self.pooled is None else self.pooled
         visual = None if self.given is None else patchify(self.given, patch)
-        return Condition(self.text.flatten(0, 1), (length,) * n, pooled, visual, self.image)
+        first = None if self.first is None else patchify(self.first, patch)
+        return Condition(self.text.flatten(0, 1), (length,) * n, pooled, visual, self.image, first)
 
 
 @dataclass(frozen=True)

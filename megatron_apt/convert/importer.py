@@ -62,16 +62,26 @@ class _Work:
         return self.folder / f"part-{i:05d}"
 
 
-def import_checkpoint(source: Source, family: Family, target: Path, mesh: Mesh, moved: Moved = lambda count: None, part_bytes: int = 2**28) -> Path:
+def import_checkpoint(
+    source: Source,
+    family: Family,
+    target: Path,
+    mesh: Mesh,
+    moved: Moved = lambda count: None,
+    part_bytes: int = 2**28,
+    first_frame: bool = False,
+) -> Path:
     """Writes TARGET/checkpoints/iteration-00000000; returns it.
 
     Args:
         moved: called with the bytes of each tensor written, and of each that an interrupted import had written.
+        first_frame: model.wan.first_frame of the checkpoint's configuration.
 
     Raises:
         ConvertError: source and model do not fit, or the target holds a run.
     """
     model = replace(family.model(source.config, source.path), dtype=_main_dtype(source))
+    model = replace(model, wan=replace(model.wan, first_frame=first_frame))
     tensors = family.tensors(model, mesh)
     source.check(tensors)
     for mapped in tensors:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatron_apt.convert.family import Family, Inputs, only
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, Rule, Stacked, View, joined, layer
 from megatron_apt.models.config import ModelConfig, WanConfig, wan_1_3b
+from megatron_apt.models.embeddings import patch_grid
 
 _CLASS = "WanTransformer3DModel"
 
@@ -101,12 +102,19 @@ def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> In
         normal(samples, 512 if image else 77, model.text_width),  # beside image tokens, diffusers takes the last 512 for the text
         given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
         image=normal(samples, model.wan.image_tokens, image) if image else None,
+        first=normal(samples, model.latent_channels, 1, *size[1:]) if model.wan.first_frame else None,
     )
 
 
 def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
-    latents = inputs.latents if inputs.given is None else torch.cat((inputs.latents, inputs.given), dim=1)
-    return original(latents, 1000 * inputs.t, inputs.text, inputs.image, return_dict=False)[0]
+    latents, t = inputs.latents, 1000 * inputs.t
+    if inputs.first is not None:  # as WanImageToVideoPipeline with expand_timesteps: a time for every token, 0 for those of the first frame
+        latents = torch.cat((inputs.first, latents[:, :, 1:]), dim=2)
+        frames, rows, columns = patch_grid(tuple(latents.shape[2:]), tuple(original.config.patch_size))
+        t = torch.cat((torch.zeros(len(t), rows * columns), t[:, None].expand(-1, (frames - 1) * rows * columns)), dim=1)
+    if inputs.given is not None:
+        latents = torch.cat((latents, inputs.given), dim=1)
+    return original(latents, t, inputs.text, inputs.image, return_dict=False)[0]
 
 
 WAN = Family("wan", _CLASS, _read, _write, _rules, _example, _forward)

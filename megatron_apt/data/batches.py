@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_apt.config import DataConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
-from megatron_apt.data.shards import LatentShards, stack_pooled
+from megatron_apt.data.shards import FirstFrame, LatentShards, stack_pooled
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.embeddings import patch_grid
+from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.layout import build_layout, chunk
 from megatron_apt.parallel.mesh import Mesh
 
@@ -42,6 +42,11 @@ def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
             f"{source.path}: first frames have {source.given_channels} channels (mask and latent), "
             f"model.condition_channels={model.condition_channels}; encode with the VAE of the model's pipeline"
         )
+    if model.wan.first_frame and source.info["codec"].get("causal") is False:
+        raise ValueError(
+            f"{source.path}: was encoded with pixel_causal=False, so a first latent frame holds several frames and no picture makes one; "
+            "encode it with a causal codec for model.wan.first_frame"
+        )
     wanted = (model.wan.image_tokens, model.wan.image_width)
     if model.wan.image_width and source.image_shape != wanted:
         found = "no image tokens" if source.image_shape is None else "image tokens of {} x {}".format(*source.image_shape)
@@ -51,19 +56,18 @@ def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
         )
 
 
-def first_frames(frames: Sequence[tuple[Tensor | None, Tensor | None]], model: ModelConfig) -> dict[str, Tensor]:
-    """The fields `visual` and `image` of samples' Condition, as far as the model reads them.
-
-    Args:
-        frames: (given, image) of each sample, as in Sample.
-    """
-    given, images = zip(*frames, strict=True)
+def first_frames(frames: Sequence[FirstFrame], model: ModelConfig) -> dict[str, Tensor]:
+    """The fields `visual`, `image` and `first` of samples' Condition, as far as the model reads them."""
+    given, images, latents = zip(*frames, strict=True)
     pictures: dict[str, Tensor] = {}
     if model.condition_channels:
         shapes = tuple(tuple(one.shape) for one in given)
         pictures["visual"] = pack_latents(shapes, model.patch, lambda rows, _: torch.stack([given[i] for i in rows]))
     if model.wan.image_width:
         pictures["image"] = torch.stack(images)
+    if model.wan.first_frame:
+        clips = [patchify(latent[None], model.patch) for latent in latents if latent is not None]
+        pictures["first"] = torch.cat([torch.empty(0, model.patch_width), *clips])
     return pictures
 
 

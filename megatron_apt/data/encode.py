@@ -77,7 +77,7 @@ class EncodeConfig:
     """In which text encoders of a folder run. Embeddings are kept in float32."""
     image_to_video: bool = False
     """Keep of each clip also what image-to-video models are given of its first frame (codec 'wan'): mask, latents, and the tokens of the image
-    encoder where there is one."""
+    encoder where there is one. Wan2.2's TI2V needs none of it: it reads the first frame of the clip's own latents."""
     image_encoder: str = ""
     """Local folder of a pipeline with image_encoder/ and image_processor/ (Wan2.1 I2V; Wan2.2 has none); empty: the one given as text, if it has
     them."""

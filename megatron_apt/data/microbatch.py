@@ -41,7 +41,7 @@ class Microbatch:
         shapes: latent shape (C, F, H, W) of each sample.
         x: (T_visual, C * patch) clean latents, this rank's tokens.
         condition, null, negative: each sample's own text, the empty caption and the fixed negative prompt, n of each; all with the sample's own
-            first frame, if the model is given one.
+            first frame, if the model is given one. That of `condition.first` is part of x too.
         global_batch: samples of the whole iteration, over which losses are averaged.
     """
 
@@ -129,8 +129,13 @@ class Microbatch:
         return self.x.new_full((len(self.shapes),), t)
 
     def token_mean(self, squared: Tensor) -> Tensor:
-        """Contribution of (T_visual, P) elementwise values to the mean over the global batch of each sample's mean."""
-        return (self.layout.sample_sum(squared) / self.layout.sample_numel(squared.shape[1])).sum() / self.global_batch
+        """Contribution of (T_visual, P) elementwise values to the mean over the global batch of each sample's mean.
+
+        First frames that stand in place of the sample's own are not generated and do not count.
+        """
+        given = self.condition.first is not None
+        counted = squared.index_fill(0, self.layout.first.local, 0) if given else squared
+        return (self.layout.sample_sum(counted) / self.layout.sample_numel(squared.shape[1], without_first=given)).sum() / self.global_batch
 
     def sample_mean(self, values: Tensor) -> Tensor:
         """Contribution of (n,) per-sample values, equal on every context-parallel rank, to their mean over the global batch."""

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,14 @@ class EncodeStopped(ValueError):
     """Encoding cannot go on; what is finished is kept and a rerun continues from it."""
 
 
+class FirstFrame(NamedTuple):
+    """What image-to-video models are given of a clip's first frame, each in its own way; None what there is not."""
+
+    given: Tensor | None = None  # (C', F, H, W) mask and latents
+    image: Tensor | None = None  # (L', E') tokens of an image encoder
+    latent: Tensor | None = None  # (C, 1, H, W) its latent, which a causal VAE makes of it alone; none in a sample of one frame, which is a picture
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """latent (C, F, H, W), text (L, E), and pooled (P,) if the text encoder has it, float32; read-only, they may be shared with a cache.
@@ -62,8 +71,8 @@ class Sample:
     image: Tensor | None = None
 
     @property
-    def first_frame(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.given, self.image
+    def first_frame(self) -> FirstFrame:
+        return FirstFrame(self.given, self.image, self.latent[:, :1] if self.latent.shape[1] > 1 else None)
 
 
 def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import rms_norm
+from megatron_apt.kernels.rows import Rows
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
@@ -77,8 +78,8 @@ class FinalLayer(nn.Module):
         self.modulation = Modulation(2, model, mesh, part)
         self.linear = linear(model.width, model.patch_width, DTYPES[model.dtype], parameters.zeros, tp_partial=mesh.sequence_parallel)
 
-    def forward(self, x: Tensor, c: Tensor, shared: Tensor | None, layout: Layout) -> Tensor:
-        return self.linear(modulated_norm(x, *self.modulation(c, shared), layout.visual.rows))
+    def forward(self, x: Tensor, c: Tensor, shared: Tensor | None, rows: Rows) -> Tensor:
+        return self.linear(modulated_norm(x, *self.modulation(c, shared), rows))
 
 
 class Backbone(nn.Module):
@@ -130,7 +131,7 @@ class Backbone(nn.Module):
 
     def last_layer(self, state: State, layout: Layout) -> Tensor:
         """The folded velocity of this rank's (sequence-parallel) tokens."""
-        return self.final(state["visual"], state["c"], state.get("shared"), layout)
+        return self.final(state["visual"], state["c"], state.get("shared"), layout.visual.rows)
 
     def run_blocks(self, stage: int, state: State, layout: Layout, taps: tuple[int, ...] = ()) -> tuple[State, dict[int, Tensor]]:
         """The state behind the blocks of a stage, and the visual hidden states behind those of them that are numbered (from 1) in `taps`."""

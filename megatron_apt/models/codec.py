@@ -98,6 +98,11 @@ class PixelCodec:
         """Raises ValueError for sizes that do not fit."""
         return latent_shape_of((frames, height, width), self.latent_channels, self.config.temporal, self.config.spatial, self.config.causal)
 
+    def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of the clips whose latents are of this size."""
+        first = 1 if self.config.causal else self.config.temporal
+        return first + (frames - 1) * self.config.temporal, height * self.config.spatial, width * self.config.spatial
+
     def config_dict(self) -> dict:
         return {"kind": "pixel", **asdict(self.config)}
 
@@ -213,7 +218,8 @@ class WanCodec(VaeCodec):
     def _read(self, folder: Path, config) -> None:
         self.latent_channels = config.z_dim
         self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
-        self._spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+        self._patch = config.patch_size or 1  # Wan2.2's TI2V folds 2 x 2 pixels into channels first
+        self._spatial = 2 ** (len(config.dim_mult) - 1) * self._patch
         self._mean, self._std = (torch.tensor(v, device=self.device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
 
     @property
@@ -242,6 +248,16 @@ class WanCodec(VaeCodec):
 
     def _tile(self, side: int) -> None:
         self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
+
+    def _mode(self, pixels: Tensor) -> Tensor:
+        if self.tiling:
+            self._tile(self.tiling // self._patch)  # diffusers cuts what is folded already, but decodes to pixels
+        return super()._mode(pixels)
+
+    def _pixels(self, raw: Tensor) -> Tensor:
+        if self.tiling:
+            self._tile(self.tiling)
+        return super()._pixels(raw)
 
     def _normalised(self, mode: Tensor) -> Tensor:
         return (mode - self._mean) / self._std

@@ -18,6 +18,7 @@ class Condition:
         pooled: (n, E) mean of each sample's text, or what its text encoder gives for the whole caption, which may have another width.
         visual: further channels of every visual token, packed (sum of visual lengths, C * patch), as `patchify` orders them.
         image: (n, L, E) tokens of an image encoder.
+        first: clean latents of the first frame of every clip (not of a sample of one frame), packed (sum of their tokens, C * patch).
     """
 
     tokens: Tensor
@@ -25,6 +26,7 @@ class Condition:
     pooled: Tensor
     visual: Tensor | None = None
     image: Tensor | None = None
+    first: Tensor | None = None
 
     @staticmethod
     def pack(texts: list[Tensor], length: int = 0, pooled: Tensor | None = None) -> "Condition":
@@ -46,14 +48,8 @@ class Condition:
 
     def repeat(self, n: int) -> "Condition":
         """A single sample's condition for n samples."""
-        visual, image = self.visual, self.image
-        return Condition(
-            self.tokens.repeat(n, 1),
-            self.lengths * n,
-            self.pooled.repeat(n, 1),
-            None if visual is None else visual.repeat(n, 1),
-            None if image is None else image.repeat(n, 1, 1),
-        )
+        repeated = {name: value.repeat(n, *(1,) * (value.dim() - 1)) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, lengths=self.lengths * n, **repeated)
 
     def to(self, device: torch.device) -> "Condition":
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -63,6 +59,20 @@ class Condition:
         """The samples of both, one after the other."""
         both = {name: torch.cat((value, getattr(other, name))) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, lengths=self.lengths + other.lengths, **both)
+
+    def over(self, x: Tensor, layout: Layout) -> Tensor:
+        """This rank's visual tokens (T, P) with the given first frames in the place of x's own, which then get no gradient.
+
+        Raises:
+            ValueError: first frames of other sizes than the samples'.
+        """
+        if self.first is None:
+            return x
+        if len(self.first) != sum(layout.first.lengths):
+            raise ValueError(
+                f"given first frames have {len(self.first)} tokens, those of the samples {layout.first.lengths}; encode them in their size"
+            )
+        return x.index_copy(0, layout.first.local, self.first.to(x.dtype).index_select(0, layout.first.index))
 
     def beside(self, x: Tensor, layout: Layout) -> Tensor:
         """This rank's visual tokens (T, P) with their given channels after the latent's own."""

@@ -42,6 +42,9 @@ class WanConfig:
     image_width: int = 0
     """Width of the first frame's CLIP tokens, which a second cross-attention reads (Wan2.1 I2V); 0: there are none."""
     image_tokens: int = 257
+    first_frame: bool = False
+    """A clip's first latent frame is given: clean and at time 0 among the noisy ones (Wan2.2 TI2V as image to video). The weights are those of text
+    to video, so this is a recipe's choice. Samples of one frame are pictures, generated from text."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,10 @@ class ModelConfig:
             )
         if min(self.patch) < 1:
             raise ValueError(f"model.patch={self.patch}: each side must be at least 1")
+        if self.wan.first_frame and (self.family != "wan" or self.patch[0] != 1):
+            raise ValueError(
+                f"model.wan.first_frame=True needs model.family='wan' and patches of one frame; here are {self.family!r} and model.patch={self.patch}"
+            )
         if self.family == "sd3":
             self._check_sd3()
         if self.width % self.heads:
@@ -238,6 +245,11 @@ class ModelConfig:
         return self.text_width if own is None else own.pooled_width
 
     @property
+    def image_to_video(self) -> bool:
+        """It is given first frames of clips, in one of Wan's ways."""
+        return bool(self.condition_channels or self.wan.image_width or self.wan.first_frame)
+
+    @property
     def patch_width(self) -> int:
         """Numbers of one visual token of a latent."""
         return self.latent_channels * math.prod(self.patch)
@@ -285,11 +297,13 @@ def wan_1_3b() -> ModelConfig:
 
 
 def wan_5b() -> ModelConfig:
-    """Wan2.2-TI2V-5B as text to video; its latents have 48 channels and are 16 times smaller than the picture.
-
-    As image to video it takes a time for every token, which this package does not.
-    """
+    """Wan2.2-TI2V-5B as text to video; its latents have 48 channels and are 16 times smaller than the picture."""
     return replace(wan_1_3b(), width=3072, heads=24, mlp_width=14336, latent_channels=48)
+
+
+def wan_5b_i2v() -> ModelConfig:
+    """Wan2.2-TI2V-5B as image to video, with the same weights."""
+    return replace(wan_5b(), wan=WanConfig(first_frame=True))
 
 
 def wan_14b() -> ModelConfig:

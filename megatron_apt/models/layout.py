@@ -78,12 +78,26 @@ class AttentionGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class FirstFrames:
+    """The tokens of each clip's first frame, as image-to-video models are given them (model.wan.first_frame).
+
+    A sample of one frame has none: it is a picture to be generated.
+    """
+
+    lengths: tuple[int, ...]  # tokens of each sample, over all ranks
+    local: Tensor  # (m,) which of this rank's visual tokens they are
+    index: Tensor  # (m,) position of each of those among the first frames' tokens of all samples
+    rows: Rows  # like the visual stream's, in two parts for each sample: its first frame, and the rest
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """One packed microbatch on one rank. Made by `build_layout`, cached, never changed."""
 
     grids: tuple[Grid, ...]
     visual: Stream
     text: Stream
+    first: FirstFrames
     token_counts: tuple[int, ...]  # visual + text tokens on each context-parallel rank
     groups: tuple[AttentionGroup, ...]  # of the packed attention; empty when the batched form applies
     queries: Order | None  # of the packed attention's rows
@@ -109,9 +123,10 @@ class Layout:
         """(n,) per-sample numbers -> (T_visual, 1), one row for each local visual token."""
         return values.index_select(0, self.visual.sample).unsqueeze(1)
 
-    def sample_numel(self, width: int) -> Tensor:
-        """(n,) number of elements of each whole sample whose tokens are `width` wide."""
-        return torch.tensor([length * width for length in self.visual.lengths], device=self.positions.device)
+    def sample_numel(self, width: int, without_first: bool = False) -> Tensor:
+        """(n,) number of elements of each whole sample whose tokens are `width` wide; `without_first`: of what is not its first frame."""
+        left_out = self.first.lengths if without_first else (0,) * self.samples
+        return torch.tensor([(n - out) * width for n, out in zip(self.visual.lengths, left_out, strict=True)], device=self.positions.device)
 
 
 def chunk(length: int, parts: int, part: int) -> tuple[int, int]:
@@ -143,7 +158,7 @@ def build_layout(grids: tuple[Grid, ...], text_lengths: tuple[int, ...], mesh: M
     )
     cells = [torch.cartesian_prod(*(torch.arange(size) for size in grid)) for grid in grids]
     positions = torch.cat(cells).to(mesh.device).index_select(0, visual.index)
-    return Layout(grids, visual, text, counts, groups, queries, keys, positions)
+    return Layout(grids, visual, text, _first_frames(grids, visual, mesh), counts, groups, queries, keys, positions)
 
 
 def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
@@ -164,13 +179,35 @@ def _stream(lengths: tuple[int, ...], mesh: Mesh) -> Stream:
 def _rows(counts: tuple[int, ...], uniform: bool, padding: int, part: int, parts: int, device: torch.device) -> Rows:
     """Rows of one of the `parts` that sequence parallelism makes of the folded form's first dimension."""
     filled = (*counts[:-1], counts[-1] + padding)
-    offsets = list(accumulate(filled, initial=0))
-    size = offsets[-1] // parts
-    cut = tuple(min(max(offset - part * size, 0), size) for offset in offsets)
+    cut = _cut(filled, part, parts)
     if uniform and parts == 1:
         return Rows(cut, device)
     sample = torch.repeat_interleave(torch.arange(len(counts)), 1 if uniform else torch.tensor(filled))
     return Rows(cut, device, sample.chunk(parts)[part].to(device))
+
+
+def _cut(lengths: tuple[int, ...], part: int, parts: int) -> tuple[int, ...]:
+    """Offsets, in one of equal parts of all rows, of runs of these lengths."""
+    offsets = list(accumulate(lengths, initial=0))
+    size = offsets[-1] // parts
+    return tuple(min(max(offset - part * size, 0), size) for offset in offsets)
+
+
+def _first_frames(grids: tuple[Grid, ...], visual: Stream, mesh: Mesh) -> FirstFrames:
+    lengths = tuple(rows * columns if frames > 1 else 0 for frames, rows, columns in grids)
+    ranges = [chunk(length, mesh.cp.size, mesh.cp.rank) for length in visual.lengths]
+    # Tokens are in the order of frames, so a rank's part of a first frame is the beginning of its chunk of the sample, or nothing.
+    parts = [(start, max(min(stop, first) - start, 0)) for (start, stop), first in zip(ranges, lengths, strict=True)]
+    ours, theirs = list(accumulate(visual.counts, initial=0)), list(accumulate(lengths, initial=0))
+    local = torch.cat([torch.arange(ours[i], ours[i] + count) for i, (_, count) in enumerate(parts)])
+    index = torch.cat([torch.arange(theirs[i] + start, theirs[i] + start + count) for i, (start, count) in enumerate(parts)])
+
+    runs = [run for (_, first), count in zip(parts, visual.counts, strict=True) for run in (first, count - first)]
+    runs[-1] += visual.padding
+    part, tp = (mesh.tp.rank, mesh.tp.size) if mesh.sequence_parallel else (0, 1)
+    owner = torch.repeat_interleave(torch.arange(len(runs)), torch.tensor(runs)).chunk(tp)[part].to(mesh.device)
+    rows = Rows(_cut(tuple(runs), part, tp), mesh.device, owner.unflatten(0, (-1, visual.counts[0])) if visual.uniform else owner)
+    return FirstFrames(lengths, local.to(mesh.device), index.to(mesh.device), rows)
 
 
 def _attention_groups(visual: tuple[int, ...], text: tuple[int, ...], mesh: Mesh) -> tuple[tuple[AttentionGroup, ...], Order, Order]:

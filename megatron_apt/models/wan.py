@@ -3,6 +3,10 @@
 Compared with MMDiT: one stream; queries and keys are normalised over ALL heads together, so under tensor parallelism the mean square is a sum over
 ranks; one projection of the time modulates every block (AdaLN-single), the last layer the time itself. Text, and the image tokens of Wan2.1 I2V, are
 few, so every context-parallel rank makes their keys and values whole. Letters as in layout.py.
+
+With model.wan.first_frame (Wan2.2 TI2V; diffusers' `expand_timesteps`) a clip's first frame is given: it enters in the place of whatever x holds
+there, and at time 0. A sample then has two sets of modulation vectors, its first frame's and the rest's: m = 2 n of them, else m = n. As no network
+sees another first frame, and none sends a gradient into it, methods only leave it out of their means, and samplers put it into their results.
 """
 
 import torch
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import EPS
+from megatron_apt.kernels.rows import Rows
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import Backbone, FinalLayer, LayerNorm, Modulation
 from megatron_apt.models.condition import Condition
@@ -73,13 +78,18 @@ class CrossAttention(nn.Module):
         return cross_attention(q, self.k_norm[source](k).squeeze(-2), v.squeeze(-2), lengths, layout, self.attention)
 
 
+def rows_of(model: ModelConfig, layout: Layout) -> Rows:
+    """Which visual tokens each of the m sets of modulation vectors acts on."""
+    return layout.first.rows if model.wan.first_frame else layout.visual.rows
+
+
 class WanBlock(nn.Module):
     """Self-attention, cross-attention, MLP; the first and the last modulated and gated."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, parts: StreamSubmodules, attention: type, layer_number: int):
         super().__init__()
         config, d = transformer_config(model, mesh), model.width
-        self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
+        self.model, self.mesh, self.heads, self.head_size = model, mesh, model.heads // mesh.tp.size, model.head_size
         self.modulation = Modulation(6, model, mesh, parts.modulation)
         self.linear_qkv = column_linear(parts.linear_qkv, d, 3 * d, config, mesh)  # (head, q | k | v, K)
         self.qk_norm = NormAcrossHeads(2, model, mesh)
@@ -91,7 +101,7 @@ class WanBlock(nn.Module):
         self.attention = attention(config, layer_number, mesh)
 
     def forward(self, x, text, image, c, shared, layout: Layout, rotary: Tensor) -> tuple[Tensor]:
-        rows = layout.visual.rows
+        rows = rows_of(self.model, layout)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.modulation(c, shared)
         qk, v = self.linear_qkv(modulated_norm(x, shift, scale, rows))[0].unflatten(-1, (self.heads, 3, self.head_size)).split((2, 1), dim=-2)
         attended = self_attention(torch.cat((self.qk_norm(qk), v), dim=-2), None, rotary, layout, self.mesh, self.attention)
@@ -133,8 +143,12 @@ class Wan(Backbone):
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
 
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
-        """Embeddings: visual hidden states, text (sum of lengths, D), image tokens, time vector c (n, D) and the shared (n, 6 D) modulation."""
+        """Embeddings: visual hidden states, text (sum of lengths, D), image tokens, time vectors c (m, D) and the shared (m, 6 D) modulation."""
         dtype, wan = self.x_embed.weight.dtype, self.model.wan
+        if wan.first_frame:
+            if condition.first is None:
+                raise ValueError("model.wan.first_frame=True: this model is given the first frames of clips, and the condition has none")
+            x, t = condition.over(x, layout), torch.stack((torch.zeros_like(t), t), dim=1).flatten()
         h = layout.visual.fold(self.x_embed(condition.beside(x, layout).to(dtype)))
         if self.mesh.sequence_parallel:
             h = scatter_to_sequence_parallel_region(h, group=self.mesh.tp.group)
@@ -151,11 +165,12 @@ class Wan(Backbone):
 
     def last_layer(self, state: State, layout: Layout) -> Tensor:
         c = state["c"]
-        return self.final(state["visual"], c, c.repeat(1, 2), layout)
+        return self.final(state["visual"], c, c.repeat(1, 2), rows_of(self.model, layout))
 
     def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
         """See models/stages.py."""
         d, n, tp = self.model.width, layout.samples, self.mesh.tp.size if self.mesh.sequence_parallel else 1
+        m = rows_of(self.model, layout).samples
         shapes = {"visual": (layout.visual.folded(d, tp), True), "text": ((sum(layout.text.lengths), d), False)}
-        shapes |= {"c": ((n, d), False), "shared": ((n, 6 * d), False)}
+        shapes |= {"c": ((m, d), False), "shared": ((m, 6 * d), False)}
         return shapes | ({"image": ((n, self.model.wan.image_tokens, d), False)} if self.model.wan.image_width else {})
