@@ -1,14 +1,16 @@
 """Losses against values worked out by hand and against autograd of their definitions in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from parity import compare_exactly, iterations, problem
 from problems import IMAGES, build, gradient_of, microbatch, model_config, run_config, run_phase
 
 from megatron_apt.config import AptConfig
 from megatron_apt.conventions import interpolate, one_step_sample, predict_sample, shift, velocity_target
-from megatron_apt.methods import losses
+from megatron_apt.methods import METHODS, losses
 from megatron_apt.models.discriminator import Discriminator
 
 LOG2 = math.log(2.0)
@@ -172,3 +174,12 @@ def _plain_rms(call):
     finally:
         for module in users:
             module.rms_norm = rms_norm
+
+
+def test_without_guidance_the_teacher_runs_once_to_the_same_end(mesh):
+    """Guidance of exactly 1 leaves the negative prompt out; of next to 1 it is there and weighs nothing."""
+    base = problem("consistency")
+    once, twice = (replace(base, consistency=replace(base.consistency, guidance_scale=scale)) for scale in (1.0, 1.0 + 1e-12))
+    copies = [METHODS["consistency"](config, mesh).phases[0].branches[0].segments[0].copies for config in (once, twice)]
+    assert copies == [1, 2]
+    compare_exactly(iterations(mesh, once, "mixed", count=1), iterations(mesh, twice, "mixed", count=1))

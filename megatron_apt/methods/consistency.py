@@ -32,6 +32,7 @@ def guided(stacked: torch.Tensor, scale: float) -> torch.Tensor:
 def method(config: RunConfig, mesh: Mesh) -> Method:
     """Student and frozen teacher; the chain is teacher -> target, beside it the student."""
     c = config.consistency
+    folds_in = c.guidance_scale != 1.0  # teachers that hold guidance already are run once
 
     def noisy(batch: Microbatch):
         t, s = grid_times(batch.uniform("t"), c.steps, c.shift)
@@ -41,15 +42,16 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         return batch.condition
 
     def guidance_texts(batch: Microbatch) -> Condition:
-        return batch.condition.join(batch.negative)
+        return batch.condition.join(batch.negative) if folds_in else batch.condition
 
     def feed_teacher(batch: Microbatch, _) -> Inputs:
-        x_t, t, _s = noisy(batch)
-        return torch.cat((x_t, x_t)), torch.cat((t, t))
+        x_t, t = feed_student(batch, _)
+        return (torch.cat((x_t, x_t)), torch.cat((t, t))) if folds_in else (x_t, t)
 
     def stepped(batch: Microbatch, outputs):
         x_t, t, s = noisy(batch)
-        return x_t + batch.layout.expand(s - t) * guided(outputs[0], c.guidance_scale), s
+        v = guided(outputs[0], c.guidance_scale) if folds_in else outputs[0]
+        return x_t + batch.layout.expand(s - t) * v, s
 
     def feed_student(batch: Microbatch, _) -> Inputs:
         x_t, t, _s = noisy(batch)
@@ -66,7 +68,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         "generator": generator(config, mesh, config.init.generator or config.init.diffusion),
         "teacher": Role(lambda cut: build_generator(config, mesh, cut), config.model.depth, config.init.diffusion),
     }
-    teacher = Segment("teacher", "none", guidance_texts, feed_teacher, copies=2)
+    teacher = Segment("teacher", "none", guidance_texts, feed_teacher, copies=1 + folds_in)
     target = Segment("generator", "none", texts, stepped, reads=(0,))
     student = Segment("generator", "full", texts, feed_student)
     return Method(roles, (Phase("consistency", (Branch("distil", (teacher, target, student), loss, reads=(0, 1)),), updates="generator"),))
