@@ -19,7 +19,7 @@ from megatron_apt.checkpoint.commands import Inspect, Reshard, Verify, from_dict
 from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
 from megatron_apt.config import AptConfig, GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
-from megatron_apt.guards import Collapse
+from megatron_apt.errors import Collapse
 from megatron_apt.train import Trainer, train
 
 F64 = {"model": model_config(dtype="float64", latent_channels=4), "optimizer": SMOOTH}

@@ -19,16 +19,16 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing import ShardedTensor
 
 FORMAT = 2
 SUMS = "checksums.json"
@@ -38,19 +38,23 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another shape."""
 
 
-def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> ShardedTensor:
+def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> "ShardedTensor":
     """A tensor laid out like a parameter (its weight, average or optimiser state), as dist_checkpointing sees it.
 
     Args:
         replica: 0 on the data x context rank that writes it, any other number on further ranks that hold it.
     """
+    from megatron.core.dist_checkpointing import ShardedTensor
+
     if parameter.sharded_dim is None:
         return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, replica))
     return ShardedTensor.from_rank_offsets(key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica))
 
 
-def replicated(key: str, tensor: Tensor, mesh: Mesh) -> ShardedTensor:
+def replicated(key: str, tensor: Tensor, mesh: Mesh) -> "ShardedTensor":
     """A tensor that is the same on every rank of a pipeline stage."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
     return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, mesh.dp_cp.rank))
 
 
@@ -204,6 +208,8 @@ def verify(folder: Path, mesh: Mesh) -> None:
 
 def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor of a commit, in order of names."""
+    from torch.distributed.checkpoint import FileSystemReader
+
     _check_index(folder)
     stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     return {key: (meta.size, meta.properties.dtype) for key, meta in sorted(stored.items())}
@@ -211,6 +217,8 @@ def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def read_tensors(folder: Path, keys: Iterable[str] | None = None, at_once: int = 2**28) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a commit, whole, in the order of `keys` (None: all, by name), in one process, without a model, about `at_once` bytes at a time."""
+    from torch.distributed.checkpoint import FileSystemReader
+
     stored = index(folder)
     wanted: dict[str, Tensor] = {}
     keys = list(stored if keys is None else keys)
@@ -224,12 +232,15 @@ def read_tensors(folder: Path, keys: Iterable[str] | None = None, at_once: int =
                 yield key, wanted.pop(key)
 
 
-def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> dict[str, Tensor]:
+def load(folder: Path, tensors: "Mapping[str, ShardedTensor]") -> dict[str, Tensor]:
     """Loads these tensors, each rank its part.
 
     Raises:
         CheckpointError: a tensor that the checkpoint lacks or holds in another shape, or an unreadable file.
     """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+
     _check_index(folder)
     try:
         stored = load_tensors_metadata(str(folder))

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+# What works is imported where it is needed, so that options are printed and refused at once, and nothing waits for Megatron-Core but `verify`.
 from megatron_apt.config import ParallelConfig
-from megatron_apt.convert import family_of, family_of_model
-from megatron_apt.convert.exporter import Checkpoint, export_pipeline
-from megatron_apt.convert.importer import Moved, import_checkpoint
-from megatron_apt.convert.source import ConvertError, open_source
-from megatron_apt.convert.verify import parity
-from megatron_apt.parallel import startup
-from megatron_apt.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megatron_apt.convert.importer import Moved
+    from megatron_apt.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -84,19 +82,33 @@ Command = (
 
 def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
-    mesh = startup.start(ParallelConfig())
+    import torch
+
+    from megatron_apt.convert.source import ConvertError
+    from megatron_apt.parallel import startup
+    from megatron_apt.parallel.mesh import Mesh
+
+    _, processes, _ = startup.placement()
+    if processes > 1:
+        raise ConvertError(f"convert is for one process, and here are {processes}; start it without torchrun or srun")
     try:
-        if mesh.world.size > 1:
-            raise ConvertError(f"convert is for one process, and here are {mesh.world.size}; start it without torchrun or srun")
-        return perform(command, mesh)
+        if not isinstance(command, Verify):
+            return perform(command, Mesh.alone(torch.device("cpu")))
+        try:
+            return perform(command, startup.start(ParallelConfig()))
+        finally:
+            startup.stop()
     except OSError as error:
         raise ConvertError(f"{error.filename or 'writing'}: {error.strerror or error}; check the disk and the target, then call again") from error
-    finally:
-        startup.stop()
 
 
-def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
+def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     """The command on a mesh of one process; returns the exit code."""
+    from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+    from megatron_apt.convert.families import family_of, family_of_model
+    from megatron_apt.convert.importer import import_checkpoint
+    from megatron_apt.convert.source import open_source
+
     if isinstance(command, Import):
         source = open_source(command.source, command.subfolder, command.config)
         family = family_of(source.config, str(source.path))
@@ -112,6 +124,8 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
             export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
         print(target)
         return 0
+    from megatron_apt.convert.verify import parity
+
     source = open_source(command.source, command.subfolder)
     kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
     found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
@@ -125,7 +139,7 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
 
 
 @contextmanager
-def _measured(name: str, total: int | None, file: str) -> Iterator[Moved]:
+def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
     """A progress bar with bytes and speed, and the figures at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     done, start = 0, time.perf_counter()

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_apt.kernels.keyed_noise import derive_key
@@ -51,8 +50,7 @@ def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None,
 
 def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier, gather_output: bool = False) -> nn.Module:
     """A linear layer whose output features are split over tensor parallelism."""
-    layer = build_module(
-        part,
+    layer = part(
         width_in,
         width_out,
         config=config,
@@ -71,8 +69,7 @@ def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh,
 
 def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier) -> nn.Module:
     """A linear layer whose input features are split over tensor parallelism."""
-    layer = build_module(
-        part,
+    layer = part(
         width_in,
         width_out,
         config=config,

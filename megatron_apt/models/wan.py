@@ -7,7 +7,6 @@ few, so every context-parallel rank makes their keys and values whole. Letters a
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_apt.kernels.gated_residual import gated_residual
@@ -20,10 +19,11 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
-from megatron_apt.models.spec import DTYPES, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
+from megatron_apt.models.parts import DTYPES, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State
 from megatron_apt.parallel.collectives import sum_over
 from megatron_apt.parallel.context import cross_attention, self_attention
+from megatron_apt.parallel.megatron import scatter_to_sequence_parallel_region
 from megatron_apt.parallel.mesh import Mesh
 
 
