@@ -1,9 +1,11 @@
 """megatron-apt convert: Hugging Face checkpoints in, one-step generators for diffusers' pipelines out, and proof that they are the same."""
 
+import ctypes
 import json
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +19,8 @@ from megatron_apt.config import ParallelConfig
 if TYPE_CHECKING:
     from megatron_apt.convert.importer import Moved
     from megatron_apt.parallel.mesh import Mesh
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h: larger pieces are mapped, and unmapped when they are freed
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def run(command: Import | Export | Verify) -> int:
         raise ConvertError(f"convert is for one process, and here are {processes}; start it without torchrun or srun")
     try:
         if not isinstance(command, Verify):
+            _give_memory_back()
             return perform(command, Mesh.alone(torch.device("cpu")))
         try:
             return perform(command, startup.start(ParallelConfig()))
@@ -138,18 +143,25 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     return int(not good)
 
 
+def _give_memory_back() -> None:
+    """Tensors that are let go leave the process at once; glibc otherwise keeps the space of recent ones, for each thread."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+
+
 @contextmanager
 def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
     """A progress bar with bytes and speed, and the figures at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    done, start = 0, time.perf_counter()
+    done, start, lock = 0, time.perf_counter(), threading.Lock()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(name, total=total)
 
         def moved(count: int) -> None:
             nonlocal done
-            done += count
-            bar.update(task, completed=done)
+            with lock:  # several threads write
+                done += count
+                bar.update(task, completed=done)
 
         yield moved
     seconds = time.perf_counter() - start

@@ -37,7 +37,7 @@ _PLAN = "import.json"  # what of which files goes into which part
 _DATA, _PLACES = "tensors.distcp", "places.json"  # the files of a part: tensors, and where each of them is
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _WRITERS = 2  # hashing takes longer than writing, and both leave Python's lock alone
-_PIECE = 2**20  # bytes hashed and then written while they are in the processor's cache
+_PIECE = 2**18  # bytes written and then hashed while they are in the processor's cache
 Moved = Callable[[int], None]  # told how many bytes have been written
 
 
@@ -51,8 +51,8 @@ class _Hashed(io.RawIOBase):
     def write(self, data: bytes | memoryview) -> int:
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
-            self.sha256.update(piece)
             self.file.write(piece)
+            self.sha256.update(piece)
         self.size += len(data)
         return len(data)
 

@@ -86,9 +86,14 @@ def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, in
     return layer
 
 
+class _Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """`initialise` fills every parameter. (nn.utils.skip_init imports sympy on the meta device, which takes half a second.)"""
+
+
 def linear(width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False) -> nn.Linear:
     """A linear layer that every tensor-parallel rank holds whole."""
-    layer = nn.utils.skip_init(nn.Linear, width_in, width_out, dtype=dtype)
+    layer = _Linear(width_in, width_out, dtype=dtype)
     declare(layer.weight, init, tp_partial=tp_partial)
     declare(layer.bias, zeros, tp_partial=tp_partial)
     return layer
