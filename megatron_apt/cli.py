@@ -1,7 +1,6 @@
 """megatron-apt: one console script over the package. Every command prints its options with --help."""
 
 import contextlib
-import gc
 import importlib.util
 import sys
 import warnings
@@ -128,9 +127,7 @@ def _checkpoint(argv: list[str]) -> None:
 def _convert(argv: list[str]) -> None:
     from megatron_apt.convert.command import Command, run
 
-    code = run(tyro.cli(Command, args=argv, prog="megatron-apt convert"))
-    gc.freeze()  # the interpreter does not look for garbage in all of torch before it ends, which takes a third of a second
-    sys.exit(code)
+    sys.exit(run(tyro.cli(Command, args=argv, prog="megatron-apt convert")))
 
 
 def _plan(argv: list[str]) -> None:

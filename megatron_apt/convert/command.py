@@ -1,6 +1,7 @@
 """megatron-apt convert: Hugging Face checkpoints in, one-step generators for diffusers' pipelines out, and proof that they are the same."""
 
 import ctypes
+import gc
 import json
 import threading
 import time
@@ -87,6 +88,8 @@ Command = (
 def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
     import torch
+
+    gc.freeze()  # nothing of torch is garbage; to find that out takes the interpreter a third of a second when it ends
 
     from megatron_apt.convert.source import ConvertError
     from megatron_apt.parallel import startup
