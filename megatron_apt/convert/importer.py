@@ -15,7 +15,7 @@ import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -91,12 +91,15 @@ def import_checkpoint(source: Source, family: Family, target: Path, mesh: Mesh, 
             raise ConvertError(f"{root} holds checkpoints already; give another target")
         if not interrupted:
             work = _begin(root / ".import.tmp", parts, plan)
-            with ThreadPoolExecutor(_WRITERS) as writing, ThreadPoolExecutor(1) as sealing:
-                # What _finish needs takes a second to import.
-                sealing.submit(importlib.import_module, "torch.distributed.checkpoint")
-                written = writing.map(lambda i: _write(work, i, source, moved), range(len(parts)))
-                for done in [sealing.submit(_seal, work, i) for i in written]:
-                    done.result()
+            with ThreadPoolExecutor(1) as sealing, ThreadPoolExecutor(_WRITERS) as writing:
+
+                def write(i: int) -> Future:
+                    _write(work, i, source, moved)
+                    return sealing.submit(_seal, work, i)  # while the next one is written
+
+                sealing.submit(importlib.import_module, "torch.distributed.checkpoint")  # for _finish; it takes a second
+                for sealed in list(writing.map(write, range(len(parts)))):
+                    sealed.result()
             _finish(work, model, source)
             work.folder.rename(final)
             store.sync(root)
@@ -113,6 +116,7 @@ def _plan(source: Source, tensors: list[Mapped], part_bytes: int) -> tuple[list[
         parts[-1].append(mapped)
     files = sorted({entry.file for entry in source.entries.values()})
     return parts, {
+        "layout": [_DATA, _PLACES],
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "config": source.config,
         "parts": [[[m.name, list(m.theirs), str(m.change)] for m in part] for part in parts],
@@ -138,12 +142,12 @@ def _bytes(part: list[Mapped], source: Source) -> int:
     return sum(source.entries[name].bytes for mapped in part for name in mapped.theirs)
 
 
-def _write(work: _Work, i: int, source: Source, moved: Moved) -> int:
-    """Writes a part that is not there yet, under another name; returns its number."""
+def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
+    """Writes a part that is not there yet, under another name."""
     folder, part = work.part(i), work.parts[i]
     if folder.is_dir():
         moved(_bytes(part, source))
-        return i
+        return
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -165,7 +169,6 @@ def _write(work: _Work, i: int, source: Source, moved: Moved) -> int:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
-    return i
 
 
 def _main_dtype(source: Source) -> str:
