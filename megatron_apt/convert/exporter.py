@@ -309,7 +309,7 @@ def _write_safetensors(file: Path, entries: list[tuple[str, torch.dtype, torch.S
             for size in pool.map(write, makers):
                 unflushed += size
                 if unflushed >= _FLUSHED:
-                    os.fdatasync(stream.fileno())
+                    os.fsync(stream.fileno())
                     unflushed = 0
         os.fsync(stream.fileno())
     temporary.replace(file)
