@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_apt.config import RunConfig
+from megatron_apt.errors import EXPECTED, described
 
 
 def _demo(argv: list[str]) -> None:
@@ -188,9 +189,6 @@ def _quiet_libraries() -> None:
 @contextlib.contextmanager
 def _readable_errors():
     """Expected failures end with one message instead of a traceback."""
-    from megatron_apt.errors import EXPECTED
-    from megatron_apt.parallel.watch import described
-
     try:
         yield
     except EXPECTED as error:

@@ -7,19 +7,12 @@ from types import FrameType
 import torch.distributed as dist
 
 from megatron_apt.config import GuardConfig
+from megatron_apt.errors import BadGradient, BadLoss, Collapse
 from megatron_apt.methods.base import Method, Phase, Values
-from megatron_apt.networks import BadGradient, Network
+from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.execute import Executor, Load
 from megatron_apt.pipeline.prepare import one_rank, without_update
-
-
-class Collapse(RuntimeError):
-    """Training shows a lasting sign of collapse."""
-
-
-class BadLoss(RuntimeError):
-    """A loss is not finite; names phase, branch, microbatch, rank and samples."""
 
 
 class Stopped(SystemExit):

@@ -17,10 +17,6 @@ from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel.mesh import Mesh
 
 
-class BadGradient(RuntimeError):
-    """A gradient is not finite; names the network, and once it is known the parameter, rank and samples."""
-
-
 class Network:
     """One role at run time, as far as this rank holds it: module, and if that trains: its shards, optimiser and average."""
 

@@ -15,11 +15,12 @@ from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
 from megatron_apt.data.microbatch import Microbatch
-from megatron_apt.guards import BadLoss, Collapse, CollapseAlarm, Signals, Stopped, explain
+from megatron_apt.errors import BadGradient, BadLoss, Collapse
+from megatron_apt.guards import CollapseAlarm, Signals, Stopped, explain
 from megatron_apt.kernels.launch import choose
 from megatron_apt.log import Means, Pieces, RunLog, write_summary
 from megatron_apt.methods import METHODS
-from megatron_apt.networks import BadGradient, Network
+from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.parallel.watch import Watch
 from megatron_apt.pipeline.actions import Task

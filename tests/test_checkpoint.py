@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from problems import model_config
 from test_train import SMOOTH, config, rows, state
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from megatron_apt.checkpoint import save as saving
 from megatron_apt.checkpoint import store
@@ -19,7 +24,7 @@ from megatron_apt.checkpoint.commands import Inspect, Reshard, Verify, from_dict
 from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
 from megatron_apt.config import AptConfig, GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
-from megatron_apt.guards import Collapse
+from megatron_apt.errors import Collapse
 from megatron_apt.train import Trainer, train
 
 F64 = {"model": model_config(dtype="float64", latent_channels=4), "optimizer": SMOOTH}
@@ -350,3 +355,44 @@ def test_a_frozen_backbone_comes_back(mesh, datasets, tmp_path):
     resumed = Trainer(run_config, mesh)
     assert resumed.iteration == 1
     assert torch.equal(resumed.networks["discriminator"].module.backbone.x_embed.weight, weight)
+
+
+def written_in_chunks(folder: Path, chunks: dict[tuple[int, int], torch.Tensor], shape: tuple[int, int]) -> Path:
+    """A folder with torch's index of one tensor `w` whose chunks, given by their place, lie one behind the other in one file."""
+    index = Metadata({"w": TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), [])}, storage_data={})
+    folder.mkdir()
+    with open(folder / "__0_0.distcp", "wb") as file:
+        for offsets, chunk in chunks.items():
+            start = file.tell()
+            torch.save(chunk.clone(), file)
+            index.state_dict_metadata["w"].chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
+            index.storage_data[MetadataIndex("w", offsets)] = _StorageInfo("__0_0.distcp", start, file.tell() - start)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return folder
+
+
+def test_a_tensor_in_chunks_is_read_as_torch_reads_it(tmp_path):
+    whole = torch.randn(5, 7)
+    places = {(i, j): whole[i : i + 3, j : j + 4] for i in (0, 3) for j in (0, 4)}
+    folder = written_in_chunks(tmp_path / "whole", places, (5, 7))
+    by_torch = {"w": torch.empty(5, 7)}
+    dcp.load(by_torch, storage_reader=FileSystemReader(folder), no_dist=True)
+    assert torch.equal(store.Stored(folder).read("w"), whole) and torch.equal(by_torch["w"], whole)
+    del places[3, 4]
+    with pytest.raises(store.CheckpointError, match=r"'w' is not whole, 29 of 35 numbers are there"):
+        store.Stored(written_in_chunks(tmp_path / "part", places, (5, 7))).read("w")
+    with pytest.raises(store.CheckpointError, match=r"a chunk of 'w' reaches beyond its shape \(5, 6\)"):
+        store.Stored(written_in_chunks(tmp_path / "beyond", {(3, 4): whole[3:, 4:]}, (5, 6))).read("w")
+    os.truncate(folder / "__0_0.distcp", 1500)
+    with pytest.raises(store.CheckpointError, match=r"__0_0\.distcp: 'w' cannot be read"):
+        store.Stored(folder).read("w")
+
+
+@pytest.mark.parametrize(("module", "name"), [("pathlib", "os.system"), ("torch.distributed.checkpoint.filesystem", "os.remove")])
+def test_an_index_reaches_nothing_through_the_modules_it_may_name(tmp_path, module, name):
+    def word(text):
+        return pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
+
+    (tmp_path / ".metadata").write_bytes(pickle.PROTO + b"\x04" + word(module) + word(name) + pickle.STACK_GLOBAL + pickle.STOP)
+    with pytest.raises(store.CheckpointError, match=rf"its index asks for {module}\.{name}, which no checkpoint index needs"):
+        store.index(tmp_path)

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import tyro
 import yaml
 from diffusers import WanTransformer3DModel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.checkpoint import store
 from megatron_apt.convert import ConvertError, family_of, family_of_model
@@ -200,6 +205,55 @@ def test_the_command_line(wan, tmp_path):
     assert "GB/s" in done.stdout and str(tmp_path / "run/checkpoints/iteration-00000000") in done.stdout
     done = subprocess.run([*command, "import", tmp_path, tmp_path / "other"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def loaded(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after this code."""
+    show = "import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"{code}\n{show}"], capture_output=True, text=True, timeout=120, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def run_cli(*argv) -> str:
+    """Code that runs a command."""
+    return f"""
+from megatron_apt.cli import main
+try:
+    main({[str(word) for word in argv]!r})
+except SystemExit as ended:
+    assert not ended.code, ended.code
+"""
+
+
+def test_options_are_printed_without_torch():
+    assert not loaded(run_cli("convert", "import", "--help")) & {"torch", "numpy", "safetensors", "megatron.core"}
+
+
+def test_import_and_export_wait_for_nothing_they_do_not_need(wan, tmp_path):
+    heavy = {"megatron.core", "torch._dynamo", "torch._inductor", "transformers", "diffusers"}
+    assert not loaded(run_cli("convert", "import", wan, tmp_path / "run")) & heavy
+    assert not loaded(run_cli("convert", "export", tmp_path / "run", tmp_path / "out")) & (heavy | {"torch.distributed.checkpoint", "sympy"})
+
+
+def test_megatron_core_without_cuda_does_not_load_the_compiler():
+    if not torch.cuda.is_available():
+        assert not loaded("import megatron_apt, megatron.core") & {"torch._dynamo", "torch._inductor"}
+
+
+@pytest.mark.parametrize("part_bytes", [2**14, 2**30])
+def test_torch_and_megatron_core_read_what_was_imported(mesh, wan, tmp_path, part_bytes):
+    folder = imported(wan, tmp_path / "run", mesh, part_bytes=part_bytes)
+    ours = dict(store.read_tensors(folder))
+    empty = {key: torch.empty_like(tensor) for key, tensor in ours.items()}
+    dcp.load(dict(empty), storage_reader=FileSystemReader(folder), no_dist=True)
+    assert all(torch.equal(empty[key], tensor) for key, tensor in ours.items())
+    assert {key: (tuple(t.global_shape), t.dtype) for key, t in load_tensors_metadata(str(folder)).items()} == {
+        key: (tuple(t.shape), t.dtype) for key, t in ours.items()
+    }
+    asked = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(tensor)) for key, tensor in ours.items()}
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in store.load(folder, asked).items())
+    save_config(CheckpointingConfig("torch_dist"), str(tmp_path))
+    assert json.loads((folder / "metadata.json").read_text()) == json.loads((tmp_path / "metadata.json").read_text())
 
 
 class Killed(Exception):

@@ -95,6 +95,22 @@ def test_import_and_export_change_no_bit_and_no_shape(mesh, family, seed):
     assert {key: t.shape for key, t in architecture.from_config(written).state_dict().items()} == {key: t.shape for key, t in state.items()}
 
 
+@pytest.mark.parametrize(("family", "seed"), CASES)
+def test_a_model_on_meta_has_the_parameters_of_one_with_layers(mesh, family, seed):
+    model = shape(family, CONFIGS[family](seed))
+
+    def facts(network):
+        return {
+            name: (tuple(p.shape), p.dtype, p.sharded_dim, p.tp_partial, p.fixed, p.requires_grad, p.initial.__qualname__)
+            for name, p in network.named_parameters()
+        }
+
+    with torch.device("meta"):
+        described = build_backbone(model, replace(mesh, device=torch.device("meta")))
+    assert facts(described) == facts(build_backbone(model, mesh))
+    assert all(p.is_meta for p in described.parameters())
+
+
 # --- several processes
 
 

@@ -15,8 +15,8 @@ from test_train import config
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import GuardConfig, ParallelConfig
-from megatron_apt.guards import BadLoss, Stopped
-from megatron_apt.networks import BadGradient
+from megatron_apt.errors import BadGradient, BadLoss
+from megatron_apt.guards import Stopped
 from megatron_apt.parallel.watch import LOST
 from megatron_apt.pipeline import execute
 from megatron_apt.train import Trainer, train

@@ -15,8 +15,7 @@ from test_train import SMOOTH, config, model_config, rows
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import ParallelConfig, PipelineConfig
-from megatron_apt.guards import BadLoss
-from megatron_apt.networks import BadGradient
+from megatron_apt.errors import BadGradient, BadLoss
 from megatron_apt.pipeline import execute
 from megatron_apt.pipeline.mail import Mail
 from megatron_apt.pipeline.prepare import Pipeline

@@ -11,10 +11,9 @@ from problems import model_config
 from megatron_apt.checkpoint import store
 from megatron_apt.config import AptConfig, DataConfig, GuardConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
 from megatron_apt.data.batches import Batches, deal
-from megatron_apt.guards import BadLoss, Collapse
+from megatron_apt.errors import BadGradient, BadLoss, Collapse
 from megatron_apt.log import read_rows
 from megatron_apt.models.discriminator import Discriminator
-from megatron_apt.networks import BadGradient
 from megatron_apt.train import Trainer, train
 
 METHODS = ["flow", "consistency", "apt"]

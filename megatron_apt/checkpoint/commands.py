@@ -10,7 +10,6 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 import tyro
 
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
 
 
@@ -98,6 +97,7 @@ def inspect(command: Inspect) -> Iterator[str]:
 
 def reshard(command: Reshard) -> None:
     """Builds the run's networks on the new mesh, loads and saves."""
+    from megatron_apt.checkpoint.save import Checkpoints
     from megatron_apt.methods import METHODS
     from megatron_apt.networks import Network
     from megatron_apt.parallel import startup

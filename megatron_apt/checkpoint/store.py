@@ -14,21 +14,22 @@ names nothing but the classes such an index is made of; common.pt, which is empt
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing import ShardedTensor
 
 FORMAT = 2
 SUMS = "checksums.json"
@@ -38,19 +39,23 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another shape."""
 
 
-def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> ShardedTensor:
+def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> "ShardedTensor":
     """A tensor laid out like a parameter (its weight, average or optimiser state), as dist_checkpointing sees it.
 
     Args:
         replica: 0 on the data x context rank that writes it, any other number on further ranks that hold it.
     """
+    from megatron.core.dist_checkpointing import ShardedTensor
+
     if parameter.sharded_dim is None:
         return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, replica))
     return ShardedTensor.from_rank_offsets(key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica))
 
 
-def replicated(key: str, tensor: Tensor, mesh: Mesh) -> ShardedTensor:
+def replicated(key: str, tensor: Tensor, mesh: Mesh) -> "ShardedTensor":
     """A tensor that is the same on every rank of a pipeline stage."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
     return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, mesh.dp_cp.rank))
 
 
@@ -127,22 +132,33 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-class _IndexReader(pickle.Unpickler):
-    """Unpickles nothing but the classes that torch.distributed.checkpoint's own index is made of."""
+class _Record:
+    """An object of torch's own index, whose classes take a second to import: its fields under their names, or `packed` where it packs them."""
 
-    _MODULES = ("torch.distributed.checkpoint.", "torch.serialization", "torch._utils", "collections", "pathlib")
+    def __init__(self, *packed):
+        self.packed = packed
+
+    def __setstate__(self, state: dict | tuple):
+        self.__dict__.update(state if isinstance(state, dict) else {"packed": state})
+
+
+class _IndexReader(pickle.Unpickler):
+    """Unpickles nothing but what torch.distributed.checkpoint's own index is made of."""
+
+    _OWN = "torch.distributed.checkpoint."
+    _MODULES = ("torch.serialization", "torch._utils", "collections", "pathlib")
     _NAMES = frozenset({"torch.Size", "torch.device", "builtins.set", "builtins.slice", "_codecs.encode"})
 
     def find_class(self, module: str, name: str):
-        known = module.startswith(self._MODULES[0]) or module in self._MODULES or f"{module}.{name}" in self._NAMES
+        known = module in self._MODULES or f"{module}.{name}" in self._NAMES
         torch_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format)
-        if not (known or torch_type):
+        if "." in name or not (known or torch_type or module.startswith(self._OWN)):
             raise CheckpointError(f"its index asks for {module}.{name}, which no checkpoint index needs; do not load this checkpoint")
-        return super().find_class(module, name)
+        return _Record if module.startswith(self._OWN) else super().find_class(module, name)
 
 
-def _check_index(folder: Path) -> None:
-    """torch reads .metadata with an unrestricted unpickler, so it is read here first with a restricted one.
+def _read_index(folder: Path) -> _Record:
+    """torch's index of a commit. torch itself reads it with an unrestricted unpickler, so this comes first.
 
     Raises:
         CheckpointError: missing, damaged, or naming anything that could run code.
@@ -150,7 +166,7 @@ def _check_index(folder: Path) -> None:
     file = folder / ".metadata"
     try:
         with open(file, "rb") as stream:
-            _IndexReader(stream).load()
+            return _IndexReader(stream).load()
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     except Exception as error:
@@ -204,33 +220,97 @@ def verify(folder: Path, mesh: Mesh) -> None:
 
 def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor of a commit, in order of names."""
-    _check_index(folder)
-    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    return {key: (meta.size, meta.properties.dtype) for key, meta in sorted(stored.items())}
+    return Stored(folder).index
 
 
-def read_tensors(folder: Path, keys: Iterable[str] | None = None, at_once: int = 2**28) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a commit, whole, in the order of `keys` (None: all, by name), in one process, without a model, about `at_once` bytes at a time."""
-    stored = index(folder)
-    wanted: dict[str, Tensor] = {}
-    keys = list(stored if keys is None else keys)
-    for i, key in enumerate(keys):
-        shape, dtype = stored[key]
-        wanted[key] = torch.empty(shape, dtype=dtype)
-        if sum(t.nbytes for t in wanted.values()) >= at_once or i == len(keys) - 1:
-            torch.distributed.checkpoint.load(wanted, storage_reader=FileSystemReader(str(folder)), no_dist=True)
-            while wanted:
-                key = next(iter(wanted))
-                yield key, wanted.pop(key)
+class Stored:
+    """The tensors of a commit, read whole and one at a time, without a model or other processes. Threads may read beside each other.
+
+    Attributes:
+        index: shape and dtype of every tensor, in order of names.
+    """
+
+    def __init__(self, folder: Path):
+        found = _read_index(folder)
+        self.folder = folder
+        self.index = {key: (meta.size, meta.properties.packed[0]) for key, meta in sorted(found.state_dict_metadata.items())}
+        self._chunks: dict[str, list[tuple[tuple[int, ...], _Record]]] = {key: [] for key in self.index}
+        for chunk, place in found.storage_data.items():
+            self._chunks[chunk.fqn].append((tuple(chunk.offset), place))
+
+    def read(self, key: str) -> Tensor:
+        """One tensor. It alone is held, and where it was written in chunks one of them beside it.
+
+        Raises:
+            CheckpointError: a file that cannot be read, or chunks that do not make the tensor.
+        """
+        shape, dtype = self.index[key]
+        whole, filled = None, 0
+        for offsets, place in self._chunks[key]:
+            chunk = self._record(key, place)
+            if chunk.shape == shape and chunk.dtype == dtype:
+                return chunk
+            whole = torch.empty(shape, dtype=dtype) if whole is None else whole
+            part = whole[tuple(slice(start, start + size) for start, size in zip(offsets, chunk.shape, strict=True))]
+            if part.shape != chunk.shape:
+                raise CheckpointError(f"{self.folder}: a chunk of {key!r} reaches beyond its shape {tuple(shape)}; the checkpoint is damaged")
+            part.copy_(chunk)
+            filled += chunk.numel()
+        if whole is None or filled != whole.numel():
+            raise CheckpointError(f"{self.folder}: {key!r} is not whole, {filled} of {shape.numel()} numbers are there; use an older checkpoint")
+        return whole
+
+    def _record(self, key: str, place: _Record) -> Tensor:
+        """What torch.save wrote at this place."""
+        file = self.folder / place.relative_path
+        try:
+            with open(file, "rb") as stream:
+                return torch.load(_Slice(stream, place.offset, place.length), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{file}: {key!r} cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged") from error
 
 
-def load(folder: Path, tensors: Mapping[str, ShardedTensor]) -> dict[str, Tensor]:
+class _Slice(io.RawIOBase):
+    """Some bytes of a file as a file of their own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int):
+        super().__init__()
+        self.file, self.start, self.length, self.place = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.length}[whence]
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        self.file.seek(self.start + self.place)
+        count = self.file.readinto(memoryview(buffer)[: max(self.length - self.place, 0)])
+        self.place += count
+        return count
+
+
+def read_tensors(folder: Path, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a commit one after the other, in the order of `keys` (None: all, by name). As Stored.read."""
+    stored = Stored(folder)
+    for key in stored.index if keys is None else keys:
+        yield key, stored.read(key)
+
+
+def load(folder: Path, tensors: "Mapping[str, ShardedTensor]") -> dict[str, Tensor]:
     """Loads these tensors, each rank its part.
 
     Raises:
         CheckpointError: a tensor that the checkpoint lacks or holds in another shape, or an unreadable file.
     """
-    _check_index(folder)
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
+
+    _read_index(folder)
     try:
         stored = load_tensors_metadata(str(folder))
     except Exception as error:

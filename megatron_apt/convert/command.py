@@ -1,24 +1,27 @@
 """megatron-apt convert: Hugging Face checkpoints in, one-step generators for diffusers' pipelines out, and proof that they are the same."""
 
+import ctypes
+import gc
 import json
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+# What works is imported where it is needed, so that options are printed and refused at once, and nothing waits for Megatron-Core but `verify`.
 from megatron_apt.config import ParallelConfig, check_heads
-from megatron_apt.convert import family_of, family_of_model
-from megatron_apt.convert.exporter import Checkpoint, export_pipeline
-from megatron_apt.convert.importer import Moved, import_checkpoint
-from megatron_apt.convert.source import ConvertError, open_source
-from megatron_apt.convert.verify import parity
-from megatron_apt.parallel import startup
-from megatron_apt.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megatron_apt.convert.importer import Moved
+    from megatron_apt.parallel.mesh import Mesh
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h: larger pieces are mapped, and unmapped when they are freed
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,36 @@ Command = (
 
 def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
-    verifies = isinstance(command, Verify)
-    mesh = startup.start(command.parallel if verifies else ParallelConfig())
+    import torch
+
+    gc.freeze()  # nothing of torch is garbage; to find that out takes the interpreter a third of a second when it ends
+
+    from megatron_apt.convert.source import ConvertError
+    from megatron_apt.parallel import startup
+    from megatron_apt.parallel.mesh import Mesh
+
     try:
-        if mesh.world.size > 1 and not verifies:
-            raise ConvertError(f"convert is for one process, and here are {mesh.world.size}; start it without torchrun or srun")
-        return perform(command, mesh)
+        if isinstance(command, Verify):
+            try:
+                return perform(command, startup.start(command.parallel))
+            finally:
+                startup.stop()
+        _, processes, _ = startup.placement()
+        if processes > 1:
+            raise ConvertError(f"only `convert verify` runs on several processes, and here are {processes}; start it without torchrun or srun")
+        _give_memory_back()
+        return perform(command, Mesh.alone(torch.device("cpu")))
     except OSError as error:
         raise ConvertError(f"{error.filename or 'writing'}: {error.strerror or error}; check the disk and the target, then call again") from error
-    finally:
-        startup.stop()
 
 
-def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
+def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     """The command, on a mesh of one process unless it is Verify; returns the exit code."""
+    from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+    from megatron_apt.convert.families import family_of, family_of_model
+    from megatron_apt.convert.importer import import_checkpoint
+    from megatron_apt.convert.source import open_source
+
     if isinstance(command, Import):
         source = open_source(command.source, command.subfolder, command.config)
         family = family_of(source.config, str(source.path))
@@ -118,6 +137,8 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
             export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
         print(target)
         return 0
+    from megatron_apt.convert.verify import parity
+
     check_heads(checkpoint.model, command.parallel)
     source = open_source(command.source, command.subfolder)
     kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
@@ -133,23 +154,30 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
     return int(not good)
 
 
-def _described(mesh: Mesh) -> str:
+def _described(mesh: "Mesh") -> str:
     split = [f"{name}={getattr(mesh, name).size}" for name in ("tp", "cp", "pp") if getattr(mesh, name).size > 1]
     return f" on {', '.join(split)}" if split else ""
 
 
+def _give_memory_back() -> None:
+    """Tensors that are let go leave the process at once; glibc otherwise keeps the space of recent ones, for each thread."""
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+
+
 @contextmanager
-def _measured(name: str, total: int | None, file: str) -> Iterator[Moved]:
+def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
     """A progress bar with bytes and speed, and the figures at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    done, start = 0, time.perf_counter()
+    done, start, lock = 0, time.perf_counter(), threading.Lock()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(name, total=total)
 
         def moved(count: int) -> None:
             nonlocal done
-            done += count
-            bar.update(task, completed=done)
+            with lock:  # several threads write
+                done += count
+                bar.update(task, completed=done)
 
         yield moved
     seconds = time.perf_counter() - start

@@ -13,8 +13,10 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,8 +37,10 @@ _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
 _INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
 _IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
-_AT_ONCE = 2**23  # bytes of small tensors read together: each reading looks up the whole index
+_THREADS = 2  # each reads, rearranges and writes one tensor of ours at a time
+_FLUSHED = 2**28  # bytes after which the disk is set to work, while further ones are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+Maker = Callable[[], Iterable[tuple[str, Tensor]]]  # tensors by name, made when called
 
 
 @dataclass(frozen=True)
@@ -244,8 +248,9 @@ def _copy_base(base: Path, index: dict, work: Path, one_step: bool) -> None:
 
 
 def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Path, name: str, dtype: str, moved: Moved, shard_bytes: int) -> None:
-    stored = _stored(source, prefix, tensors)
-    dtypes = stored if dtype == "stored" else dict.fromkeys(stored, getattr(torch, dtype))
+    stored = store.Stored(source)
+    kept = _dtypes(stored, prefix, tensors)
+    dtypes = kept if dtype == "stored" else dict.fromkeys(kept, getattr(torch, dtype))
     files: list[list[Mapped]] = [[]]
     held = 0
     for mapped in tensors:
@@ -255,6 +260,14 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
             held = 0
         files[-1].append(mapped)
         held += size
+
+    def theirs(mapped: Mapped) -> Iterator[tuple[str, Tensor]]:
+        key = _key(prefix, mapped)
+        tensor = stored.read(key).to(dtypes[mapped.name])
+        if tensor.dtype == torch.float16 and kept[mapped.name] != tensor.dtype and not torch.isfinite(tensor).all():
+            raise ConvertError(f"{source}: {key} has numbers beyond float16 (65504); use --dtype bfloat16 or float32")
+        return zip(mapped.theirs, mapped.change.theirs(tensor), strict=True)
+
     weight_map = {}
     for i, part in enumerate(files):
         file = folder / (f"{name}.safetensors" if len(files) == 1 else f"{name}-{i + 1:05d}-of-{len(files):05d}.safetensors")
@@ -263,17 +276,7 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
         if file.exists():  # of an export that was interrupted
             moved(sum(dtype.itemsize * shape.numel() for _, dtype, shape in entries))
         else:
-
-            def read(part: list[Mapped] = part) -> Iterator[tuple[str, Tensor]]:
-                loaded = store.read_tensors(source, [_key(prefix, mapped) for mapped in part], _AT_ONCE)
-                for mapped, (key, tensor) in zip(part, loaded, strict=True):
-                    wanted = tensor.to(dtypes[mapped.name])
-                    if wanted.dtype == torch.float16 and tensor.dtype != wanted.dtype and not torch.isfinite(wanted).all():
-                        raise ConvertError(f"{source}: {key} has numbers beyond float16 (65504); use --dtype bfloat16 or float32")
-                    yield from zip(mapped.theirs, mapped.change.theirs(wanted), strict=True)
-                    del tensor, wanted  # not while the next one is read
-
-            _write_safetensors(file, entries, read(), moved)
+            _write_safetensors(file, entries, [partial(theirs, mapped) for mapped in part], moved)
     if len(files) > 1:
         total = sum(mapped.shape.numel() * dtypes[mapped.name].itemsize for mapped in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -284,45 +287,64 @@ def _key(prefix: str, mapped: Mapped) -> str:
     return f"{ROLE}.{mapped.name}" if mapped.fixed else prefix + mapped.name
 
 
-def _stored(source: Path, prefix: str, tensors: list[Mapped]) -> dict[str, torch.dtype]:
+def _dtypes(stored: store.Stored, prefix: str, tensors: list[Mapped]) -> dict[str, torch.dtype]:
     """The dtype of each of our tensors in the checkpoint.
 
     Raises:
         ConvertError: one is not there, or of another shape.
     """
-    stored, found = store.index(source), {}
+    found = {}
     for mapped in tensors:
-        shape, dtype = stored.get(_key(prefix, mapped), (None, None))
+        shape, dtype = stored.index.get(_key(prefix, mapped), (None, None))
         if shape != mapped.shape:
             there = "is not in it" if shape is None else f"has shape {tuple(shape)} instead of {tuple(mapped.shape)}"
-            raise ConvertError(f"{source}: {_key(prefix, mapped)} {there}; its state.json describes another model")
+            raise ConvertError(f"{stored.folder}: {_key(prefix, mapped)} {there}; its state.json describes another model")
         found[mapped.name] = dtype
     return found
 
 
-def _write_safetensors(file: Path, entries: list[tuple[str, torch.dtype, torch.Size]], tensors: Iterator[tuple[str, Tensor]], moved: Moved) -> None:
-    """A safetensors file of tensors that come one at a time, in any order; the library's own writer wants all of them at once.
+def _write_safetensors(file: Path, entries: list[tuple[str, torch.dtype, torch.Size]], makers: list[Maker], moved: Moved) -> None:
+    """A safetensors file of tensors that are made when they are written, in any order; the library's own writer wants all of them at once.
 
     The format: the header's length (8 bytes, little-endian), a JSON header with every tensor's dtype, shape and place, then the numbers. Tensors of
     wider dtypes come first, so that each begins at a multiple of its number's size.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
-    start = 0
+    end = 0
     for name, dtype, shape in sorted(entries, key=lambda entry: (-entry[1].itemsize, entry[0])):
-        end = start + dtype.itemsize * shape.numel()
+        start, end = end, end + dtype.itemsize * shape.numel()
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    encoded = struct.pack("<Q", len(encoded)) + encoded
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)))
         stream.write(encoded)
-        stream.truncate(8 + len(encoded) + start)
-        for name, tensor in tensors:
-            stream.seek(8 + len(encoded) + header[name]["data_offsets"][0])
-            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            moved(tensor.nbytes)
+        stream.truncate(len(encoded) + end)
         stream.flush()
+
+        def write(make: Maker) -> int:
+            size = 0
+            for name, tensor in make():
+                _write_at(stream.fileno(), tensor, len(encoded) + header[name]["data_offsets"][0])
+                moved(tensor.nbytes)
+                size += tensor.nbytes
+            return size
+
+        unflushed = 0
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for size in pool.map(write, makers):
+                unflushed += size
+                if unflushed >= _FLUSHED:
+                    os.fsync(stream.fileno())
+                    unflushed = 0
         os.fsync(stream.fileno())
     temporary.replace(file)
+    store.sync(file.parent)
+
+
+def _write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    while data:  # one call writes at most 2 GiB
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

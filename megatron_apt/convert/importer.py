@@ -1,28 +1,28 @@
 """A Hugging Face checkpoint into one of ours, one tensor at a time.
 
-Our tensors are written in parts of some hundred megabytes, each by torch's own checkpoint writer, which asks for a tensor when it writes it: no more
-than one of ours and those it is made of are in memory. Parts that are on disk stay if the import is killed, and the next one goes on behind them. At
-the end they are one commit under one index, which any mesh loads.
+Our tensors are written in parts of some hundred megabytes, two parts at a time, each tensor as torch.save writes it: a thread holds one of ours, made
+of views of the mapped source, and its numbers are read once, to be hashed and written. Parts that are on disk stay if the import is killed, and the
+next one goes on behind them. At the end they are one commit under one index of torch_dist, which any mesh loads.
 
 Tensors keep the dtype they have. The commit is a run folder's iteration 0: train with `--init.generator TARGET`, sample, inspect, export.
 """
 
+import hashlib
+import importlib
+import io
 import json
 import pickle
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.utils.serialization import config as serialization
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import CAPTIONS, DataConfig, RunConfig, to_dict
@@ -34,21 +34,27 @@ from megatron_apt.parallel.mesh import Mesh
 
 ROLE = "generator"
 _PLAN = "import.json"  # what of which files goes into which part
+_DATA, _PLACES = "tensors.distcp", "places.json"  # the files of a part: tensors, and where each of them is
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_WRITERS = 2  # hashing takes longer than writing, and both leave Python's lock alone
+_PIECE = 2**18  # bytes written and then hashed while they are in the processor's cache
 Moved = Callable[[int], None]  # told how many bytes have been written
 
 
-class _Streaming(DefaultSavePlanner):
-    """Plans with empty tensors and makes each one when it is written."""
+class _Hashed(io.RawIOBase):
+    """A file that is written front to back, with the SHA-256 of what was written."""
 
-    def __init__(self, source: Source, tensors: dict[str, Mapped], moved: Moved):
+    def __init__(self, file: BinaryIO):
         super().__init__()
-        self.source, self.tensors, self.moved = source, tensors, moved
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
 
-    def resolve_data(self, write_item) -> Tensor:
-        mapped = self.tensors[write_item.index.fqn]
-        tensor = mapped.change.ours([self.source.read(name) for name in mapped.theirs])
-        self.moved(tensor.nbytes)
-        return tensor
+    def write(self, data: bytes | memoryview) -> int:
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            self.file.write(piece)
+            self.sha256.update(piece)
+        self.size += len(data)
+        return len(data)
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,16 @@ def import_checkpoint(
             raise ConvertError(f"{root} holds checkpoints already; give another target")
         if not interrupted:
             work = _begin(root / ".import.tmp", parts, plan)
-            sums: dict[str, dict] = {}
-            with ThreadPoolExecutor(1) as sealing:  # of one part while the next is written
-                for done in [sealing.submit(_seal, work, i, sums) for i in _written(work, source, moved)]:
-                    done.result()
-            _finish(work, model, source, sums)
+            with ThreadPoolExecutor(1) as sealing, ThreadPoolExecutor(_WRITERS) as writing:
+
+                def write(i: int) -> Future:
+                    _write(work, i, source, moved)
+                    return sealing.submit(_seal, work, i)  # while the next one is written
+
+                sealing.submit(importlib.import_module, "torch.distributed.checkpoint")  # for _finish; it takes a second
+                for sealed in list(writing.map(write, range(len(parts)))):
+                    sealed.result()
+            _finish(work, model, source)
             work.folder.rename(final)
             store.sync(root)
         store.write_atomically(root / "latest", final.name)
@@ -115,6 +126,7 @@ def _plan(source: Source, tensors: list[Mapped], part_bytes: int) -> tuple[list[
         parts[-1].append(mapped)
     files = sorted({entry.file for entry in source.entries.values()})
     return parts, {
+        "layout": [_DATA, _PLACES],
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "config": source.config,
         "parts": [[[m.name, list(m.theirs), str(m.change)] for m in part] for part in parts],
@@ -140,27 +152,33 @@ def _bytes(part: list[Mapped], source: Source) -> int:
     return sum(source.entries[name].bytes for mapped in part for name in mapped.theirs)
 
 
-def _written(work: _Work, source: Source, moved: Moved) -> Iterator[int]:
-    """Writes every part that is not there yet, under another name, and tells its number."""
-    for i, part in enumerate(work.parts):
-        folder = work.part(i)
-        if folder.is_dir():
-            moved(_bytes(part, source))
-        else:
-            temporary = folder.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            tensors = {f"{ROLE}.{mapped.name}": mapped for mapped in part}
-            empty = {key: torch.empty(m.shape, dtype=_dtype(m, source), device="meta") for key, m in tensors.items()}
-            writer = FileSystemWriter(temporary, single_file_per_rank=True, thread_count=1, sync_files=False)
-            try:
-                dcp.save(empty, storage_writer=writer, planner=_Streaming(source, tensors, moved), no_dist=True)
-            except CheckpointException as error:  # derives from BaseException
-                (cause, _), *_ = error.failures.values()
-                if isinstance(cause, KeyboardInterrupt):
-                    raise cause from None
-                reason = f"{type(cause).__name__}: {cause}"
-                raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
-        yield i
+def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
+    """Writes a part that is not there yet, under another name."""
+    folder, part = work.part(i), work.parts[i]
+    if folder.is_dir():
+        moved(_bytes(part, source))
+        return
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        with open(temporary / _DATA, "wb") as file:
+            stream, places = _Hashed(file), {}
+            for mapped in part:
+                start = stream.size
+                tensor = mapped.change.ours([source.read(name) for name in mapped.theirs])
+                with serialization.patch("save.compute_crc32", False):  # SHA-256 sees more, and every file is compared with it
+                    torch.save(tensor, stream)
+                places[f"{ROLE}.{mapped.name}"] = start, stream.size - start
+                moved(tensor.nbytes)
+                del tensor  # not while the next one is made
+        described = {"bytes": stream.size, "sha256": stream.sha256.hexdigest(), "places": places}
+        (temporary / _PLACES).write_text(json.dumps(described), encoding="utf-8")
+    except ConvertError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
 
 
 def _main_dtype(source: Source) -> str:
@@ -178,29 +196,28 @@ def _dtype(mapped: Mapped, source: Source) -> torch.dtype:
     return dtypes.pop()
 
 
-def _seal(work: _Work, i: int, sums: dict[str, dict]) -> None:
-    """A part that has just been written goes to disk, and only then gets its name; of every part the checksums."""
+def _seal(work: _Work, i: int) -> None:
+    """A part that has just been written goes to disk, and only then gets its name."""
     temporary, folder = work.part(i).with_suffix(".tmp"), work.part(i)
     if not folder.is_dir():
-        for file in temporary.iterdir():
-            store.sync(file)
+        for path in (*temporary.iterdir(), temporary):
+            store.sync(path)
         temporary.rename(folder)
         store.sync(work.folder)
-    for file in folder.iterdir():
-        sums[str(file.relative_to(work.folder))] = store.checksum(file)
 
 
-def _finish(work: _Work, model: ModelConfig, source: Source, sums: dict[str, dict]) -> None:
+def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
     """Makes one commit of the parts: one index over all of them, and what else a checkpoint has."""
-    whole = Metadata({}, planner_data={}, storage_data={})
+    places, sums = {}, {}
     for i in range(len(work.parts)):
-        part = FileSystemReader(work.part(i)).read_metadata()
-        for info in part.storage_data.values():
-            info.relative_path = f"{work.part(i).name}/{info.relative_path}"
-        for field in ("state_dict_metadata", "planner_data", "storage_data"):
-            getattr(whole, field).update(getattr(part, field))
-    (work.folder / ".metadata").write_bytes(pickle.dumps(whole))
-    save_config(CheckpointingConfig("torch_dist"), str(work.folder))
+        name = work.part(i).name
+        part = json.loads((work.part(i) / _PLACES).read_text(encoding="utf-8"))
+        places |= {key: (f"{name}/{_DATA}", *place) for key, place in part["places"].items()}
+        sums[f"{name}/{_DATA}"] = {"bytes": part["bytes"], "sha256": part["sha256"]}
+        sums[f"{name}/{_PLACES}"] = store.checksum(work.part(i) / _PLACES)
+    tensors = {f"{ROLE}.{m.name}": torch.empty(m.shape, dtype=_dtype(m, source), device="meta") for part in work.parts for m in part}
+    (work.folder / ".metadata").write_bytes(pickle.dumps(_index(tensors, places)))
+    (work.folder / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     torch.save({}, work.folder / "common.pt")
     state = {
         "format": store.FORMAT,
@@ -219,3 +236,16 @@ def _finish(work: _Work, model: ModelConfig, source: Source, sums: dict[str, dic
             store.sync(file)
             sums[file.name] = store.checksum(file)
     store.write_atomically(work.folder / store.SUMS, json.dumps(sums, indent=1, sort_keys=True))
+
+
+def _index(tensors: dict[str, Tensor], places: dict[str, tuple[str, int, int]]):
+    """torch's index of whole tensors that lie at these places: file, start and length."""
+    from torch.distributed.checkpoint import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tensors, is_coordinator=True)
+    plan = planner.create_local_plan()
+    _, index = planner.create_global_plan([plan])
+    index.storage_data = {item.index: _StorageInfo(*places[item.index.fqn]) for item in plan.items}
+    return index

@@ -2,8 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import checkpoint
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_apt.kernels.modulated_norm import modulated_norm
@@ -16,8 +14,9 @@ from megatron_apt.models.embeddings import rotary_table
 from megatron_apt.models.fp8 import Fp8Blocks
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, declare, linear
-from megatron_apt.models.spec import DTYPES, transformer_config
+from megatron_apt.models.parts import DTYPES, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State, run_all
+from megatron_apt.parallel.megatron import checkpoint, copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron_apt.parallel.mesh import Mesh
 
 

@@ -10,7 +10,6 @@ The heads' tokens are joined on channels, normalised and projected to the logit.
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling
@@ -21,10 +20,11 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
-from megatron_apt.models.spec import DTYPES, Backend, choose_backend, transformer_config
+from megatron_apt.models.parts import DTYPES, Backend, choose_backend, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State, run_all
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.collectives import max_over, sum_over
+from megatron_apt.parallel.megatron import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron_apt.parallel.mesh import Mesh
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.extensions import transformer_engine as te
 from torch import Tensor, nn
 
 from megatron_apt.models.config import Fp8Config
@@ -40,7 +39,9 @@ def require(config: Fp8Config, device: torch.device) -> None:
     where, remedy = f"model.fp8.recipe={config.recipe!r}", 'use model.fp8.recipe="none" (bf16)'
     if device.type != "cuda":
         raise ValueError(f"{where} needs a CUDA GPU with FP8 (Hopper or newer); this is {device.type}: {remedy}")
-    if not te.HAVE_TE:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
         raise ValueError(f"{where} needs Transformer Engine, which is not installed: `pip install megatron_apt[gpu]`, or {remedy}")
     from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Manager
 

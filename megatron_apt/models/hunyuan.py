@@ -18,8 +18,8 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import PooledEmbedding, TimestepEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, linear, row_linear
+from megatron_apt.models.parts import DTYPES, BlockSubmodules, choose_backend, mmdit_block_spec, transformer_config
 from megatron_apt.models.single_stream import SingleStream
-from megatron_apt.models.spec import DTYPES, BlockSubmodules, choose_backend, mmdit_block_spec, transformer_config
 from megatron_apt.parallel.context import whole_attention
 from megatron_apt.parallel.mesh import Mesh
 

@@ -5,7 +5,6 @@ context parallelism the tokens of each sample. Letters as in layout.py.
 """
 
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_apt.kernels.gated_residual import gated_residual
@@ -17,9 +16,10 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, linear, row_linear
-from megatron_apt.models.spec import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
+from megatron_apt.models.parts import DTYPES, BlockSubmodules, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State
 from megatron_apt.parallel.context import joint_attention
+from megatron_apt.parallel.megatron import scatter_to_sequence_parallel_region
 from megatron_apt.parallel.mesh import Mesh
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_apt.kernels.keyed_noise import derive_key
@@ -51,8 +50,7 @@ def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None,
 
 def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier, gather_output: bool = False) -> nn.Module:
     """A linear layer whose output features are split over tensor parallelism."""
-    layer = build_module(
-        part,
+    layer = part(
         width_in,
         width_out,
         config=config,
@@ -71,8 +69,7 @@ def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh,
 
 def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier) -> nn.Module:
     """A linear layer whose input features are split over tensor parallelism."""
-    layer = build_module(
-        part,
+    layer = part(
         width_in,
         width_out,
         config=config,
@@ -89,9 +86,14 @@ def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, in
     return layer
 
 
+class _Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """`initialise` fills every parameter. (nn.utils.skip_init imports sympy on the meta device, which takes half a second.)"""
+
+
 def linear(width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False) -> nn.Linear:
     """A linear layer that every tensor-parallel rank holds whole."""
-    layer = nn.utils.skip_init(nn.Linear, width_in, width_out, dtype=dtype)
+    layer = _Linear(width_in, width_out, dtype=dtype)
     declare(layer.weight, init, tp_partial=tp_partial)
     declare(layer.bias, zeros, tp_partial=tp_partial)
     return layer

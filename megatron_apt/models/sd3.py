@@ -17,7 +17,7 @@ from megatron_apt.models.embeddings import PooledEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.mmdit import Block, MMDiT
 from megatron_apt.models.parameters import column_linear, declare, row_linear
-from megatron_apt.models.spec import DTYPES, BlockSubmodules, transformer_config
+from megatron_apt.models.parts import DTYPES, BlockSubmodules, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut
 from megatron_apt.parallel.context import self_attention
 from megatron_apt.parallel.mesh import Mesh

@@ -19,7 +19,7 @@ from megatron_apt.models.embeddings import PooledEmbedding, TimestepEmbedding
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.mmdit import Block, MMDiT
 from megatron_apt.models.parameters import column_linear, row_linear
-from megatron_apt.models.spec import DTYPES, BlockSubmodules, transformer_config
+from megatron_apt.models.parts import DTYPES, BlockSubmodules, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut
 from megatron_apt.parallel.context import joint_attention
 from megatron_apt.parallel.mesh import Mesh

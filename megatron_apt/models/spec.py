@@ -1,26 +1,22 @@
-"""Which classes a model is built from: Transformer Engine on CUDA, torch on CPU. Nothing else in the package asks which machine it is."""
+"""Layers on Megatron-Core: Transformer Engine's on CUDA, torch's on CPU. Nothing else in the package asks which machine it is."""
 
 import copy
 import functools
 import warnings
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, _grad_accum_fusion_available
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.parts import Backend
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
 
 OLDEST = "2.8.0"  # of Transformer Engine: delayed weight gradients, and parameters that say so to Megatron-Core
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 class _FusedBias:
@@ -169,23 +165,17 @@ def _ring_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-class Backend(Protocol):
-    """The parts that differ between machines; the rest of a model is plain torch."""
-
-    column_parallel_linear: type
-    row_parallel_linear: type
-    core_attention: type
-
-
 class LocalBackend:
     column_parallel_linear: type = LocalColumnParallelLinear
     row_parallel_linear: type = LocalRowParallelLinear
+    vector_linear: type = LocalColumnParallelLinear
     core_attention: type = LocalAttention
 
 
 class TransformerEngineBackend:
     column_parallel_linear: type = _layer(te.TEColumnParallelLinear)
     row_parallel_linear: type = _layer(te.TERowParallelLinear)
+    vector_linear: type = LocalColumnParallelLinear
     core_attention: type = TransformerEngineAttention
 
 
@@ -202,59 +192,3 @@ def choose_backend(device_type: str, dtype: str) -> Backend:
     problem = f"{get_te_version()} is too old ({OLDEST} is needed)" if te.HAVE_TE else "is not installed"
     warnings.warn(f"Transformer Engine {problem}: using torch layers on CUDA. `pip install megatron_apt[gpu]` for its kernels and FP8.", stacklevel=2)
     return LocalBackend()
-
-
-@dataclass(frozen=True)
-class StreamSubmodules:
-    """Linear layers of one stream (visual or text) of a block."""
-
-    linear_qkv: ModuleSpec | type
-    linear_proj: ModuleSpec | type
-    linear_fc1: ModuleSpec | type
-    linear_fc2: ModuleSpec | type
-    modulation: ModuleSpec | type
-
-
-@dataclass(frozen=True)
-class BlockSubmodules:
-    visual: StreamSubmodules
-    text: StreamSubmodules
-    core_attention: ModuleSpec | type
-
-
-def mmdit_block_spec(backend: Backend) -> BlockSubmodules:
-    """Parts of an MMDiT block on a backend."""
-    stream = StreamSubmodules(
-        linear_qkv=backend.column_parallel_linear,
-        linear_proj=backend.row_parallel_linear,
-        linear_fc1=backend.column_parallel_linear,
-        linear_fc2=backend.row_parallel_linear,
-        # Acts on one vector per sample, so torch's layer serves on every machine.
-        modulation=LocalColumnParallelLinear,
-    )
-    return BlockSubmodules(visual=stream, text=stream, core_attention=backend.core_attention)
-
-
-def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool | None = None) -> TransformerConfig:
-    """Megatron-Core's view of the model. Weights are initialised by `parameters.initialise`, so Megatron-Core leaves them alone."""
-    config = TransformerConfig(
-        num_layers=model.depth,
-        hidden_size=model.width,
-        ffn_hidden_size=model.mlp,
-        num_attention_heads=model.heads,
-        kv_channels=model.head_size,
-        tensor_model_parallel_size=mesh.tp.size,
-        sequence_parallel=mesh.sequence_parallel if sequence_parallel is None else sequence_parallel,
-        params_dtype=DTYPES[model.dtype],
-        bf16=model.dtype == "bfloat16",
-        use_cpu_initialization=mesh.device.type != "cuda",
-        perform_initialization=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        gradient_accumulation_fusion=mesh.device.type == "cuda",  # the weight gradient's product adds into the fp32 buffer, in layers that can
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-    )
-    # Set afterwards: Megatron-Core allows it with its own mixture-of-experts overlap only, but Transformer Engine's layers take it anywhere.
-    config.delay_wgrad_compute = mesh.pp.size > 1 and mesh.device.type == "cuda"
-    return config

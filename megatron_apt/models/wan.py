@@ -11,7 +11,6 @@ sees another first frame, and none sends a gradient into it, methods only leave 
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_apt.kernels.gated_residual import gated_residual
@@ -25,10 +24,11 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
-from megatron_apt.models.spec import DTYPES, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
+from megatron_apt.models.parts import DTYPES, StreamSubmodules, choose_backend, mmdit_block_spec, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut, State
 from megatron_apt.parallel.collectives import sum_over
 from megatron_apt.parallel.context import cross_attention, self_attention
+from megatron_apt.parallel.megatron import scatter_to_sequence_parallel_region
 from megatron_apt.parallel.mesh import Mesh
 
 

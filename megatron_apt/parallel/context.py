@@ -9,12 +9,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 from megatron_apt.kernels.qk_norm_rope import joint_qkv
 from megatron_apt.models.layout import Layout, build_layout
 from megatron_apt.parallel.collectives import gather_rows
+from megatron_apt.parallel.megatron import all_to_all
 from megatron_apt.parallel.mesh import Mesh
 
 RINGS = ("p2p", "a2a+p2p")

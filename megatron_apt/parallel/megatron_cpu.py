@@ -30,8 +30,11 @@ _RULES = (
     ("pin_memory=True", "pin_memory=False"),
 )
 
-# The two helpers read CUDA generators directly. Appended, so that no line number changes.
+# Appended, so that no line number changes.
 _APPENDED = {
+    # Its fuser is torch.compile, which would start a C++ compiler for every fused function, and takes two seconds to import.
+    "megatron.core.jit": "\ndisable_jit_fuser()\n",
+    # The two helpers read CUDA generators directly.
     "megatron.core.tensor_parallel.random": """
 def _get_cuda_rng_state(device="cpu", clone=False, graph_safe=False):
     return torch.get_rng_state()
@@ -42,11 +45,14 @@ def _set_cuda_rng_state(new_state, device=-1, graph_safe=False):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname):  # bypasses the .pyc cache, which holds the unadapted code
-        source = self.get_source(fullname)
+    def get_code(self, fullname):
+        original = source = self.get_source(fullname)
         for old, new in _RULES:
             source = source.replace(old, new)
-        return compile(source + _APPENDED.get(fullname, ""), self.path, "exec", dont_inherit=True)
+        source += _APPENDED.get(fullname, "")
+        if source == original:
+            return super().get_code(fullname)
+        return compile(source, self.path, "exec", dont_inherit=True)  # bypasses the .pyc cache, which holds the unadapted code
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -79,8 +85,6 @@ class _Finder(importlib.abc.MetaPathFinder):
                 "if an import or a device error follows, install a tested version",
                 stacklevel=2,
             )
-        # Megatron-Core's jit_fuser is torch.compile, which would start a C++ compiler for every fused function.
-        torch.compiler.set_stance("force_eager")
         # It warns at every recomputation that the CPU generator moved, which here is the generator in use.
         logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
         return True

@@ -36,6 +36,12 @@ class Mesh:
     row_multiple: int = 1  # each rank's part of a microbatch is padded to a multiple of so many tokens
     cp_levels: tuple[Any, ...] = ()  # with a2a+p2p: the groups of the exchange and of the ring
 
+    @staticmethod
+    def alone(device: torch.device) -> "Mesh":
+        """One process that has joined no group: for what needs a model's shapes, and no collective."""
+        one = Axis(1, 0, None)
+        return Mesh(one, one, one, one, one, one, one, device, sequence_parallel=False, context_parallel="ulysses")
+
     @property
     def is_main(self) -> bool:
         """True on the one process that prints and writes logs."""

@@ -15,6 +15,8 @@ import time
 
 import torch.distributed as dist
 
+from megatron_apt.errors import described
+
 LOST = 70  # exit code of ranks that stop because of another (EX_SOFTWARE)
 GRACE = 5.0  # seconds in which a rank may end by itself
 
@@ -132,8 +134,3 @@ class Watch:
         if not self._ended.wait(GRACE):
             print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
             os._exit(LOST)
-
-
-def described(error: BaseException) -> str:
-    """The error and its notes, which say in which action of the schedule it arose."""
-    return " ".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())))

@@ -20,7 +20,7 @@ from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import MMDiT
-from megatron_apt.models.spec import DTYPES
+from megatron_apt.models.parts import DTYPES
 from megatron_apt.optim.optimizers import AdamW
 from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel.startup import start
