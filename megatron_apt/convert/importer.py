@@ -101,7 +101,8 @@ def import_checkpoint(
             raise ConvertError(f"{root} holds checkpoints already; give another target")
         if not interrupted:
             work = _begin(root / ".import.tmp", parts, plan)
-            with ThreadPoolExecutor(1) as sealing, ThreadPoolExecutor(_WRITERS) as writing:
+            no_crc = serialization.patch("save.compute_crc32", False)  # SHA-256 sees more, and every file is compared with it
+            with no_crc, ThreadPoolExecutor(1) as sealing, ThreadPoolExecutor(_WRITERS) as writing:
 
                 def write(i: int) -> Future:
                     _write(work, i, source, moved)
@@ -167,8 +168,7 @@ def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
             for mapped in part:
                 start = stream.size
                 tensor = mapped.change.ours([source.read(name) for name in mapped.theirs])
-                with serialization.patch("save.compute_crc32", False):  # SHA-256 sees more, and every file is compared with it
-                    torch.save(tensor, stream)
+                torch.save(tensor, stream)
                 places[f"{ROLE}.{mapped.name}"] = start, stream.size - start
                 moved(tensor.nbytes)
                 del tensor  # not while the next one is made
