@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,21 @@ def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
     save_file(changed, file)
     assert run("verify", tmp_path / "run", wan) == 1
     assert "NOT equal" in capsys.readouterr().out
+
+
+def test_verify_takes_what_import_takes(mesh, wan, tmp_path):
+    """A file without config.json beside it; weights of which all answers are zeros."""
+    save_file({name: 0 * tensor for name, tensor in tensors(wan).items()}, tmp_path / "one.safetensors")
+    one = open_source(tmp_path / "one.safetensors", config=str(wan / "config.json"))
+    folder = str(import_checkpoint(one, family_of(one.config, ""), tmp_path / "run", mesh))
+    verify = Verify(folder, str(one.path), config=str(wan / "config.json"))
+    assert perform(verify, mesh) == 0
+    assert perform(replace(verify, source=str(wan), config=""), mesh) == 1
+    with pytest.raises(ValueError, match="samples=0: must be at least 1"):
+        replace(verify, samples=0)
+    (tmp_path / "other.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ConvertError, match=r"is a FluxTransformer2DModel, \S+ a WanTransformer3DModel"):
+        perform(replace(verify, config=str(tmp_path / "other.json")), mesh)
 
 
 def test_what_does_not_fit_is_named(mesh, wan, tmp_path):

@@ -365,6 +365,8 @@ def test_every_norm_of_sd3_has_our_eps():
         (FLUX, {"axes_dims_rope": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
         (HUNYUAN, {"image_condition_type": "token_replace"}, "image_condition_type='token_replace'"),
+        (HUNYUAN, {"mlp_ratio": "4"}, "mlp_ratio='4' of a HunyuanVideoTransformer3DModel must be a positive number"),
+        (HUNYUAN, {"rope_theta": float("nan")}, "rope_theta=nan"),
         (HUNYUAN, {"rope_axes_dim": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"rope_axes_dim": [3, 4, 5]}, r"rope_axes=\(3, 4, 5\): each must be even"),
     ],

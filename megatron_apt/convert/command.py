@@ -71,6 +71,8 @@ class Verify:
     source: Annotated[str, tyro.conf.Positional]
     """The transformer it was imported from or exported to, as for import."""
     subfolder: str = ""
+    config: str = ""
+    """config.json of a file that has none beside it."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     tolerance: float = 1e-5
     """Of the largest difference, relative to the largest value."""
@@ -78,6 +80,10 @@ class Verify:
     seed: int = 0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     json: str = ""
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: must be at least 1")
 
 
 Command = (
@@ -119,7 +125,11 @@ def perform(command: Import | Export | Verify, mesh: Mesh) -> int:
         print(target)
         return 0
     check_heads(checkpoint.model, command.parallel)
-    source = open_source(command.source, command.subfolder)
+    source = open_source(command.source, command.subfolder, command.config)
+    if family_of(source.config, str(source.path)) is not family:
+        raise ConvertError(
+            f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a {family.architecture}; give what it was imported from"
+        )
     kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
     found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
     good = found <= command.tolerance

@@ -1,5 +1,6 @@
 """What a Hugging Face family is to the rest of the package: its configuration and its weights, both ways."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,3 +112,15 @@ def whole(config: dict, architecture: str, **lengths: int) -> None:
         parts = [value] if length == 1 else value
         if not isinstance(parts, list | tuple) or (length and len(parts) != length) or any(type(part) is not int for part in parts):
             raise ValueError(f"config.json: {field}={value!r} of a {architecture} must be {wanted}")
+
+
+def positive(config: dict, architecture: str, *fields: str) -> None:
+    """Stops at a field of config.json that is no finite number above 0. Missing ones pass.
+
+    Raises:
+        ValueError: naming field and value.
+    """
+    for field in fields:
+        value = config.get(field, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"config.json: {field}={value!r} of a {architecture} must be a positive number")
