@@ -114,12 +114,13 @@ def test_a_file_and_a_pipelines_folder_are_sources_too(mesh, wan, tmp_path):
 
 def test_the_links_of_a_hubs_cache_are_followed(mesh, wan, tmp_path):
     """models--NAME/snapshots/HASH/FILE -> ../../blobs/HASH"""
-    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0f/transformer"
+    blobs, snapshot = tmp_path / "models--some--wan/blobs", tmp_path / "models--some--wan/snapshots/0f/transformer"
     shutil.copytree(wan, blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
-    assert imported(snapshot.parent, tmp_path / "run", mesh).is_dir()
+    folder = imported(snapshot.parent, tmp_path / "run", mesh)
+    assert "generator started from `some/wan`" in (exported(folder, tmp_path / "out", mesh) / "README.md").read_text()
 
 
 @torch.no_grad()
@@ -368,6 +369,16 @@ def test_numbers_that_float16_does_not_hold_are_named(mesh, wan, tmp_path):
     folder = imported(wan, tmp_path / "run", mesh)
     with pytest.raises(ConvertError, match=r"generator\.final\.linear\.bias has numbers beyond float16"):
         exported(folder, tmp_path / "out", mesh, dtype="float16")
+
+
+def test_a_base_is_named_from_within(mesh, wan, tmp_path, monkeypatch):
+    base = tmp_path / "some-pipeline"
+    shutil.copytree(wan, base / "transformer")
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}))
+    folder = imported(base, tmp_path / "run", mesh)
+    monkeypatch.chdir(base)
+    card = (exported(folder, tmp_path / "out", mesh, base=".") / "README.md").read_text()
+    assert "other parts of the pipeline copied from `some-pipeline`" in card
 
 
 def test_any_licence_is_one_field_of_the_card(mesh, wan, tmp_path):

@@ -102,7 +102,8 @@ def run(command: Import | Export | Verify) -> int:
             raise ConvertError(f"convert is for one process, and here are {mesh.world.size}; start it without torchrun or srun")
         return perform(command, mesh)
     except OSError as error:
-        raise ConvertError(f"{error.filename or 'writing'}: {error.strerror or error}; check the disk and the target, then call again") from error
+        where = error.filename or (command.json if verifies else command.target)
+        raise ConvertError(f"{where}: {error.strerror or error}; check the disk and the target, then call again") from error
     finally:
         startup.stop()
 
