@@ -99,7 +99,7 @@ def run(command: Import | Export | Verify) -> int:
     mesh = startup.start(command.parallel if verifies else ParallelConfig())
     try:
         if mesh.world.size > 1 and not verifies:
-            raise ConvertError(f"convert is for one process, and here are {mesh.world.size}; start it without torchrun or srun")
+            raise ConvertError(f"import and export are for one process, and here are {mesh.world.size}; start it without torchrun or srun")
         return perform(command, mesh)
     except OSError as error:
         where = error.filename or (command.json if verifies else command.target)
