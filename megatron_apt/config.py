@@ -295,9 +295,11 @@ class RunConfig:
 
 
 def check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises ValueError where heads do not split over the ranks that share them."""
+    """Raises ValueError where heads or MLPs do not split over the ranks that share them."""
     if model.heads % parallel.tp:
         raise ValueError(f"model.heads={model.heads} do not split over parallel.tp={parallel.tp}; use a tp that divides the heads")
+    if model.mlp % parallel.tp:
+        raise ValueError(f"MLPs are {model.mlp} wide, which does not split over parallel.tp={parallel.tp}; use a tp that divides model.mlp_width")
     local_heads = model.heads // parallel.tp
     exchanged = {"ulysses": parallel.cp, "a2a+p2p": parallel.context_parallel_inner}.get(parallel.context_parallel, 1)
     if local_heads % exchanged:

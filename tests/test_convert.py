@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,14 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.checkpoint import store
 from megatron_apt.convert import ConvertError, family_of, family_of_model
-from megatron_apt.convert.command import Command, perform
+from megatron_apt.convert.command import Command, Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, ColumnsByHead, Reordered, Rule, Stacked, View, mapped
 from megatron_apt.models.config import ModelConfig
 
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 10, "ffn_dim": 37, "num_layers": 2}
 
 
@@ -114,6 +117,30 @@ def test_a_file_and_a_pipelines_folder_are_sources_too(mesh, wan, tmp_path):
     assert one.entries.keys() == two.entries.keys()
 
 
+def test_the_links_of_a_hubs_cache_are_followed(mesh, wan, tmp_path):
+    """models--NAME/snapshots/HASH/FILE -> ../../blobs/HASH"""
+    blobs, snapshot = tmp_path / "models--some--wan/blobs", tmp_path / "models--some--wan/snapshots/0f/transformer"
+    shutil.copytree(wan, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
+    folder = imported(snapshot.parent, tmp_path / "run", mesh)
+    assert "generator started from `some/wan`" in (exported(folder, tmp_path / "out", mesh) / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_what_diffusers_leaves_unread_is_left_unread(mesh, tmp_path):
+    """Wan2.1's image to video is published with a norm that no layer has."""
+    original = WanTransformer3DModel(**SHAPE, image_dim=6, added_kv_proj_dim=48)
+    original.save_pretrained(tmp_path / "wan")
+    (file,) = (tmp_path / "wan").glob("*.safetensors")
+    save_file(load_file(file) | {f"blocks.{i}.attn2.norm_added_q.weight": torch.ones(48) for i in range(2)}, file)
+    WanTransformer3DModel.from_pretrained(tmp_path / "wan")
+    folder = imported(tmp_path / "wan", tmp_path / "run", mesh)
+    assert perform(Verify(str(folder), str(tmp_path / "wan")), mesh) == 0
+    assert tensors(exported(folder, tmp_path / "out", mesh) / "transformer").keys() == original.state_dict().keys()
+
+
 def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
     def run(*argv):
         return perform(tyro.cli(Command, args=list(map(str, argv))), mesh)
@@ -129,6 +156,21 @@ def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
     save_file(changed, file)
     assert run("verify", tmp_path / "run", wan) == 1
     assert "NOT equal" in capsys.readouterr().out
+
+
+def test_verify_takes_what_import_takes(mesh, wan, tmp_path):
+    """A file without config.json beside it; weights of which all answers are zeros."""
+    save_file({name: 0 * tensor for name, tensor in tensors(wan).items()}, tmp_path / "one.safetensors")
+    one = open_source(tmp_path / "one.safetensors", config=str(wan / "config.json"))
+    folder = str(import_checkpoint(one, family_of(one.config, ""), tmp_path / "run", mesh))
+    verify = Verify(folder, str(one.path), config=str(wan / "config.json"))
+    assert perform(verify, mesh) == 0
+    assert perform(replace(verify, source=str(wan), config=""), mesh) == 1
+    with pytest.raises(ValueError, match="samples=0: must be at least 1"):
+        replace(verify, samples=0)
+    (tmp_path / "other.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ConvertError, match=r"is a FluxTransformer2DModel, \S+ a WanTransformer3DModel"):
+        perform(replace(verify, config=str(tmp_path / "other.json")), mesh)
 
 
 def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
@@ -176,6 +218,26 @@ def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
     attempt(lambda folder: os.truncate(folder / files[0], 5000), rf"{files[0]}: is no whole safetensors file")
     attempt(lambda folder: save_file({"x": torch.ones(1)}, folder / files[0]), rf"{files[0]}: lacks \S+, which \S+index\.json says it holds")
     attempt(lambda folder: (folder / "config.json").write_text("{"), r"config\.json: is not JSON")
+    attempt(lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json: is not JSON \(maximum recursion")
+
+    def elsewhere(place):  # a link that lies outside, or leads nowhere
+        def apply(folder):
+            if not (tmp_path / "link").is_symlink():
+                (tmp_path / "link").symlink_to(wan / files[0])
+            index = json.loads((folder / INDEX).read_text())
+            index["weight_map"] |= {name: place for name, file in index["weight_map"].items() if file == files[0]}
+            (folder / INDEX).write_text(json.dumps(index))
+
+        return apply
+
+    for place in ("../link", "../nowhere", str(tmp_path / "link"), "", "."):
+        attempt(elsewhere(place), rf"index\.json: names {re.escape(repr(place))} outside its folder")
+
+    def loop(folder):
+        (folder / files[0]).unlink()
+        (folder / files[0]).symlink_to(files[0])
+
+    attempt(loop, rf"index\.json: names {files[0]} \(for \S+\), which is not there")
 
     def only_pickle(folder):
         for file in folder.glob("*.safetensors*"):
@@ -361,6 +423,16 @@ def test_numbers_that_float16_does_not_hold_are_named(mesh, wan, tmp_path):
     folder = imported(wan, tmp_path / "run", mesh)
     with pytest.raises(ConvertError, match=r"generator\.final\.linear\.bias has numbers beyond float16"):
         exported(folder, tmp_path / "out", mesh, dtype="float16")
+
+
+def test_a_base_is_named_from_within(mesh, wan, tmp_path, monkeypatch):
+    base = tmp_path / "some-pipeline"
+    shutil.copytree(wan, base / "transformer")
+    (base / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}))
+    folder = imported(base, tmp_path / "run", mesh)
+    monkeypatch.chdir(base)
+    card = (exported(folder, tmp_path / "out", mesh, base=".") / "README.md").read_text()
+    assert "other parts of the pipeline copied from `some-pipeline`" in card
 
 
 def test_any_licence_is_one_field_of_the_card(mesh, wan, tmp_path):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import HunyuanVideoTransformer3DModel, SD3Transformer2DModel
 from families import CONFIGS, FAMILIES, compare, ours, shape, theirs
 from parity import compare_exactly, deep, iterations, meshes, problem
 from test_train import config as training
 from torch import nn
 
-from megatron_apt.config import DataConfig, ParallelConfig
+from megatron_apt.config import DataConfig, ParallelConfig, check_heads
 from megatron_apt.convert import family_of
 from megatron_apt.convert.command import Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
@@ -370,6 +370,10 @@ def test_every_norm_of_sd3_has_our_eps():
         (SD3, {"attention_head_dim": 5, "caption_projection_dim": 10}, "width=10"),
         (WAN, {"qk_norm": "rms_norm"}, "qk_norm='rms_norm'"),
         (WAN, {"eps": 1e-5}, "eps=1e-05"),
+        (WAN, {"num_layers": 2.0}, "num_layers=2.0 of a WanTransformer3DModel must be a whole number"),
+        (WAN, {"num_layers": True}, "num_layers=True"),
+        (WAN, {"patch_size": [2, 2]}, r"patch_size=\[2, 2\] of a WanTransformer3DModel must be 3 whole numbers"),
+        (SD3, {"dual_attention_layers": ["0"]}, r"dual_attention_layers=\['0'\] of a SD3Transformer2DModel must be a list of whole numbers"),
         (WAN, {"freq_dim": 128}, "freq_dim=128"),
         (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514"),
         (FLUX, {"patch_size": 2}, "patch_size=2"),
@@ -377,6 +381,8 @@ def test_every_norm_of_sd3_has_our_eps():
         (FLUX, {"axes_dims_rope": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
         (HUNYUAN, {"image_condition_type": "token_replace"}, "image_condition_type='token_replace'"),
+        (HUNYUAN, {"mlp_ratio": "4"}, "mlp_ratio='4' of a HunyuanVideoTransformer3DModel must be a positive number"),
+        (HUNYUAN, {"rope_theta": float("nan")}, "rope_theta=nan"),
         (HUNYUAN, {"rope_axes_dim": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"rope_axes_dim": [3, 4, 5]}, r"rope_axes=\(3, 4, 5\): each must be even"),
     ],
@@ -385,6 +391,23 @@ def test_configurations_that_we_do_not_have_are_refused(family, change, message)
     config = CONFIGS[family.name](0) | ({"num_attention_heads": 2, "caption_projection_dim": 32} if family is SD3 else {})
     with pytest.raises(ValueError, match=message):
         family.read_config(config | change)
+
+
+def test_diffusers_reads_the_width_that_is_written():
+    """Its quotient by the width, times the width again, may lie a little below."""
+    for heads, size, mlp in ((1, 22, 15), (1, 112, 467), (2, 24, 79 * 2)):
+        hunyuan = HunyuanConfig(double_blocks=1, rope_axes=(size - 8, 4, 4))
+        model = replace(hunyuan_video(), depth=2, width=heads * size, heads=heads, mlp_width=mlp, hunyuan=hunyuan)
+        written = HUNYUAN.write_config(model)
+        assert HUNYUAN.read_config(written) == model
+        with torch.device("meta"):
+            theirs = HunyuanVideoTransformer3DModel.from_config(written)
+        assert theirs.single_transformer_blocks[0].proj_mlp.out_features == mlp
+
+
+def test_mlps_that_do_not_split_over_ranks_are_refused():
+    with pytest.raises(ValueError, match=r"MLPs are 7 wide, which does not split over parallel\.tp=2"):
+        check_heads(replace(SMALL["wan"], mlp_width=7), ParallelConfig(tp=2))
 
 
 def test_a_width_that_diffusers_cannot_say_is_not_written():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pipelines import PROMPTS, change_json, kl_vae, save_sd3, save_wan, sentencepiece_folder, wan_vae
 from problems import model_config
+from safetensors.torch import load_file, save_file
 
 from megatron_apt.cli import SampleConfig, main
 from megatron_apt.config import DataConfig, OptimizerConfig, RunConfig
@@ -245,6 +246,39 @@ def test_pipeline_folder_problems(wan, sd3, tmp_path):
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(FileNotFoundError, match=r"text_encoder/config\.json does not exist"):
         open_text_encoder(folder)
+
+
+def test_damaged_pipelines_are_named(wan, tmp_path):
+    """Above all weights that are missing: the libraries draw them at random and only warn."""
+
+    def attempt(part, change, message):
+        folder = copy(wan, tmp_path)
+        change(folder / part)
+        with pytest.raises(ValueError, match=message):
+            WanCodec(folder) if part.startswith("vae") else open_text_encoder(folder)
+        shutil.rmtree(folder)
+
+    def without(name):
+        def change(file):
+            held = load_file(file)
+            del held[name]
+            save_file(held, file, metadata={"format": "pt"})
+
+        return change
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[:-1])
+
+    attention, vae = "encoder.block.0.layer.0.SelfAttention.k.weight", "vae/diffusion_pytorch_model.safetensors"
+    attempt("text_encoder/model.safetensors", without(attention), rf"text_encoder: the weights of UMT5EncoderModel lack {attention}; download")
+    attempt("text_encoder/model.safetensors", cut, r"text_encoder: UMT5EncoderModel cannot be read \(.*not fully covered")
+    attempt(vae, without("decoder.conv_in.bias"), r"vae: the weights of AutoencoderKLWan lack decoder\.conv_in\.bias; download")
+    attempt(vae, cut, "vae: AutoencoderKLWan cannot be read")
+    attempt("tokenizer/tokenizer.json", lambda file: file.write_text("{}"), r"tokenizer: the tokenizer cannot be read \(KeyError")
+    for file in ("model_index.json", "text_encoder/config.json", "vae/config.json"):
+        attempt(file, lambda file: file.write_text("{"), rf"{file}: is not JSON")
+        attempt(file, lambda file: file.write_text("[]"), rf"{file}: is not a JSON object")
+    attempt("model_index.json", lambda file: change_json(file, tokenizer="x"), "tokenizer is x; it must name a tokenizer")
 
 
 # Pooled text, from encoding to samples

@@ -64,6 +64,8 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
 
 
 def _name(path: str) -> str:
-    """The last parts of a path that tell what it is: run and iteration, or pipeline."""
-    parts = [part for part in Path(path).parts if part not in ("checkpoints", "transformer")]
+    """The last parts of a path that tell what it is: run and iteration, pipeline, or OWNER/NAME in a hub's cache (models--OWNER--NAME)."""
+    if cached := [part for part in Path(path).resolve().parts if part.startswith("models--")]:
+        return cached[-1].removeprefix("models--").replace("--", "/", 1)
+    parts = [part for part in Path(path).absolute().parts if part not in ("checkpoints", "transformer")]
     return "/".join(parts[-2:] if parts and parts[-1].startswith("iteration-") else parts[-1:])

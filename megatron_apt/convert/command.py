@@ -74,6 +74,8 @@ class Verify:
     source: Annotated[str, tyro.conf.Positional]
     """The transformer it was imported from or exported to, as for import."""
     subfolder: str = ""
+    config: str = ""
+    """config.json of a file that has none beside it."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     tolerance: float = 1e-5
     """Of the largest difference, relative to the largest value."""
@@ -81,6 +83,10 @@ class Verify:
     seed: int = 0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     json: str = ""
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: must be at least 1")
 
 
 Command = (
@@ -108,11 +114,12 @@ def run(command: Import | Export | Verify) -> int:
                 startup.stop()
         _, processes, _ = startup.placement()
         if processes > 1:
-            raise ConvertError(f"only `convert verify` runs on several processes, and here are {processes}; start it without torchrun or srun")
+            raise ConvertError(f"import and export are for one process, and here are {processes}; start it without torchrun or srun")
         _give_memory_back()
         return perform(command, Mesh.alone(torch.device("cpu")))
     except OSError as error:
-        raise ConvertError(f"{error.filename or 'writing'}: {error.strerror or error}; check the disk and the target, then call again") from error
+        where = error.filename or (command.json if isinstance(command, Verify) else command.target)
+        raise ConvertError(f"{where}: {error.strerror or error}; check the disk and the target, then call again") from error
 
 
 def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
@@ -120,7 +127,7 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     from megatron_apt.convert.exporter import Checkpoint, export_pipeline
     from megatron_apt.convert.families import family_of, family_of_model
     from megatron_apt.convert.importer import import_checkpoint
-    from megatron_apt.convert.source import open_source
+    from megatron_apt.convert.source import ConvertError, open_source
 
     if isinstance(command, Import):
         source = open_source(command.source, command.subfolder, command.config)
@@ -140,7 +147,11 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     from megatron_apt.convert.verify import parity
 
     check_heads(checkpoint.model, command.parallel)
-    source = open_source(command.source, command.subfolder)
+    source = open_source(command.source, command.subfolder, command.config)
+    if family_of(source.config, str(source.path)) is not family:
+        raise ConvertError(
+            f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a {family.architecture}; give what it was imported from"
+        )
     kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
     found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
     good = found <= command.tolerance

@@ -1,5 +1,6 @@
 """What a Hugging Face family is to the rest of the package: its configuration and its weights, both ways."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.parallel.mesh import Mesh
+
+# Fields of config.json whose null means something: as many as in_channels, or none.
+_NULLABLE = ("out_channels", "image_dim", "dual_attention_layers")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Family:
             return self.read_config(config)
         except KeyError as error:
             raise ConvertError(f"{where}: config.json lacks {error.args[0]}, which a {self.architecture} has; download it again") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConvertError(f"{where}: no {self.architecture} that can be converted: {error}") from None
 
     def tensors(self, model: ModelConfig, mesh: Mesh) -> list[Mapped]:
@@ -92,3 +96,31 @@ def only(config: dict, architecture: str, **values) -> None:
         accepted = accepted if isinstance(accepted, tuple) else (accepted,)
         if (found := config.get(field, accepted[0])) not in accepted:
             raise ValueError(f"config.json: {field}={found!r} of a {architecture} is not supported; it can be {' or '.join(map(repr, accepted))}")
+
+
+def whole(config: dict, architecture: str, **lengths: int) -> None:
+    """Stops at a field of config.json that is not one whole number (length 1), or a list of that many (0: of any length). Missing ones pass, as do
+    those that are null where that means something.
+
+    Raises:
+        ValueError: naming field and value.
+    """
+    for field, length in lengths.items():
+        if field not in config or (config[field] is None and field in _NULLABLE):
+            continue
+        value, wanted = config[field], "a whole number" if length == 1 else f"{length or 'a list of'} whole numbers"
+        parts = [value] if length == 1 else value
+        if not isinstance(parts, list | tuple) or (length and len(parts) != length) or any(type(part) is not int for part in parts):
+            raise ValueError(f"config.json: {field}={value!r} of a {architecture} must be {wanted}")
+
+
+def positive(config: dict, architecture: str, *fields: str) -> None:
+    """Stops at a field of config.json that is no finite number above 0. Missing ones pass.
+
+    Raises:
+        ValueError: naming field and value.
+    """
+    for field in fields:
+        value = config.get(field, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"config.json: {field}={value!r} of a {architecture} must be a positive number")

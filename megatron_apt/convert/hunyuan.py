@@ -1,11 +1,12 @@
 """HunyuanVideo: diffusers' HunyuanVideoTransformer3DModel, text to video."""
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, only
+from megatron_apt.convert.family import Family, Inputs, only, positive, whole
 from megatron_apt.convert.weights import ByHead, ColumnsByHead, Reordered, Rule, Stacked, View, joined, layer
 from megatron_apt.models.config import HunyuanConfig, ModelConfig, hunyuan_video
 
@@ -13,6 +14,10 @@ _CLASS = "HunyuanVideoTransformer3DModel"
 
 
 def _read(config: dict) -> ModelConfig:
+    whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
+    whole(config, _CLASS, num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1)
+    positive(config, _CLASS, "mlp_ratio", "rope_theta")
+    whole(config, _CLASS, text_embed_dim=1, pooled_projection_dim=1, rope_axes_dim=3)
     only(config, _CLASS, qk_norm="rms_norm", image_condition_type=None)
     heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
     out, patch = config.get("out_channels") or channels, config["patch_size"]
@@ -39,7 +44,9 @@ def _read(config: dict) -> ModelConfig:
 
 
 def _write(model: ModelConfig) -> dict:
-    hunyuan = model.hunyuan
+    hunyuan, mlp_ratio = model.hunyuan, model.mlp / model.width
+    if int(model.width * mlp_ratio) < model.mlp:  # diffusers rounds the product down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     return {
         "_class_name": _CLASS,
         "in_channels": model.latent_channels + model.condition_channels,
@@ -49,7 +56,7 @@ def _write(model: ModelConfig) -> dict:
         "num_layers": hunyuan.double_blocks,
         "num_single_layers": model.depth - hunyuan.double_blocks,
         "num_refiner_layers": hunyuan.refiner_blocks,
-        "mlp_ratio": model.mlp / model.width,
+        "mlp_ratio": mlp_ratio,
         "patch_size": model.patch[1],
         "patch_size_t": model.patch[0],
         "qk_norm": "rms_norm",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, only
+from megatron_apt.convert.family import Family, Inputs, only, whole
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, Reordered, Rule, Same, Stacked, View, joined, layer
 from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium
 
@@ -13,11 +13,12 @@ _CLASS = "SD3Transformer2DModel"
 
 
 def _read(config: dict) -> ModelConfig:
+    whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
+    whole(config, _CLASS, patch_size=1, sample_size=1, joint_attention_dim=1, pooled_projection_dim=1)
+    whole(config, _CLASS, pos_embed_max_size=1, dual_attention_layers=0)
     heads, size, channels, patch = (config[name] for name in ("num_attention_heads", "attention_head_dim", "in_channels", "patch_size"))
     out = config.get("out_channels") or channels
     only(config, _CLASS, qk_norm=(None, "rms_norm"), caption_projection_dim=heads * size)
-    if not config["pos_embed_max_size"]:
-        raise ValueError(f"config.json: pos_embed_max_size={config['pos_embed_max_size']} of a {_CLASS} is not supported; it must be a number")
     sd3 = Sd3Config(
         pooled_width=config["pooled_projection_dim"],
         position_size=config["pos_embed_max_size"],

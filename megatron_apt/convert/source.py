@@ -1,6 +1,7 @@
 """Tensors of a Hugging Face checkpoint, one at a time: a folder in diffusers' layout or one .safetensors file. Never a pickle."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from torch import Tensor
 from megatron_apt.convert.weights import Mapped
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
+# Tensors that published checkpoints hold and diffusers' class leaves unread (its _keys_to_ignore_on_load_unexpected).
+_UNREAD = {"WanTransformer3DModel": re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")}
 # Tensors that the authors of Wan, Stable Diffusion 3 and HunyuanVideo call so, and diffusers otherwise.
 _ORIGINAL = {"head.modulation", "x_embedder.proj.weight", "joint_blocks.0.x_block.attn.qkv.weight", "img_in.proj.weight"}
 
@@ -95,7 +96,8 @@ def open_source(path: str | Path, subfolder: str = "", config: str = "") -> Sour
         if twice := sorted(found.keys() & entries.keys()):
             raise ConvertError(f"{file}: {twice[0]} is also in {entries[twice[0]].file.name}; remove one of the files")
         entries |= found
-    return Source(path, settings, entries)
+    unread = _UNREAD.get(str(settings.get("_class_name")))
+    return Source(path, settings, {name: entry for name, entry in entries.items() if unread is None or not unread.fullmatch(name)})
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -115,10 +117,11 @@ def _listed(folder: Path) -> list[Path]:
     weights = read_json(indices[0]).get("weight_map")
     if not isinstance(weights, dict) or not weights or not all(isinstance(place, str) for place in weights.values()):
         raise ConvertError(f"{indices[0]}: has no weight_map; download it again")
-    files = [folder / name for name in sorted(set(weights.values()))]
+    names = sorted(set(weights.values()))
+    if outside := [name for name in names if name in ("", "..") or Path(name).name != name]:  # a file may be a link, as in a hub's cache
+        raise ConvertError(f"{indices[0]}: names {outside[0]!r} outside its folder; download it again")
+    files = [folder / name for name in names]
     for file in files:
-        if file.resolve().parent != folder.resolve() and not file.is_symlink():
-            raise ConvertError(f"{indices[0]}: names {file.name!r} outside its folder; download it again")
         if not file.is_file():
             lost = next(name for name, place in weights.items() if place == file.name)
             raise ConvertError(f"{indices[0]}: names {file.name} (for {lost}), which is not there; download it")
@@ -155,9 +158,9 @@ def read_json(file: Path) -> dict:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise ConvertError(f"{file} does not exist; a checkpoint needs its config.json, or give another with --config") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConvertError(f"{file}: is not JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise ConvertError(f"{file}: is not a JSON object; download it again")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601; the weights sum to 1, so a grey picture keeps its value
@@ -162,9 +163,7 @@ class VaeCodec:
 
         folder = checked_model_folder(component_folder(path, "vae"), self.class_name)
         self.path, self.device, self.dtype, self.tiling = str(path), device, dtype, tiling
-        vae_class = getattr(diffusers, self.class_name)
-        self.vae = vae_class.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
-        self.vae.to(device).eval().requires_grad_(False)
+        self.vae = load_frozen(getattr(diffusers, self.class_name), folder, device, torch_dtype=getattr(torch, dtype))
         self._read(folder, self.vae.config)
         if tiling:
             # Tiles advance by three quarters of their side, which must be whole latent positions.
@@ -347,7 +346,7 @@ def checked_model_folder(path: str | Path, expected: str) -> Path:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}/config.json does not exist; give a local folder with an {expected} saved by save_pretrained")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     names = (config.get("_class_name"), config.get("model_type"), *config.get("architectures", ()))
     if expected not in names:
         raise ValueError(f"{folder}/config.json: holds {[n for n in names if n]}, not {expected}")
@@ -356,6 +355,38 @@ def checked_model_folder(path: str | Path, expected: str) -> Path:
             f"{folder}: no *.safetensors file; pickled weights are not read, convert them with save_pretrained(safe_serialization=True)"
         )
     return folder
+
+
+def read_object(file: Path) -> dict:
+    """The object in a JSON file that is there.
+
+    Raises:
+        ValueError: none in it.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: is not a JSON object; download it again")
+    return value
+
+
+def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dtype) -> torch.nn.Module:
+    """A model of diffusers or transformers with every weight from the folder; both libraries only warn of those they make up.
+
+    Raises:
+        ValueError: weights that are damaged, missing or of another shape.
+    """
+    try:
+        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        model, info = model_class.from_pretrained(folder, **options, **dtype)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {model_class.__name__} cannot be read ({str(error).strip()}); download it again") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder}: the weights of {model_class.__name__} lack {missing[0]}{more}; download them again")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def load_codec(config: dict, device: str = "cpu") -> PixelCodec | VaeCodec:

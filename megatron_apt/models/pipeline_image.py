@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_apt.models.codec import checked_model_folder
-from megatron_apt.models.pipeline_text import read_index
+from megatron_apt.models.codec import checked_model_folder, load_frozen
+from megatron_apt.models.pipeline_text import part_class, read_index
 
 
 def has_image_encoder(path: str | Path) -> bool:
     """Whether this is a pipeline's folder whose model_index.json names an image encoder."""
     folder = Path(path)
-    return (folder / "model_index.json").is_file() and (read_index(folder).get("image_encoder") or [None])[0] is not None
+    return (folder / "model_index.json").is_file() and part_class(read_index(folder), "image_encoder") != ""
 
 
 class ClipImageEncoder:
@@ -39,8 +39,7 @@ class ClipImageEncoder:
         index = read_index(folder)
         if not has_image_encoder(folder):
             raise ValueError(f"{folder}/model_index.json: names no image_encoder; give the pipeline of a Wan2.1 I2V model, or none for Wan2.2's")
-        class_name = (index.get("image_processor") or [None, None])[1] or ""
-        processor_class = getattr(transformers, class_name, None)
+        processor_class = getattr(transformers, part_class(index, "image_processor"), None)
         if processor_class is None or not hasattr(processor_class, "preprocess"):
             raise ValueError(f"model_index.json: image_processor is {index.get('image_processor')}; it must name an image processor of transformers")
         file = folder / "image_processor" / "preprocessor_config.json"
@@ -48,9 +47,8 @@ class ClipImageEncoder:
             raise FileNotFoundError(f"{file} does not exist; copy the pipeline's image_processor there")
         self._processor = processor_class.from_pretrained(file.parent, local_files_only=True)
         weights = checked_model_folder(folder / "image_encoder", "clip_vision_model")
-        model = transformers.CLIPVisionModel.from_pretrained(weights, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-        self._model = model.to(device).eval().requires_grad_(False)
-        config = model.config
+        self._model = load_frozen(transformers.CLIPVisionModel, weights, device, dtype=torch.float32)
+        config = self._model.config
         self.shape = (1 + (config.image_size // config.patch_size) ** 2, config.hidden_size)
 
     def config_dict(self) -> dict:

@@ -6,7 +6,6 @@ padded as a pipeline pads them, so that with its dtype the embeddings are a pipe
 """
 
 import html
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_apt.models.codec import checked_model_folder
+from megatron_apt.models.codec import checked_model_folder, load_frozen, read_object
 from megatron_apt.models.text import TextEncoder, load_t5
 
 # By how the name of the pipeline's class begins; Flux's and HunyuanVideo's in full, since others of theirs encode text in other ways.
@@ -30,7 +29,7 @@ def pipeline_kind(folder: Path) -> str | None:
     """
     if not (folder / "model_index.json").is_file():
         return None
-    name = read_index(folder).get("_class_name") or ""
+    name = str(read_index(folder).get("_class_name") or "")
     for start, kind in KINDS.items():
         if name.startswith(start):
             return kind
@@ -49,7 +48,13 @@ def read_index(folder: Path) -> dict:
     file = folder / "model_index.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give the local folder of a diffusers pipeline")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_object(file)
+
+
+def part_class(index: dict, name: str) -> str:
+    """The class that model_index.json gives for a component; "" for none."""
+    found = index.get(name)
+    return found[1] if isinstance(found, list) and len(found) == 2 and isinstance(found[1], str) else ""
 
 
 def load_tokenizer(index: dict, name: str, folder: Path):
@@ -60,8 +65,7 @@ def load_tokenizer(index: dict, name: str, folder: Path):
     """
     import transformers
 
-    class_name = (index.get(name) or [None, None])[1] or ""
-    tokenizer_class = getattr(transformers, class_name, None)
+    tokenizer_class = getattr(transformers, part_class(index, name), None)
     if tokenizer_class is None or not issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase):
         raise ValueError(f"model_index.json: {name} is {index.get(name)}; it must name a tokenizer of transformers")
     # Without its files transformers would make an empty vocabulary.
@@ -69,7 +73,7 @@ def load_tokenizer(index: dict, name: str, folder: Path):
     if not any(all((folder / file).is_file() for file in files) for files in sets):
         wanted = ", ".join(" and ".join(files) for files in sets)
         raise FileNotFoundError(f"{folder}: no tokenizer; it must hold one of {wanted}")
-    return tokenizer_class.from_pretrained(folder, local_files_only=True)
+    return _read_tokenizer(tokenizer_class, folder)
 
 
 def load_fast_tokenizer(folder: Path):
@@ -85,7 +89,14 @@ def load_fast_tokenizer(folder: Path):
 
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder}/tokenizer.json does not exist; copy it from the pipeline")
-    return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return _read_tokenizer(transformers.PreTrainedTokenizerFast, folder)
+
+
+def _read_tokenizer(tokenizer_class: type, folder: Path):
+    try:
+        return tokenizer_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error}); copy it from the pipeline again") from error
 
 
 def clean_prompt(text: str) -> str:
@@ -163,7 +174,7 @@ class Sd3TextEncoder(TextEncoder):
                 f"but the CLIP models have {positions} positions; set it to that"
             )
         self._t5 = self._t5_tokenizer = None
-        if (index.get("text_encoder_3") or [None])[0] is None:
+        if not part_class(index, "text_encoder_3"):
             self.width = _joint_width(folder)
         else:
             if not (folder / "text_encoder_3").is_dir():
@@ -318,9 +329,7 @@ def load_model(folder: Path, class_name: str, device: str, dtype: str) -> torch.
     import transformers
 
     checked_model_folder(folder, class_name)
-    model_class = getattr(transformers, class_name)
-    model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
-    return model.to(device).eval().requires_grad_(False)
+    return load_frozen(getattr(transformers, class_name), folder, device, dtype=getattr(torch, dtype))
 
 
 def _without_last_layers(llama: torch.nn.Module, skipped: int) -> torch.nn.Module:
@@ -339,4 +348,4 @@ def _joint_width(folder: Path) -> int:
     file = folder / "transformer" / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; without text_encoder_3 the width of the text is read from it, copy it there")
-    return json.loads(file.read_text(encoding="utf-8"))["joint_attention_dim"]
+    return read_object(file)["joint_attention_dim"]

@@ -5,7 +5,6 @@ Those that run as a diffusers pipeline does are in pipeline_text.py.
 
 import abc
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
-from megatron_apt.models.codec import checked_model_folder
+from megatron_apt.models.codec import checked_model_folder, load_frozen, read_object
 
 MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
 END = "</s>"
@@ -188,8 +187,7 @@ def load_t5(folder: Path, device: str, dtype: str) -> torch.nn.Module:
     model_type = read_model_type(folder)
     checked_model_folder(folder, model_type)
     model_class = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[model_type]
-    model = model_class.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True)
-    return model.to(device).eval().requires_grad_(False)
+    return load_frozen(model_class, folder, device, dtype=getattr(torch, dtype))
 
 
 def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
@@ -219,7 +217,7 @@ def read_model_type(path: str | Path) -> str:
         raise FileNotFoundError(
             f"{file} does not exist; give a Wan, Stable Diffusion 3 or HunyuanVideo pipeline, a T5 or UMT5 encoder, or text='builtin'"
         )
-    model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    model_type = read_object(file).get("model_type")
     if model_type not in ("t5", "umt5"):
         raise ValueError(f"{file}: model_type={model_type!r}; only 't5' and 'umt5' are supported")
     return model_type
