@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.checkpoint import store
-from megatron_apt.convert import ConvertError, family_of, family_of_model
+from megatron_apt.convert import ConvertError, family_of, family_of_model, importer
 from megatron_apt.convert.command import Command, Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
@@ -402,6 +402,46 @@ def test_an_interrupted_export_leaves_nothing_under_its_name(mesh, wan, tmp_path
     assert all(torch.equal(a, tensors(out / "transformer")[name]) for name, a in tensors(wan).items())
 
 
+def test_a_damaged_checkpoint_is_not_exported(mesh, wan, tmp_path):
+    folder = imported(wan, tmp_path / "run", mesh)
+    (file,) = folder.glob("part-*/tensors.distcp")
+    whole, state = file.read_bytes(), (folder / "state.json").read_text()
+
+    def attempt(error, message):
+        with pytest.raises(error, match=message):
+            exported(folder, tmp_path / "out", mesh)
+        assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+    file.write_bytes(whole[:-2000] + bytes([whole[-2000] ^ 1]) + whole[-1999:])
+    attempt(store.CheckpointError, r"tensors\.distcp: its SHA-256 differs from the committed one")
+    file.write_bytes(whole[:5000])
+    attempt(store.CheckpointError, r"tensors\.distcp: 5000 bytes, \d+ were committed")
+    file.unlink()
+    attempt(store.CheckpointError, r"tensors\.distcp: missing")
+    file.write_bytes(whole)
+    for model in ({**json.loads(state)["config"]["model"], "depth": "x"}, None):
+        described = json.loads(state)
+        described["config"]["model"] = model
+        (folder / "state.json").write_text(json.dumps(described))
+        attempt(store.CheckpointError, r"state\.json: describes no model")
+
+
+def test_a_full_disk_is_called_so(mesh, wan, tmp_path, monkeypatch):
+    """torch.save meets the error of the file it writes to and reports another."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    original = importer._Hashed.__init__
+    monkeypatch.setattr(importer._Hashed, "__init__", lambda self, file: original(self, Full(file)))
+    with pytest.raises(ConvertError, match=r"No space left on device.*free disk space and import again"):
+        imported(wan, tmp_path / "run", mesh)
+
+
 def test_a_trained_checkpoint_is_exported_in_the_dtype_asked_for(mesh, wan, tmp_path):
     folder = imported(wan, tmp_path / "run", mesh)
     out = exported(folder, tmp_path / "out", mesh, dtype="float16")
@@ -412,6 +452,7 @@ def test_a_trained_checkpoint_is_exported_in_the_dtype_asked_for(mesh, wan, tmp_
         Checkpoint.open(str(folder), "ema")
     with pytest.raises(ConvertError, match="holds no discriminator"):
         exported(folder, tmp_path / "other", mesh, discriminator=True)
+    assert not [path.name for path in tmp_path.iterdir() if "other" in path.name]
 
 
 def test_numbers_that_float16_does_not_hold_are_named(mesh, wan, tmp_path):

@@ -140,6 +140,11 @@ def test_what_cannot_be_a_base_is_named(wan, sd3, mesh, tmp_path):
     attempt(lambda base: change_json(base / "transformer/config.json", in_channels=8), "condition_channels is 4, of this checkpoint 0")
     attempt(lambda base: change_json(base / "model_index.json", **{"../escape": ["diffusers", "X"]}), r"'\.\./escape' names no part")
     attempt(lambda base: shutil.rmtree(base / "vae"), r"names vae, and \S+ is not there")
+    attempt(lambda base: (base / "vae/config.json").unlink() or (base / "vae/config.json").symlink_to("gone"), r"vae/config\.json: cannot be copied")
+    for value in ("x", 3, ["diffusers"], None):
+        attempt(lambda base, value=value: change_json(base / "model_index.json", transformer=value), "its transformer is .*, not a WanTransformer3D")
+    with pytest.raises(ConvertError, match=r"lies in the base .*, which is copied"):
+        convert(mesh, "export", tmp_path / "run", wan / "vae/out", "--base", wan)
     attempt(lambda base: (base / "model_index.json").write_text("[]"), "is not a JSON object")
     with pytest.raises(ConvertError, match="not a WanTransformer3DModel"):
         convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", sd3)

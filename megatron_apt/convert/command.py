@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -117,6 +118,9 @@ def run(command: Import | Export | Verify) -> int:
             raise ConvertError(f"import and export are for one process, and here are {processes}; start it without torchrun or srun")
         _give_memory_back()
         return perform(command, Mesh.alone(torch.device("cpu")))
+    except KeyboardInterrupt:
+        print("megatron-apt: interrupted; called again, it goes on where it was", file=sys.stderr)
+        return 130
     except OSError as error:
         where = error.filename or (command.json if isinstance(command, Verify) else command.target)
         raise ConvertError(f"{where}: {error.strerror or error}; check the disk and the target, then call again") from error

@@ -37,6 +37,7 @@ _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
 _INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
 _IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
+_CRITIC = "discriminator."  # prefix of its tensors
 _THREADS = 2  # each reads, rearranges and writes one tensor of ours at a time
 _FLUSHED = 2**28  # bytes after which the disk is set to work, while further ones are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -68,7 +69,13 @@ class Checkpoint:
         if weights == "ema" and not state["ema"]:
             raise store.CheckpointError(f"{folder}: keeps no average (optimizer.ema=0); use --weights raw")
         average = state["ema"] and weights != "raw"
-        return Checkpoint(folder, state, from_dict(ModelConfig, state["config"]["model"]), f"{ROLE}.ema." if average else f"{ROLE}.")
+        try:
+            model = from_dict(ModelConfig, state["config"]["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise store.CheckpointError(
+                f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older checkpoint"
+            ) from None
+        return Checkpoint(folder, state, model, f"{ROLE}.ema." if average else f"{ROLE}.")
 
     @property
     def one_step(self) -> bool:
@@ -102,18 +109,23 @@ def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mes
     store.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def export_discriminator(checkpoint: Checkpoint, folder: Path, dtype: str, moved: Moved, shard_bytes: int) -> None:
-    """Writes backbone and heads under our names, with what is needed to build them, into `folder`, which exists.
+def discriminator_tensors(checkpoint: Checkpoint) -> list[Mapped]:
+    """Backbone and heads under our names.
 
     Raises:
-        ConvertError: a checkpoint without one.
+        ConvertError: a checkpoint without them.
     """
-    role, others = "discriminator.", ("optimizer.", "ema.", "fp8.")
-    named = {key.removeprefix(role): shape for key, (shape, _) in store.index(checkpoint.folder).items() if key.startswith(role)}
+    others = ("optimizer.", "ema.", "fp8.")
+    named = {key.removeprefix(_CRITIC): shape for key, (shape, _) in store.index(checkpoint.folder).items() if key.startswith(_CRITIC)}
     tensors = [Mapped(name, shape, {name: shape}, Same()) for name, shape in named.items() if not name.startswith(others)]
     if not tensors:
         raise ConvertError(f"{checkpoint.folder}: holds no discriminator; export one of a run with method='apt'")
-    _write_weights(checkpoint.folder, role, tensors, folder, "model", dtype, moved, shard_bytes)
+    return tensors
+
+
+def export_discriminator(checkpoint: Checkpoint, tensors: list[Mapped], folder: Path, dtype: str, moved: Moved, shard_bytes: int) -> None:
+    """Writes it, with what is needed to build it, into `folder`, which exists."""
+    _write_weights(checkpoint.folder, _CRITIC, tensors, folder, "model", dtype, moved, shard_bytes)
     config = checkpoint.state["config"]
     described = {"architecture": "megatron_apt Discriminator", "model": config["model"], "apt": config["apt"]}
     store.write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
@@ -141,27 +153,37 @@ def export_pipeline(
 
     Raises:
         ConvertError: the target exists, the base is no pipeline, or the checkpoint lacks something.
+        CheckpointError: the checkpoint is damaged.
     """
     if os.path.lexists(target):
         raise ConvertError(f"{target} exists already; give another target")
+    if base and target.resolve().is_relative_to(Path(base).resolve()):
+        raise ConvertError(f"{target}: lies in the base {base}, which is copied; give another target")
     index = _base_index(base, family, checkpoint) if base else None
-    work = target.with_name(f".{target.name}.export.tmp")
-    with store.lock(target.with_name(f".{target.name}.export.lock")):
-        _begin(work, checkpoint, dtype, shard_bytes)
-        export_transformer(checkpoint, family, work / "transformer", mesh, dtype, moved, shard_bytes)
-        if discriminator:
-            (work / "discriminator").mkdir()
-            export_discriminator(checkpoint, work / "discriminator", dtype, moved, shard_bytes)
-        if index is not None:
-            _copy_base(Path(base), index, work, checkpoint.one_step)
-        if checkpoint.one_step or index is None:
-            (work / "scheduler").mkdir()
-            store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
-        store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
-        work.rename(target)
-        (target / _PLAN).unlink()
-        store.sync(target.parent)
-    target.with_name(f".{target.name}.export.lock").unlink()
+    critic = discriminator_tensors(checkpoint) if discriminator else []
+    work, lock = (target.with_name(f".{target.name}.export.{kind}") for kind in ("tmp", "lock"))
+    store.verify(checkpoint.folder, mesh)
+    with store.lock(lock):
+        try:
+            _begin(work, checkpoint, dtype, shard_bytes)
+            export_transformer(checkpoint, family, work / "transformer", mesh, dtype, moved, shard_bytes)
+            if critic:
+                (work / "discriminator").mkdir()
+                export_discriminator(checkpoint, critic, work / "discriminator", dtype, moved, shard_bytes)
+            if index is not None:
+                _copy_base(Path(base), index, work, checkpoint.one_step)
+            if checkpoint.one_step or index is None:
+                (work / "scheduler").mkdir()
+                store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
+            store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
+            work.rename(target)
+            (target / _PLAN).unlink()
+            store.sync(target.parent)
+        except (ConvertError, store.CheckpointError):
+            shutil.rmtree(work, ignore_errors=True)  # nothing of it would be used again
+            raise
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _begin(work: Path, checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> None:
@@ -184,11 +206,13 @@ def _base_index(base: str, family: Family, checkpoint: Checkpoint) -> dict:
     Raises:
         ConvertError: it cannot, or they are not.
     """
+    from megatron_apt.models.pipeline_text import part_class  # text encoders, which nothing else here needs
+
     file, model = Path(base) / "model_index.json", checkpoint.model
     if not file.is_file():
         raise ConvertError(f"{file} does not exist; --base wants the folder of a whole pipeline")
     index = read_json(file)
-    if (index.get("transformer") or [None, None])[1] != family.architecture:
+    if part_class(index, "transformer") != family.architecture:
         raise ConvertError(f"{file}: its transformer is {index.get('transformer')}, not a {family.architecture}; give a pipeline of this family")
     config = Path(base, "transformer", "config.json")
     if config.is_file():
@@ -201,7 +225,7 @@ def _base_index(base: str, family: Family, checkpoint: Checkpoint) -> dict:
     for name in _parts(index):
         if not name.isidentifier():
             raise ConvertError(f"{file}: {name!r} names no part of a pipeline; download it again")
-        if name != "transformer" and not Path(base, name).is_dir():
+        if name not in _left_behind(checkpoint.one_step) and not Path(base, name).is_dir():
             raise ConvertError(f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline")
     if model.wan.first_frame:
         return index | _with_a_first_frame(index, model, file)
@@ -232,15 +256,20 @@ def _parts(index: dict) -> list[str]:
     return [name for name, value in index.items() if isinstance(value, list) and any(value)]
 
 
-def _copy_base(base: Path, index: dict, work: Path, one_step: bool) -> None:
-    """Everything of the pipeline but its transformer.
+def _left_behind(one_step: bool) -> tuple[str, ...]:
+    """What is not copied of a base. Of a one-step model also its scheduler, and Wan2.2's second network, which takes over at less noise."""
+    return ("transformer", "transformer_2", "scheduler") if one_step else ("transformer",)
 
-    For a one-step model its scheduler stays behind too, and Wan2.2's second network, which takes over at less noise than a single step sees.
-    """
-    left = ("transformer", "transformer_2", "scheduler") if one_step else ("transformer",)
+
+def _copy_base(base: Path, index: dict, work: Path, one_step: bool) -> None:
+    """Everything of the pipeline but what is left behind."""
     for name in _parts(index):
-        if name not in left:
-            shutil.copytree(base / name, work / name)
+        if name not in _left_behind(one_step):
+            try:
+                shutil.copytree(base / name, work / name)
+            except shutil.Error as error:
+                (file, _, reason), *_ = error.args[0]
+                raise ConvertError(f"{file}: cannot be copied ({reason}); download the whole pipeline") from None
     if one_step:
         index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
         index |= {name: value for name, value in (("transformer_2", [None, None]), ("boundary_ratio", None)) if name in index}

@@ -47,11 +47,16 @@ class _Hashed(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         super().__init__()
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+        self.failure: OSError | None = None  # torch.save tells of it in other words
 
     def write(self, data: bytes | memoryview) -> int:
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
-            self.file.write(piece)
+            try:
+                self.file.write(piece)
+            except OSError as error:
+                self.failure = error
+                raise
             self.sha256.update(piece)
         self.size += len(data)
         return len(data)
@@ -96,6 +101,7 @@ def import_checkpoint(
     final = root / "iteration-00000000"
     with store.lock(root / ".import.lock"):
         parts, plan = _plan(source, tensors, part_bytes)
+        plan["first_frame"] = first_frame
         interrupted = not (root / "latest").exists() and _planned(final, plan)  # between its last two steps
         if any(root.glob("iteration-*")) and not interrupted:
             raise ConvertError(f"{root} holds checkpoints already; give another target")
@@ -159,7 +165,7 @@ def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
     if folder.is_dir():
         moved(_bytes(part, source))
         return
-    temporary = folder.with_suffix(".tmp")
+    temporary, stream = folder.with_suffix(".tmp"), None
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -177,7 +183,8 @@ def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
     except ConvertError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        cause = (stream is not None and stream.failure) or error
+        reason = f"{type(cause).__name__}: {cause}"
         raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
 
 
