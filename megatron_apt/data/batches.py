@@ -117,8 +117,8 @@ class Batches:
         if self.model.pooled_text and source.pooled_width != self.model.pooled_width:
             kind = "the mean of the text" if source.null_pooled is None else "the text encoder's own"
             raise ValueError(
-                f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads {self.model.pooled_width} (families sd3 "
-                "and hunyuan: pooled_width); encode with the text encoders of its pipeline"
+                f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads {self.model.pooled_width} (families sd3, "
+                "flux and hunyuan: pooled_width); encode with the text encoders of its pipeline"
             )
         check_first_frames(source, self.model)
 

@@ -51,7 +51,7 @@ class EncodeConfig:
     """Accept pictures and videos smaller than the bucket."""
     codec: str = "pixel"
     """"pixel" (built in, no weights), or the class of codec_path: "wan" (AutoencoderKLWan), "hunyuan" (AutoencoderKLHunyuanVideo) or "kl"
-    (AutoencoderKL, Stable Diffusion 3's; pictures only)."""
+    (AutoencoderKL, of Stable Diffusion 3 and Flux; pictures only)."""
     codec_path: str = ""
     """Local folder of the VAE, or of a diffusers pipeline with the VAE in vae/; safetensors only."""
     codec_tiling: int = 0
@@ -69,7 +69,7 @@ class EncodeConfig:
     pixel_scale: float = 1.0
     """Pixel codec: latents are divided by it."""
     text: str = "builtin"
-    """"builtin" (needs no weights), or a local folder: a diffusers pipeline, Wan, Stable Diffusion 3 or HunyuanVideo, for embeddings as its
+    """"builtin" (needs no weights), or a local folder: a diffusers pipeline (Wan, HunyuanVideo, Stable Diffusion 3, Flux), for embeddings as its
     encode_prompt gives them; or a T5 or UMT5 encoder with its tokenizer."""
     text_tokenizer: str = ""
     """Folder of the tokenizer, if it is not in the Wan pipeline's tokenizer/ or beside the T5 or UMT5 encoder."""
