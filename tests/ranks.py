@@ -1,6 +1,8 @@
 """Runs a function on several ranks over gloo. The processes live for the whole test session, so that imports are paid once."""
 
+import contextlib
 import os
+import queue
 import socket
 import traceback
 
@@ -21,7 +23,7 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     import megatron_apt  # noqa: F401
     from megatron_apt.parallel import startup
 
-    while (task := tasks.get()) is not None:
+    while (task := _next(tasks)) is not None:
         function, parallel, port, args = task
         try:
             if port:  # another mesh: every group goes, because gloo groups that stay keep their threads
@@ -31,6 +33,14 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
             results.put((rank, function(mesh, *args), None))
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
+
+
+def _next(tasks):
+    """The next task; None too where the tests that would send it were killed."""
+    while mp.parent_process().is_alive():
+        with contextlib.suppress(queue.Empty):
+            return tasks.get(timeout=5)
+    return None
 
 
 class Ranks:
@@ -50,8 +60,8 @@ class Ranks:
     def run(self, function, parallel, *args, timeout: float = 240.0) -> list:
         port = _free_port() if parallel != self.parallel else 0
         self.parallel = parallel
-        for queue in self.tasks:
-            queue.put((function, parallel, port, args))
+        for tasks in self.tasks:
+            tasks.put((function, parallel, port, args))
         answers, errors = {}, []
         for _ in range(self.world):
             rank, value, error = self.results.get(timeout=timeout)
@@ -65,8 +75,8 @@ class Ranks:
         return [answers[rank] for rank in range(self.world)]
 
     def close(self) -> None:
-        for queue in self.tasks:
-            queue.put(None)
+        for tasks in self.tasks:
+            tasks.put(None)
         for process in self.processes:
             process.join(timeout=5)
             if process.is_alive():
