@@ -19,6 +19,7 @@ setup(
         "av>=14",
         "diffusers>=0.35",
         "matplotlib>=3.9",
+        "msgspec>=0.19",
         "numpy>=2.0",
         "pillow>=11",
         "psutil>=6",
