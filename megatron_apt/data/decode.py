@@ -18,11 +18,10 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 from torch import Tensor
 
+from megatron_apt.data.kinds import IMAGE_SUFFIXES, suffix_of
 from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.data.video import VideoInfo, choose_frames, decode_with_pyav, file_size, probe
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"})
 DALI_CODECS = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "gpu": frozenset({"vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4"}),
@@ -54,7 +53,7 @@ class Clip:
 
     @property
     def is_image(self) -> bool:
-        return Path(self.path).suffix.lower() in IMAGE_SUFFIXES
+        return suffix_of(self.path) in IMAGE_SUFFIXES
 
 
 def decode_clip(clip: Clip, device: str = "cpu") -> Tensor:

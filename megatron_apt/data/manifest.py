@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_apt.data.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from megatron_apt.data.kinds import MEDIA_SUFFIXES, suffix_of
 from megatron_apt.data.rejected import RejectedInput
 
 
@@ -38,10 +38,10 @@ def read_entries(source: str | Path) -> list[Entry]:
     """
     source = Path(source)
     if source.is_dir():
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        files = sorted(p for p in source.rglob("*") if suffix_of(p) in MEDIA_SUFFIXES)
         entries = [_entry(path, {}) for path in files]
         if not entries:
-            raise ValueError(f"{source}: no picture or video in it; known suffixes are {', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))}")
+            raise ValueError(f"{source}: no picture or video in it; known suffixes are {', '.join(sorted(MEDIA_SUFFIXES))}")
         return entries
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist; give a folder, or a manifest ending in .jsonl or .csv")
