@@ -19,9 +19,8 @@ from pathlib import Path
 
 GOOD = ("fine", "named", "skipped")
 LONGEST = 4000  # characters of an error: one that repeats a hostile value in full is no help
-_REMEDY = re.compile(
-    r";|\b(use|give|must|fetch|download|remove|correct|copy|needs?|known|point|at least|can be|there are|usage|choices|required)\b", re.I
-)
+_WORDS = "use|give|must|fetch|download|remove|correct|copy|needs?|known|point|at least|can be|there are|usage|choices|required|expected|save|helptext"
+_REMEDY = re.compile(rf";|\b({_WORDS})\b", re.I)
 
 
 class Wrong(AssertionError):
@@ -53,9 +52,11 @@ class Boundary:
 
     Attributes:
         share: of all inputs, relative to other boundaries.
-        prepare: writes valid inputs into a folder, once.
+        prepare: writes valid inputs into a folder, once; boundaries with the same function share the folder.
         make: (random numbers, folder of valid inputs, new folder) -> a damaged input in the new folder.
         run: (input, folder of valid inputs, its folder) -> outcome; raises what the package raises.
+        warm: (folder of valid inputs, folder) puts valid inputs through, so that no input waits for imports.
+        quiet: libraries may not write to the terminal, for an input is one of many files.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Boundary:
     prepare: Callable[[Path], None]
     make: Callable[[random.Random, Path, Path], Input]
     run: Callable[[Input, Path, Path], "Outcome"]
+    warm: Callable[[Path, Path], None] = lambda valid, folder: None
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def command(*argv: object) -> Done:
     return Done(0, said.getvalue())
 
 
-def judged(done: Done, case: Input, folder: Path) -> Outcome:
-    """Whether a finished command said what it must."""
+def judged(done: Done, case: Input, folder: Path, remedy: bool = True) -> Outcome:
+    """Whether a finished command said what it must; `remedy`: also what to do."""
     if done.code == 0:
         return Outcome("fine", done.said[:300])
     text = done.said
@@ -110,7 +113,7 @@ def judged(done: Done, case: Input, folder: Path) -> Outcome:
         return Outcome("unnamed", f"an error of {len(text)} characters: {text[:200]} ... {text[-200:]}")
     if not any(name in text for name in (*case.names, str(folder))):
         return Outcome("unnamed", f"names neither the file nor one of {case.names[:6]}: {text[:600]}")
-    if not _REMEDY.search(text):
+    if remedy and not _REMEDY.search(text):
         return Outcome("unnamed", f"says nothing to do: {text[:600]}")
     return Outcome("named", text[:600])
 

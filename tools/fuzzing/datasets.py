@@ -232,13 +232,20 @@ def _run(case: Input, valid: Path, folder: Path) -> Outcome:
     return found
 
 
-def _prepare(valid: Path) -> None:
+def write_run(valid: Path) -> None:
+    """A dataset, and in valid/run a run of two commits on it."""
     write_dataset(valid)
-    done = command("train", recipe(valid / "recipe.py", valid / "data", valid / "run"))
+    spec = recipe(valid / "recipe.py", valid / "data", valid / "run")
+    done = command("train", spec, "--iterations", 2, "--save-every", 1, "--retention.last", 0)
     assert done.code == 0, done.said
 
 
-DATASETS = Boundary("datasets", 12, _prepare, _make, _run)
+def warm_run(valid: Path, folder: Path) -> None:
+    for done in (command("train", recipe(folder / "recipe.py", valid / "data", folder / "run")), command("checkpoint", "inspect", valid / "run")):
+        assert done.code == 0, done.said
+
+
+DATASETS = Boundary("datasets", 12, write_run, _make, _run, warm_run)
 
 
 # --- a half-done one
@@ -272,4 +279,4 @@ def _run_half(case: Input, valid: Path, folder: Path) -> Outcome:
     return trained
 
 
-ENCODINGS = Boundary("encodings", 6, write_dataset, _make_half, _run_half)
+ENCODINGS = Boundary("encodings", 6, write_run, _make_half, _run_half, warm_run)

@@ -218,4 +218,4 @@ def _run(case: Input, valid: Path, folder: Path) -> Outcome:
     return encoding.outcome(done, case, folder, folder / "out", asked["inputs"], asked["control"])
 
 
-FOLDERS = Boundary("folders", 14, _prepare, _make, _run)
+FOLDERS = Boundary("folders", 14, _prepare, _make, _run, quiet=True)

@@ -88,4 +88,4 @@ def _run(case: Input, valid: Path, folder: Path) -> Outcome:
     return encoding.outcome(done, case, folder, folder / "out", inputs=2)
 
 
-PICTURES = Boundary("pictures", 14, _prepare, _make, _run)
+PICTURES = Boundary("pictures", 14, _prepare, _make, _run, quiet=True)

@@ -5,10 +5,13 @@ The process imports the package once. It is started again after a fault that it 
 
 import contextlib
 import faulthandler
+import fcntl
 import json
 import os
+import random
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +67,7 @@ class Worker:
         kind, message = answer["kind"], answer["message"]
         if kind in ("fine", "named", "skipped") and answer["peak_mib"] > MOST_MIB:
             kind, message = "memory", f"{answer['peak_mib']} MiB; {kind}: {message}"
-        if kind in ("fine", "named", "skipped") and self.log.stat().st_size > noise:
+        if answer["quiet"] and kind in ("fine", "named", "skipped") and self.log.stat().st_size > noise:
             kind, message = "noise", f"{self.log.read_bytes()[noise:].decode(errors='replace')[:300]!r}; {kind}: {message}"
         return Result(boundary, number, answer["what"], kind, message, answer["seconds"], answer["peak_mib"])
 
@@ -158,10 +161,11 @@ def _answer(request: dict, root: Path, scratch: Path, seed: int, limit: float) -
     from fuzzing.boundary import attempt
 
     boundary = BOUNDARIES[request.get("prepare") or request.get("boundary") or request["describe"]]
-    valid = root / "valid" / boundary.name
+    valid = root / "valid" / f"{boundary.prepare.__module__.rpartition('.')[2]}.{boundary.prepare.__name__}"
     if "prepare" in request:
-        if not (valid / ".whole").exists():
-            _prepare(boundary, valid)
+        if boundary.name not in _WARM:
+            _prepare(boundary, valid, scratch)
+            _WARM.add(boundary.name)
         return {}
     if "describe" in request:
         return {"what": _described(boundary, request["number"], seed, valid, scratch)}
@@ -172,26 +176,34 @@ def _answer(request: dict, root: Path, scratch: Path, seed: int, limit: float) -
     seconds = time.monotonic() - began
     faulthandler.cancel_dump_traceback_later()
     sys.stderr.flush()
-    return {"what": case.what, **asdict(outcome), "seconds": seconds, "peak_mib": _peak_mib()}
+    return {"what": case.what, **asdict(outcome), "seconds": seconds, "peak_mib": _peak_mib(), "quiet": boundary.quiet}
 
 
-def _prepare(boundary, valid: Path) -> None:
-    """Valid inputs, and one of them put through, so that what is imported late is there before time is taken."""
-    import shutil
+_WARM: set[str] = set()  # boundaries that this process is ready for
 
+
+def _prepare(boundary, valid: Path, scratch: Path) -> None:
+    """Valid inputs, if no worker has made them yet, and what is imported for them."""
     import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
 
-    shutil.rmtree(valid, ignore_errors=True)
-    valid.mkdir(parents=True)
-    boundary.prepare(valid)
-    (valid / ".whole").touch()
+    valid.parent.mkdir(parents=True, exist_ok=True)
+    with open(valid.with_name(valid.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (valid / ".whole").exists():
+            shutil.rmtree(valid, ignore_errors=True)
+            valid.mkdir()
+            boundary.prepare(valid)
+            (valid / ".whole").touch()
+    folder = scratch / "warm"
+    folder.mkdir(parents=True, exist_ok=True)
+    boundary.warm(valid, folder)
+    shutil.rmtree(folder)
 
 
 def _described(boundary, number: int, seed: int, valid: Path, scratch: Path) -> str:
-    import random
-
     folder = scratch / "again"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     return boundary.make(random.Random(f"{boundary.name} {seed} {number}"), valid, folder).what
 
 
