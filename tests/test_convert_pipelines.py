@@ -145,7 +145,7 @@ def test_what_cannot_be_a_base_is_named(wan, sd3, mesh, tmp_path):
         attempt(lambda base, value=value: change_json(base / "model_index.json", transformer=value), "its transformer is .*, not a WanTransformer3D")
     with pytest.raises(ConvertError, match=r"lies in the base .*, which is copied"):
         convert(mesh, "export", tmp_path / "run", wan / "vae/out", "--base", wan)
-    attempt(lambda base: (base / "model_index.json").write_text("[]"), "is not a JSON object")
+    attempt(lambda base: (base / "model_index.json").write_text("[]"), "Expected object, got array; it must be a JSON object")
     with pytest.raises(ConvertError, match="not a WanTransformer3DModel"):
         convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", sd3)
 

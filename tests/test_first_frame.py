@@ -19,7 +19,7 @@ from test_image_to_video import frames_of
 from megatron_apt.cli import SampleConfig
 from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.convert import ConvertError
-from megatron_apt.convert.exporter import _with_a_first_frame
+from megatron_apt.convert.base import _with_a_first_frame
 from megatron_apt.data.batches import Batches, first_frames
 from megatron_apt.data.digits import write_digit_clips
 from megatron_apt.data.encode import EncodeConfig, encode

@@ -8,13 +8,14 @@ from megatron_apt.convert.family import Family
 from megatron_apt.models.config import ModelConfig
 
 
-def model_card(state: dict, family: Family, average: bool, license: str, base: str) -> str:
+def model_card(state: dict, family: Family, average: bool, license: str, base: str, experts: str = "") -> str:
     """Markdown with Hugging Face's front matter.
 
     Args:
         state: state.json of the checkpoint.
         average: the weights are the average over training (EMA).
         base: pipeline whose other parts were copied, or "".
+        experts: what there is to say of a pipeline of two networks.
     """
     config = state["config"]
     trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
@@ -57,6 +58,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     # Names alone: where the folders lay is nobody's business.
     lines += [f"- {role} started from `{_name(source)}`" for role, source in state["sources"].items() if source]
     lines += [f"- other parts of the pipeline copied from `{_name(base)}`"] if base else []
+    lines += [f"- {experts}"] if experts else []
     lines += ["", "## Data", "", *([f"- `{_name(folder)}`" for folder in config["data"]["shards"]] if trained else ["Not trained further."])]
     if state.get("values"):
         lines += ["", "## Metrics at the last checkpoint", "", "```json", json.dumps(state["values"], indent=1), "```"]

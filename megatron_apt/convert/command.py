@@ -51,6 +51,8 @@ class Export:
     target: Annotated[str, tyro.conf.Positional]
     base: str = ""
     """Folder of a whole pipeline, whose VAE, text encoders and tokenizers are copied beside; empty: transformer and scheduler alone."""
+    part: str = ""
+    """Of a pipeline, that it is written as; empty: what it was imported as (transformer_2 is Wan2.2's second network), for one step transformer."""
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto: the average where there is one."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
@@ -137,21 +139,26 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
         source = open_source(command.source, command.subfolder, command.config)
         family = family_of(source.config, str(source.path))
         with _measured("import", sum(entry.bytes for entry in source.entries.values()), command.json) as moved:
+            for note in source.notes:
+                print(f"{source.path}: {note}")
             print(import_checkpoint(source, family, Path(command.target), mesh, moved, first_frame=command.first_frame))
         return 0
     checkpoint = Checkpoint.open(command.checkpoint, command.weights)
     family = family_of_model(checkpoint.model, str(checkpoint.folder))
     if isinstance(command, Export):
         target = Path(command.target)
-        options = {name: getattr(command, name) for name in ("base", "dtype", "discriminator", "license", "shard_bytes")}
+        options = {name: getattr(command, name) for name in ("base", "part", "dtype", "discriminator", "license", "shard_bytes")}
         with _measured("export", None, command.json) as moved:
-            export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
+            left_out = export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
+        if left_out:
+            print(f"left out of the copy: {', '.join(left_out[:10])}{f' and {len(left_out) - 10} more' if len(left_out) > 10 else ''}")
         print(target)
         return 0
     from megatron_apt.convert.verify import parity
 
     check_heads(checkpoint.model, command.parallel)
-    source = open_source(command.source, command.subfolder, command.config)
+    subfolder = command.subfolder or (checkpoint.part if Path(command.source, checkpoint.part).is_dir() else "")
+    source = open_source(command.source, subfolder, command.config)
     if family_of(source.config, str(source.path)) is not family:
         raise ConvertError(
             f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a {family.architecture}; give what it was imported from"

@@ -15,7 +15,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,19 +24,17 @@ from torch import Tensor
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.commands import from_dict
+from megatron_apt.convert.base import SCHEDULER, SECOND, alone, base_index, copy, left_behind, plan_copy
 from megatron_apt.convert.card import model_card
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.importer import ROLE, Moved
-from megatron_apt.convert.source import DTYPES, ConvertError, read_json
+from megatron_apt.convert.source import DTYPES, PART, ConvertError, beyond, part_of
 from megatron_apt.convert.weights import Mapped, Same
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel.mesh import Mesh
 
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
-_INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
-_IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 _CRITIC = "discriminator."  # prefix of its tensors
 _THREADS = 2  # each reads, rearranges and writes one tensor of ours at a time
 _FLUSHED = 2**28  # bytes after which the disk is set to work, while further ones are made
@@ -84,10 +82,21 @@ class Checkpoint:
 
     def original(self) -> dict | None:
         """config.json of the Hugging Face checkpoint it goes back to, where that can still be found."""
+        state = self._imported()
+        return None if state is None else state["imported"]
+
+    @property
+    def part(self) -> str:
+        """What of a pipeline it was imported as: transformer, or transformer_2; transformer where that cannot be found any more."""
+        state = self._imported() or {"sources": {}}
+        return part_of(str(state.get("part") or Path(str(state["sources"].get(ROLE, ""))).name))
+
+    def _imported(self) -> dict | None:
+        """state.json of the import it goes back to, where that can still be found."""
         state = self.state
         for _ in range(8):  # stages: imported, flow, consistency, APT on images, on videos
-            if "imported" in state:
-                return state["imported"]
+            if isinstance(state.get("imported"), dict):
+                return state
             source = str(state["sources"].get(ROLE, "")).removesuffix(":ema").removesuffix(":raw")
             if not source:
                 return None
@@ -100,6 +109,9 @@ class Checkpoint:
 
 def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mesh: Mesh, dtype: str, moved: Moved, shard_bytes: int) -> None:
     """Writes config.json and weights of the generator into `folder`, which exists."""
+    held = [shape for shape, _ in store.index(checkpoint.folder).values()]
+    if problem := beyond(checkpoint.model, len(held), sum(shape.numel() for shape in held)):
+        raise ConvertError(f"{checkpoint.folder}/state.json: describes {problem}; use another checkpoint")
     tensors = family.tensors(checkpoint.model, mesh)
     config = family.write_config(checkpoint.model)
     original = checkpoint.original()
@@ -141,12 +153,14 @@ def export_pipeline(
     dtype: str = "stored",
     discriminator: bool = False,
     license: str = "other",
+    part: str = "",
     moved: Moved = lambda count: None,
     shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Writes the target folder.
+) -> list[str]:
+    """Writes the target folder; returns what of the base's files was left out.
 
     Args:
+        part: of a pipeline, that the generator is written as; empty: transformer for one step, else what it was imported as.
         base: a pipeline's folder whose other parts are copied; empty: transformer and scheduler alone.
         dtype: of the weights, a name of torch's, or "stored" for the checkpoint's own.
         license: of the model card.
@@ -159,23 +173,27 @@ def export_pipeline(
         raise ConvertError(f"{target} exists already; give another target")
     if base and target.resolve().is_relative_to(Path(base).resolve()):
         raise ConvertError(f"{target}: lies in the base {base}, which is copied; give another target")
-    index = _base_index(base, family, checkpoint) if base else None
+    part = part or (PART if checkpoint.one_step else checkpoint.part)
+    index = base_index(base, family, checkpoint.model, checkpoint.one_step, part) if base else None
+    plan = plan_copy(Path(base), index, left_behind(checkpoint.one_step, part)) if index is not None else None
     critic = discriminator_tensors(checkpoint) if discriminator else []
     work, lock = (target.with_name(f".{target.name}.export.{kind}") for kind in ("tmp", "lock"))
     store.verify(checkpoint.folder, mesh)
     with store.lock(lock):
         try:
-            _begin(work, checkpoint, dtype, shard_bytes)
-            export_transformer(checkpoint, family, work / "transformer", mesh, dtype, moved, shard_bytes)
+            _begin(work, checkpoint, part, dtype, shard_bytes)
+            export_transformer(checkpoint, family, work / part, mesh, dtype, moved, shard_bytes)
             if critic:
                 (work / "discriminator").mkdir()
                 export_discriminator(checkpoint, critic, work / "discriminator", dtype, moved, shard_bytes)
             if index is not None:
-                _copy_base(Path(base), index, work, checkpoint.one_step)
+                copy(plan, work)
+                store.write_atomically(work / "model_index.json", json.dumps(alone(index) if checkpoint.one_step else index, indent=2) + "\n")
             if checkpoint.one_step or index is None:
                 (work / "scheduler").mkdir()
                 store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
-            store.write_atomically(work / "README.md", model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base))
+            card = model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base, _experts(checkpoint, part, index))
+            store.write_atomically(work / "README.md", card)
             work.rename(target)
             (target / _PLAN).unlink()
             store.sync(target.parent)
@@ -184,96 +202,33 @@ def export_pipeline(
             raise
         finally:
             lock.unlink(missing_ok=True)
+    return plan.left_out if plan else []
 
 
-def _begin(work: Path, checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> None:
+def _experts(checkpoint: Checkpoint, part: str, index: dict | None) -> str:
+    """What the card says of a pipeline of two networks, of which the second takes over at less noise; "" of others."""
+    if part != PART:
+        return f"takes the place of `{part}`, which the pipeline calls where there is less noise than its `boundary_ratio`; `{PART}` is the base's"
+    if checkpoint.one_step and (checkpoint.part != PART or (index or {}).get(SECOND, [None])[0]):
+        return (
+            f"stands alone as `{PART}`, started from the `{checkpoint.part}` of its pipeline: one evaluation at full noise makes the sample, "
+            "so that no second network and no `boundary_ratio` is left"
+        )
+    return ""
+
+
+def _begin(work: Path, checkpoint: Checkpoint, part: str, dtype: str, shard_bytes: int) -> None:
     """Keeps the files of weights that an interrupted export of the same checkpoint has finished, and nothing else."""
     written = (checkpoint.folder / store.SUMS).stat().st_mtime_ns
-    plan = json.dumps([str(checkpoint.folder.resolve()), written, checkpoint.prefix, dtype, shard_bytes])
+    plan = json.dumps([str(checkpoint.folder.resolve()), written, checkpoint.prefix, part, dtype, shard_bytes])
     if work.exists() and not ((work / _PLAN).is_file() and (work / _PLAN).read_text(encoding="utf-8") == plan):
         shutil.rmtree(work)  # of another checkpoint
     work.mkdir(parents=True, exist_ok=True)
     for left_over in work.iterdir():
-        if left_over.is_dir() and left_over.name != "transformer":
+        if left_over.is_dir() and left_over.name != part:
             shutil.rmtree(left_over)
-    (work / "transformer").mkdir(exist_ok=True)
+    (work / part).mkdir(exist_ok=True)
     store.write_atomically(work / _PLAN, plan)
-
-
-def _base_index(base: str, family: Family, checkpoint: Checkpoint) -> dict:
-    """model_index.json of a pipeline that can take this model, all of whose other parts are there.
-
-    Raises:
-        ConvertError: it cannot, or they are not.
-    """
-    from megatron_apt.models.pipeline_text import part_class  # text encoders, which nothing else here needs
-
-    file, model = Path(base) / "model_index.json", checkpoint.model
-    if not file.is_file():
-        raise ConvertError(f"{file} does not exist; --base wants the folder of a whole pipeline")
-    index = read_json(file)
-    if part_class(index, "transformer") != family.architecture:
-        raise ConvertError(f"{file}: its transformer is {index.get('transformer')}, not a {family.architecture}; give a pipeline of this family")
-    config = Path(base, "transformer", "config.json")
-    if config.is_file():
-        theirs = family.model(read_json(config), config.parent)
-        theirs = replace(theirs, wan=replace(theirs.wan, first_frame=model.wan.first_frame))  # which no transformer's config.json says
-        differing = [name for name in _INTERFACE if getattr(theirs, name) != getattr(model, name)]
-        if differing:
-            parts = [getattr(shape, differing[0]) for shape in (theirs, model)]
-            raise ConvertError(f"{config}: {differing[0]} is {parts[0]}, of this checkpoint {parts[1]}; give the pipeline it came from")
-    for name in _parts(index):
-        if not name.isidentifier():
-            raise ConvertError(f"{file}: {name!r} names no part of a pipeline; download it again")
-        if name not in _left_behind(checkpoint.one_step) and not Path(base, name).is_dir():
-            raise ConvertError(f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline")
-    if model.wan.first_frame:
-        return index | _with_a_first_frame(index, model, file)
-    if checkpoint.one_step and index.get("_class_name") == _IMAGE_TO_VIDEO and index.get("expand_timesteps"):
-        raise ConvertError(
-            f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: model.wan.first_frame=False; "
-            "give the pipeline as text to video (WanPipeline), or train with model.wan.first_frame"
-        )
-    return index
-
-
-def _with_a_first_frame(index: dict, model: ModelConfig, file: Path) -> dict:
-    """What makes a pipeline give the first frame as such models read it; Wan2.2's TI2V is published as text to video.
-
-    Raises:
-        ConvertError: no pipeline does.
-    """
-    if model.patch != (1, 2, 2):
-        raise ConvertError(
-            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, model.patch={model.patch}; leave out --base"
-        )
-    parts = {name: index.get(name, [None, None]) for name in ("image_encoder", "image_processor", "transformer_2")}
-    return parts | {"_class_name": _IMAGE_TO_VIDEO, "expand_timesteps": True}
-
-
-def _parts(index: dict) -> list[str]:
-    """The parts of a pipeline that have folders."""
-    return [name for name, value in index.items() if isinstance(value, list) and any(value)]
-
-
-def _left_behind(one_step: bool) -> tuple[str, ...]:
-    """What is not copied of a base. Of a one-step model also its scheduler, and Wan2.2's second network, which takes over at less noise."""
-    return ("transformer", "transformer_2", "scheduler") if one_step else ("transformer",)
-
-
-def _copy_base(base: Path, index: dict, work: Path, one_step: bool) -> None:
-    """Everything of the pipeline but what is left behind."""
-    for name in _parts(index):
-        if name not in _left_behind(one_step):
-            try:
-                shutil.copytree(base / name, work / name)
-            except shutil.Error as error:
-                (file, _, reason), *_ = error.args[0]
-                raise ConvertError(f"{file}: cannot be copied ({reason}); download the whole pipeline") from None
-    if one_step:
-        index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
-        index |= {name: value for name, value in (("transformer_2", [None, None]), ("boundary_ratio", None)) if name in index}
-    store.write_atomically(work / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Path, name: str, dtype: str, moved: Moved, shard_bytes: int) -> None:

@@ -93,6 +93,7 @@ def import_checkpoint(
     """
     model = replace(family.model(source.config, source.path), dtype=_main_dtype(source))
     model = replace(model, wan=replace(model.wan, first_frame=first_frame))
+    source.bound(model)
     tensors = family.tensors(model, mesh)
     source.check(tensors)
     for mapped in tensors:
@@ -235,6 +236,7 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
         "ema": False,
         "values": {},
         "imported": source.config,
+        "part": source.part,
         "config": to_dict(RunConfig(method="flow", model=model, data=DataConfig(text_length=CAPTIONS.get(model.family, 0)))),
     }
     store.write_atomically(work.folder / "state.json", json.dumps(state, indent=1))

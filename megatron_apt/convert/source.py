@@ -1,6 +1,5 @@
 """Tensors of a Hugging Face checkpoint, one at a time: a folder in diffusers' layout or one .safetensors file. Never a pickle."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_apt import schema
+from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.weights import Mapped
+from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.weight_files import Announced, WeightFileError, announced, printable, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that published checkpoints hold and diffusers' class leaves unread (its _keys_to_ignore_on_load_unexpected).
 _UNREAD = {"WanTransformer3DModel": re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")}
-# Tensors that the authors of Wan, Stable Diffusion 3 and HunyuanVideo call so, and diffusers otherwise.
-_ORIGINAL = {"head.modulation", "x_embedder.proj.weight", "joint_blocks.0.x_block.attn.qkv.weight", "img_in.proj.weight"}
+PART = "transformer"  # of a pipeline, if nothing else is said
+_PART = re.compile(r"transformer(_\d+)?")
 
 
 class ConvertError(ValueError):
@@ -24,11 +27,12 @@ class ConvertError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor as its file announces it."""
+    """One tensor as its file announces it, by the name that it has there."""
 
     file: Path
     shape: torch.Size
     dtype: torch.dtype
+    name: str
 
     @property
     def bytes(self) -> int:
@@ -37,17 +41,35 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face checkpoint."""
+    """A Hugging Face checkpoint.
+
+    Attributes:
+        entries: by diffusers' names.
+        part: of a pipeline, which it is: transformer, or transformer_2.
+        notes: what a user is told of how it is read.
+    """
 
     path: Path
     config: dict
     entries: dict[str, Entry]
+    part: str = PART
+    notes: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """One tensor. It is a view of the mapped file, which is let go with it."""
         entry = self.entries[name]
         with _opened(entry.file) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(entry.name)
+
+    def bound(self, model: ModelConfig) -> None:
+        """Compares a model's sizes with what the files hold at all, before anything of it is built.
+
+        Raises:
+            ConvertError: it has more blocks than they have tensors, or is wider than all their numbers.
+        """
+        numbers = sum(entry.shape.numel() for entry in self.entries.values())
+        if problem := beyond(model, len(self.entries), numbers):
+            raise ConvertError(f"{self.path}: config.json asks for {problem}; they do not belong together")
 
     def check(self, tensors: list[Mapped]) -> None:
         """Compares the tensors that are there with those that are needed.
@@ -60,8 +82,6 @@ class Source:
         if missing or extra:
             parts = [f"{what} {_some(names)}" for what, names in (("lacks", missing), ("has unknown", extra)) if names]
             reason = "config.json describes another model, or the checkpoint is not whole"
-            if _ORIGINAL.intersection(name.removeprefix("model.diffusion_model.") for name in extra):
-                reason = f"it has its authors' names, not diffusers': {rewrite(self.config.get('_class_name'))}"
             raise ConvertError(f"{self.path}: {' and '.join(parts)}; {reason}")
         for name, shape in needed.items():
             entry = self.entries[name]
@@ -71,76 +91,105 @@ class Source:
                 )
 
 
+def beyond(model: ModelConfig, tensors: int, numbers: int) -> str | None:
+    """What of a model cannot be made of so many tensors with so many numbers; None where all may be."""
+    blocks = model.depth + model.hunyuan.refiner_blocks * (model.family == "hunyuan")
+    if blocks > tensors:
+        return f"{blocks} blocks, and the files hold {tensors} tensors"
+    widths = {
+        "width": model.width,
+        "MLPs": model.mlp,
+        "text": model.text_width,
+        "pooled text": model.pooled_width,
+        "input": model.input_width,
+        "image tokens": model.wan.image_width,
+    }
+    for name, width in widths.items():
+        if width > numbers:
+            return f"{name} {width} wide, and the files hold {numbers} numbers"
+    return None
+
+
 def open_source(path: str | Path, subfolder: str = "", config: str = "") -> Source:
     """A checkpoint from a user's path.
 
     Args:
         path: a transformer's folder (config.json, *.safetensors, an index where there are several), a pipeline's folder, or one .safetensors file.
-        subfolder: of a pipeline's folder; empty: `transformer`.
+        subfolder: of a pipeline's folder; empty: `transformer`, or transformer_2 where that is the only one.
         config: config.json of a file that has none beside it.
 
     Raises:
-        ConvertError: nothing there, only pickles, a file that is missing, cut short or of another format, or a dtype that is no floating point.
+        ConvertError: nothing there, only pickles, a file that is missing, cut short or of another format, a dtype that is no floating point, or
+            no transformer under diffusers' names.
     """
     path = Path(path)
     if not path.exists():
         raise ConvertError(f"{path} does not exist; give a local folder or .safetensors file (nothing is downloaded)")
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (subfolder or (path / "transformer").is_dir()):
-        folder = path = path / (subfolder or "transformer")
-    settings = read_json(Path(config) if config else folder / "config.json")
-    files = [path] if path.is_file() else _listed(folder)
-    entries: dict[str, Entry] = {}
-    for file in files:
-        found = _announced(file)
-        if twice := sorted(found.keys() & entries.keys()):
-            raise ConvertError(f"{file}: {twice[0]} is also in {entries[twice[0]].file.name}; remove one of the files")
-        entries |= found
-    unread = _UNREAD.get(str(settings.get("_class_name")))
-    return Source(path, settings, {name: entry for name, entry in entries.items() if unread is None or not unread.fullmatch(name)})
+    if path.is_dir():
+        path = path / (subfolder or next((part for part in (PART, "transformer_2") if (path / part).is_dir()), ""))
+    try:
+        return _read(path, Path(config) if config else (path if path.is_dir() else path.parent) / "config.json")
+    except WeightFileError as error:
+        raise ConvertError(str(error)) from None
 
 
-def _listed(folder: Path) -> list[Path]:
-    """The weight files of a folder, by its index if it has one."""
-    indices = sorted(folder.glob("*.safetensors.index*.json"))  # with the variant in its name, if it is one
-    if len(indices) > 1:
-        raise ConvertError(f"{folder}: several indices ({', '.join(i.name for i in indices)}); leave one")
-    if not indices:
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) == 1:
-            return files
-        if files:
-            raise ConvertError(f"{folder}: {len(files)} .safetensors files and no index; give the one you mean")
-        pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(suffix))
-        reason = f"only {pickles[0]}, a pickle, which could run code: save it as safetensors first" if pickles else "no .safetensors file"
-        raise ConvertError(f"{folder}: {reason}")
-    weights = read_json(indices[0]).get("weight_map")
-    if not isinstance(weights, dict) or not weights or not all(isinstance(place, str) for place in weights.values()):
-        raise ConvertError(f"{indices[0]}: has no weight_map; download it again")
-    names = sorted(set(weights.values()))
-    if outside := [name for name in names if name in ("", "..") or Path(name).name != name]:  # a file may be a link, as in a hub's cache
-        raise ConvertError(f"{indices[0]}: names {outside[0]!r} outside its folder; download it again")
-    files = [folder / name for name in names]
-    for file in files:
-        if not file.is_file():
-            lost = next(name for name, place in weights.items() if place == file.name)
-            raise ConvertError(f"{indices[0]}: names {file.name} (for {lost}), which is not there; download it")
-    for file in files:
-        held = _announced(file)
-        if wrong := [name for name, place in weights.items() if place == file.name and name not in held]:
-            raise ConvertError(f"{file}: lacks {wrong[0]}, which {indices[0].name} says it holds; download both again")
-    return files
+def _read(path: Path, config: Path) -> Source:
+    if not config.exists():
+        _refuse_foreign(path)
+    settings = read_json(config)
+    if "quantization_config" in settings:
+        raise ConvertError(f"{config}: has a quantization_config; take the bf16, fp16 or fp32 weights of the same model, not quantised ones")
+    weights = weight_files(path) if path.is_dir() else None
+    architecture, held = str(settings.get("_class_name")), {}
+    for file in weights.files if weights else (path,):
+        found = announced(file)
+        if twice := sorted(found.keys() & held.keys()):
+            raise ConvertError(f"{file}: {printable(twice[0])} is also in {held[twice[0]][0].name}; remove one of the files")
+        held |= {name: (file, tensor) for name, tensor in found.items()}
+    if reason := what_it_is(held, architecture):
+        raise ConvertError(f"{path}: cannot be converted as it is; {reason}")
+    try:
+        names = plain(held, architecture)
+    except ValueError as error:
+        raise ConvertError(f"{path}: {error}; keep the one you mean") from None
+    unread = _UNREAD.get(architecture)
+    kept = {short: held[name] + (name,) for short, name in names.names.items() if unread is None or not unread.fullmatch(short)}
+    entries = {short: Entry(file, torch.Size(tensor.shape), _dtype(file, name, tensor), name) for short, (file, tensor, name) in kept.items()}
+    notes = [f"weights of the variant {weights.variant}"] if weights and weights.variant else []
+    notes += [f"names begin with {printable(prefix)}, which is taken off" for prefix in names.prefixes[:3]]
+    notes += [f"left out: {', '.join(names.beside)} (other parts of a pipeline)"] if names.beside else []
+    return Source(path, settings, entries, _part(path), tuple(notes))
 
 
-def _announced(file: Path) -> dict[str, Entry]:
-    with _opened(file) as opened:
-        entries = {}
-        for name in opened.keys():  # noqa: SIM118 (no mapping)
-            part = opened.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise ConvertError(f"{file}: {name} has dtype {part.get_dtype()}; weights are {', '.join(DTYPES)} (quantised ones must be expanded)")
-            entries[name] = Entry(file, torch.Size(part.get_shape()), DTYPES[part.get_dtype()])
-        return entries
+def _refuse_foreign(path: Path) -> None:
+    """Of a file without config.json: what it is, where that is not a transformer.
+
+    Raises:
+        ConvertError: it is something else.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files[:1]:
+        if reason := what_it_is(announced(file)):
+            raise ConvertError(f"{file}: cannot be converted as it is; {reason}")
+
+
+def _part(path: Path) -> str:
+    """What of a pipeline a folder is."""
+    return part_of((path if path.is_dir() else path.parent).absolute().name)
+
+
+def part_of(folder: str) -> str:
+    """The part of a pipeline that a folder of this name is."""
+    return folder if _PART.fullmatch(folder) else PART
+
+
+def _dtype(file: Path, name: str, tensor: Announced) -> torch.dtype:
+    if tensor.dtype not in DTYPES:
+        raise ConvertError(
+            f"{file}: {printable(name)} has dtype {printable(tensor.dtype)}; weights are {', '.join(DTYPES)} (quantised ones must be expanded: "
+            "take the bf16, fp16 or fp32 weights of the same model)"
+        )
+    return DTYPES[tensor.dtype]
 
 
 def _opened(file: Path):
@@ -156,21 +205,12 @@ def read_json(file: Path) -> dict:
     Raises:
         ConvertError: not there, or none in it.
     """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConvertError(f"{file} does not exist; a checkpoint needs its config.json, or give another with --config") from None
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{file}: is not JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ConvertError(f"{file}: is not a JSON object; download it again")
-    return value
-
-
-def rewrite(architecture: str) -> str:
-    """What to do with a checkpoint under its authors' names."""
-    return f"`diffusers.{architecture}.from_single_file(FILE, config=FOLDER_OF_CONFIG_JSON).save_pretrained(FOLDER)` renames them"
+    if not file.exists():
+        raise ConvertError(f"{file} does not exist; a checkpoint needs its config.json, or give another with --config")
+    remedy = "it must be a JSON object: download it again"
+    return schema.read_json(file, dict, remedy=remedy, error=ConvertError, most=1 << 20)
 
 
 def _some(names: list[str]) -> str:
+    names = [printable(name) for name in names]
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

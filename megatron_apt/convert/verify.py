@@ -30,7 +30,9 @@ def parity(checkpoint: str, family: Family, model: ModelConfig, source: Source, 
     Raises:
         ConvertError: the original does not make the model that its config.json describes.
     """
-    source.check(family.tensors(model, mesh))
+    for shape in (model, family.model(source.config, source.path)):  # the second is what diffusers builds
+        source.bound(shape)
+        source.check(family.tensors(shape, mesh))
     inputs = family.example(model, samples, torch.Generator().manual_seed(seed))
     cut = Cut(mesh.pp.size, (mesh.pp.rank,))
     ours = build_backbone(replace(model, dtype="float32", fp8=Fp8Config()), mesh, cut=cut).to(mesh.device)

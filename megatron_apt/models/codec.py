@@ -5,14 +5,14 @@ Codecs are causal in time: F = 1 + k * temporal pixel frames are 1 + k latent fr
 clips into whole groups, F = k * temporal, where no latent frame has components that are always zero.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+
+from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601; the weights sum to 1, so a grey picture keeps its value
 
@@ -335,58 +335,6 @@ VAE_CODECS = {codec.kind: codec for codec in (WanCodec, HunyuanCodec, KlCodec)}
 def component_folder(path: str | Path, name: str) -> Path:
     """The folder of a model: path itself, or its subfolder `name` where path is a diffusers pipeline."""
     return Path(path) / name if (Path(path) / "model_index.json").is_file() else Path(path)
-
-
-def checked_model_folder(path: str | Path, expected: str) -> Path:
-    """The folder, if it holds a config.json of the expected class and safetensors weights.
-
-    Raises:
-        FileNotFoundError, ValueError: naming what is missing and where it should be.
-    """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}/config.json does not exist; give a local folder with an {expected} saved by save_pretrained")
-    config = read_object(folder / "config.json")
-    names = (config.get("_class_name"), config.get("model_type"), *config.get("architectures", ()))
-    if expected not in names:
-        raise ValueError(f"{folder}/config.json: holds {[n for n in names if n]}, not {expected}")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"{folder}: no *.safetensors file; pickled weights are not read, convert them with save_pretrained(safe_serialization=True)"
-        )
-    return folder
-
-
-def read_object(file: Path) -> dict:
-    """The object in a JSON file that is there.
-
-    Raises:
-        ValueError: none in it.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: is not JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: is not a JSON object; download it again")
-    return value
-
-
-def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dtype) -> torch.nn.Module:
-    """A model of diffusers or transformers with every weight from the folder; both libraries only warn of those they make up.
-
-    Raises:
-        ValueError: weights that are damaged, missing or of another shape.
-    """
-    try:
-        options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        model, info = model_class.from_pretrained(folder, **options, **dtype)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: {model_class.__name__} cannot be read ({str(error).strip()}); download it again") from error
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{folder}: the weights of {model_class.__name__} lack {missing[0]}{more}; download them again")
-    return model.to(device).eval().requires_grad_(False)
 
 
 def load_codec(config: dict, device: str = "cpu") -> PixelCodec | VaeCodec:

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_apt.models.codec import checked_model_folder, load_frozen
-from megatron_apt.models.pipeline_text import part_class, read_index
+from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen, read_object, read_pretrained
+from megatron_apt.models.pipeline_text import class_of_transformers, part_class, read_index
+
+_LARGEST = 4096  # pixels of a side that an image encoder reads
 
 
 def has_image_encoder(path: str | Path) -> bool:
@@ -39,16 +41,18 @@ class ClipImageEncoder:
         index = read_index(folder)
         if not has_image_encoder(folder):
             raise ValueError(f"{folder}/model_index.json: names no image_encoder; give the pipeline of a Wan2.1 I2V model, or none for Wan2.2's")
-        processor_class = getattr(transformers, part_class(index, "image_processor"), None)
+        processor_class = class_of_transformers(index, "image_processor")
         if processor_class is None or not hasattr(processor_class, "preprocess"):
             raise ValueError(f"model_index.json: image_processor is {index.get('image_processor')}; it must name an image processor of transformers")
         file = folder / "image_processor" / "preprocessor_config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; copy the pipeline's image_processor there")
-        self._processor = processor_class.from_pretrained(file.parent, local_files_only=True)
+        _check_sizes(file)
+        self._processor = read_pretrained(processor_class, file.parent, (), (file.name,), "image processor")
         weights = checked_model_folder(folder / "image_encoder", "clip_vision_model")
         self._model = load_frozen(transformers.CLIPVisionModel, weights, device, dtype=torch.float32)
         config = self._model.config
+        self._side = config.image_size
         self.shape = (1 + (config.image_size // config.patch_size) ** 2, config.hidden_size)
 
     def config_dict(self) -> dict:
@@ -60,7 +64,20 @@ class ClipImageEncoder:
         values = (127.5 * frame[:, 0] + 127.5).round().clamp(0, 255).to(torch.uint8)
         picture = Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
         pixels = self._processor(images=picture, return_tensors="pt").pixel_values
+        if pixels.shape != (1, 3, self._side, self._side):
+            raise ValueError(
+                f"{self.path}/image_processor: makes pictures of {tuple(pixels.shape)}, and the image encoder reads 3 x {self._side} x {self._side}; "
+                "both must be of one pipeline"
+            )
         return self._model(pixels.to(self._model.device), output_hidden_states=True).hidden_states[-2][0].float().cpu()
+
+
+def _check_sizes(file: Path) -> None:
+    """Raises ValueError for a size in pixels that no image encoder reads, before a picture is made so large."""
+    for field, value in read_object(file).items():
+        for size in value.values() if isinstance(value, dict) else [value]:
+            if ("size" in field or "edge" in field) and isinstance(size, int | float) and not 0 <= size <= _LARGEST:
+                raise ValueError(f"{file}: {field}={value!r}: must be at most {_LARGEST} pixels; copy the pipeline's image_processor again")
 
 
 def load_image_encoder(config: dict, device: str = "cpu") -> ClipImageEncoder:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_apt.models.codec import checked_model_folder, load_frozen, read_object
+from megatron_apt.models.foreign_folder import TOKENIZER_JSON, TOKENIZER_LINKS, checked_model_folder, load_frozen, read_object, read_pretrained
 from megatron_apt.models.text import TextEncoder, load_t5
 
 # By how the name of the pipeline's class begins; Flux's and HunyuanVideo's in full, since others of theirs encode text in other ways.
@@ -57,6 +57,17 @@ def part_class(index: dict, name: str) -> str:
     return found[1] if isinstance(found, list) and len(found) == 2 and isinstance(found[1], str) else ""
 
 
+def class_of_transformers(index: dict, name: str) -> type | None:
+    """The class of transformers that model_index.json gives for a component; None if it gives none."""
+    import transformers
+
+    library, found = index.get(name, [None])[0] if part_class(index, name) else None, part_class(index, name)
+    if library != "transformers" or not found.isidentifier() or found.startswith("_"):
+        return None
+    found = getattr(transformers, found, None)
+    return found if isinstance(found, type) else None
+
+
 def load_tokenizer(index: dict, name: str, folder: Path):
     """The tokenizer of a folder, of the class that the pipeline's index gives for component `name`.
 
@@ -65,7 +76,7 @@ def load_tokenizer(index: dict, name: str, folder: Path):
     """
     import transformers
 
-    tokenizer_class = getattr(transformers, part_class(index, name), None)
+    tokenizer_class = class_of_transformers(index, name)
     if tokenizer_class is None or not issubclass(tokenizer_class, transformers.PreTrainedTokenizerBase):
         raise ValueError(f"model_index.json: {name} is {index.get(name)}; it must name a tokenizer of transformers")
     # Without its files transformers would make an empty vocabulary.
@@ -93,10 +104,7 @@ def load_fast_tokenizer(folder: Path):
 
 
 def _read_tokenizer(tokenizer_class: type, folder: Path):
-    try:
-        return tokenizer_class.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error}); copy it from the pipeline again") from error
+    return read_pretrained(tokenizer_class, folder, TOKENIZER_LINKS, TOKENIZER_JSON, "tokenizer")
 
 
 def clean_prompt(text: str) -> str:
@@ -141,7 +149,7 @@ class WanTextEncoder(TextEncoder):
         """One (L, width) float32 CPU tensor per caption, of its real tokens; the empty caption is the single token </s>."""
         if not captions:
             return []
-        tokens = _tokens(self._tokenizer, [clean_prompt(caption) for caption in captions], self.max_length)
+        tokens = _tokens(self._tokenizer, [clean_prompt(caption) for caption in captions], self.max_length, self._model)
         ids, mask = tokens.input_ids, tokens.attention_mask
         states = self._model(ids.to(self._model.device), mask.to(self._model.device)).last_hidden_state.float().cpu()
         return [row[:length].clone() for row, length in zip(states, mask.sum(1).tolist(), strict=True)]
@@ -166,13 +174,8 @@ class Sd3TextEncoder(TextEncoder):
         index = read_index(folder)
         self._clips = [load_model(folder / name, "CLIPTextModelWithProjection", device, dtype) for name in ("text_encoder", "text_encoder_2")]
         self._tokenizers = [load_tokenizer(index, name, folder / name) for name in ("tokenizer", "tokenizer_2")]
-        self._clip_length = self._tokenizers[0].model_max_length  # the pipeline takes the first one's for both
-        positions = min(clip.config.max_position_embeddings for clip in self._clips)
-        if self._clip_length > positions:
-            raise ValueError(
-                f"{folder}/tokenizer/tokenizer_config.json: model_max_length={self._clip_length}, "
-                f"but the CLIP models have {positions} positions; set it to that"
-            )
+        smallest = min(self._clips, key=lambda clip: clip.config.max_position_embeddings)
+        self._clip_length = _length_of(self._tokenizers[0], smallest, folder / "tokenizer")  # the pipeline takes the first one's for both
         self._t5 = self._t5_tokenizer = None
         if not part_class(index, "text_encoder_3"):
             self.width = _joint_width(folder)
@@ -210,14 +213,14 @@ class Sd3TextEncoder(TextEncoder):
 
     def _clip(self, clip: torch.nn.Module, tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(n, 77, D) of the layer before the last, (n, D') pooled and projected."""
-        ids = _tokens(tokenizer, list(captions), self._clip_length).input_ids
+        ids = _tokens(tokenizer, list(captions), self._clip_length, clip).input_ids
         output = clip(ids.to(clip.device), output_hidden_states=True)
         return output.hidden_states[-2].float().cpu(), output.text_embeds.float().cpu()
 
     def _t5_rows(self, captions: Sequence[str]) -> Tensor:
         if self._t5 is None:
             return torch.zeros(len(captions), self.max_length, self.width)
-        ids = _tokens(self._t5_tokenizer, list(captions), self.max_length).input_ids
+        ids = _tokens(self._t5_tokenizer, list(captions), self.max_length, self._t5).input_ids
         return self._t5(ids.to(self._t5.device)).last_hidden_state.float().cpu()  # without a mask, as in the pipeline
 
 
@@ -239,6 +242,7 @@ class FluxTextEncoder(TextEncoder):
         index = read_index(folder)
         self._clip = load_model(folder / "text_encoder", "CLIPTextModel", device, dtype)
         self._clip_tokenizer = load_tokenizer(index, "tokenizer", folder / "tokenizer")
+        self._clip_length = _length_of(self._clip_tokenizer, self._clip, folder / "tokenizer")
         self._t5 = load_t5(folder / "text_encoder_2", device, dtype)
         self._t5_tokenizer = load_tokenizer(index, "tokenizer_2", folder / "tokenizer_2")
         self.width = self._t5.config.d_model
@@ -255,9 +259,9 @@ class FluxTextEncoder(TextEncoder):
         """The rows of encode, and (n, P) pooled vectors; without captions there are neither."""
         if not captions:
             return [], None
-        ids = _tokens(self._t5_tokenizer, list(captions), self.max_length).input_ids
+        ids = _tokens(self._t5_tokenizer, list(captions), self.max_length, self._t5).input_ids
         rows = self._t5(ids.to(self._t5.device)).last_hidden_state.float().cpu()  # without a mask, as in the pipeline
-        ids = _tokens(self._clip_tokenizer, list(captions), self._clip_tokenizer.model_max_length).input_ids
+        ids = _tokens(self._clip_tokenizer, list(captions), self._clip_length, self._clip).input_ids
         return list(rows), self._clip(ids.to(self._clip.device)).pooler_output.float().cpu()
 
 
@@ -312,11 +316,11 @@ class HunyuanTextEncoder(TextEncoder):
         """The rows of encode, and (n, P) pooled vectors; without captions there are neither."""
         if not captions:
             return [], None
-        tokens = _tokens(self._tokenizer, [self._template.format(caption) for caption in captions], self._crop + self.max_length)
+        tokens = _tokens(self._tokenizer, [self._template.format(caption) for caption in captions], self._crop + self.max_length, self._llama)
         ids, mask = tokens.input_ids, tokens.attention_mask
         states = self._llama(ids.to(self._llama.device), mask.to(self._llama.device), use_cache=False).last_hidden_state.float().cpu()
         rows = [row[real] for row, real in zip(states[:, self._crop :], mask[:, self._crop :].bool(), strict=True)]
-        ids = _tokens(self._clip_tokenizer, list(captions), CLIP_TOKENS).input_ids
+        ids = _tokens(self._clip_tokenizer, list(captions), CLIP_TOKENS, self._clip).input_ids
         return rows, self._clip(ids.to(self._clip.device)).pooler_output.float().cpu()
 
 
@@ -339,8 +343,31 @@ def _without_last_layers(llama: torch.nn.Module, skipped: int) -> torch.nn.Modul
     return llama
 
 
-def _tokens(tokenizer, captions: list[str], length: int):
-    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt")
+def _tokens(tokenizer, captions: list[str], length: int, model: torch.nn.Module):
+    """Ids and mask of captions, padded to a length.
+
+    Raises:
+        ValueError: ids that the model does not have.
+    """
+    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt")
+    if int(tokens.input_ids.max()) >= model.config.vocab_size or int(tokens.input_ids.min()) < 0:
+        raise ValueError(
+            f"{tokenizer.__class__.__name__}: gives tokens up to {int(tokens.input_ids.max())}, and its {type(model).__name__} has "
+            f"{model.config.vocab_size}; tokenizer and text encoder are of different pipelines"
+        )
+    return tokens
+
+
+def _length_of(tokenizer, clip: torch.nn.Module, folder: Path) -> int:
+    """How many tokens CLIP is given.
+
+    Raises:
+        ValueError: more than it has positions for, or no number.
+    """
+    length, positions = tokenizer.model_max_length, clip.config.max_position_embeddings
+    if type(length) is not int or not 2 <= length <= positions:
+        raise ValueError(f"{folder}/tokenizer_config.json: model_max_length={length}, but the CLIP models have {positions} positions; set it to that")
+    return length
 
 
 def _joint_width(folder: Path) -> int:
@@ -348,4 +375,7 @@ def _joint_width(folder: Path) -> int:
     file = folder / "transformer" / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; without text_encoder_3 the width of the text is read from it, copy it there")
-    return read_object(file)["joint_attention_dim"]
+    width = read_object(file).get("joint_attention_dim")
+    if type(width) is not int or not 1 <= width <= 10**6:
+        raise ValueError(f"{file}: joint_attention_dim={width!r}: must be the width of the text; download it again")
+    return width

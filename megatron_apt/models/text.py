@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
-from megatron_apt.models.codec import checked_model_folder, load_frozen, read_object
+from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen, read_object
 
 MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
 END = "</s>"
