@@ -11,8 +11,9 @@ from PIL import Image
 
 from megatron_apt.data.decode import Clip, decode_clip, decode_clips
 from megatron_apt.data.digits import digit_clip, load_digit_pictures, write_digit_clips, write_grey_vp9
+from megatron_apt.data.frames import decode_with_pyav
 from megatron_apt.data.rejected import RejectedInput
-from megatron_apt.data.video import choose_frames, decode_with_pyav, probe
+from megatron_apt.data.video import choose_frames, probe
 
 COUNT = 100
 FORMATS = {

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_apt.data.decode import Clip
 from megatron_apt.data.each import decode_all
 from megatron_apt.data.manifest import Entry, read_entries
 from megatron_apt.data.notes import Notes
+from megatron_apt.data.policy import PixelPolicy
 from megatron_apt.data.rejected import RejectedInput, shown
 from megatron_apt.data.shard_writer import EncodeStopped, OpenShard, ShardWriter, output_named
 from megatron_apt.data.shards import TOKENIZER
@@ -28,6 +30,7 @@ from megatron_apt.models.text import BuiltinTextEncoder, TextEncoder, open_text_
 NEGATIVE_PROMPT = "blurry, distorted, low quality"
 PIXEL_BYTES = 256 << 20  # decoded pixels held at once, in float32
 TEXT_BATCH = 32
+KINDS_TOLD = 8  # kinds of notes that are printed at the end
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class EncodeConfig:
     """Seconds to skip at the beginning of each video."""
     allow_upscale: bool = False
     """Accept pictures and videos smaller than the bucket."""
+    hdr: Literal["tonemap", "reject", "warn"] = "tonemap"
+    """HDR pictures and videos (PQ, HLG): tone-mapped to BT.709, rejected, or taken as they are with a note."""
+    interlaced: Literal["deinterlace", "reject", "warn"] = "deinterlace"
+    """Interlaced videos: deinterlaced, rejected, or left combed with a note."""
+    background: str = "white"
+    """What lies under transparent pixels: a colour's name, or #rrggbb."""
+    most_pixels: int = 1 << 27
+    """Largest picture that is decoded, in pixels (height x width), and four times the largest frame of a video; what is larger is rejected."""
     codec: str = "pixel"
     """"pixel" (built in, no weights), or the class of codec_path: "wan" (AutoencoderKLWan), "hunyuan" (AutoencoderKLHunyuanVideo) or "kl"
     (AutoencoderKL, of Stable Diffusion 3 and Flux; pictures only)."""
@@ -104,6 +115,7 @@ class EncodeConfig:
             _check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
         for field in ("fps", "start"):
             _check(math.isfinite(getattr(self, field)) and getattr(self, field) >= 0, field, getattr(self, field), "must be a number >= 0")
+        _policy(self)
         _check(0 <= self.max_rejected <= 1, "max_rejected", self.max_rejected, "is a share; use a number from 0 to 1")
         _check(self.codec in ("pixel", *VAE_CODECS), "codec", self.codec, f"use {', '.join(map(repr, ('pixel', *VAE_CODECS)))}")
         _check(self.codec == "pixel" or bool(self.codec_path), "codec_path", self.codec_path, f"codec={self.codec!r} needs a local folder")
@@ -164,8 +176,10 @@ def _encode(config: EncodeConfig, progress: bool) -> dict:
     first_frame = _first_frame(codec, image_encoder) if config.image_to_video else None
     left = [{"file": shown(config.source), "note": f"not encoded: {listing.left.described()}"}] if listing.left.kinds else []
     info, notes = writer.finish(shards, codec.config_dict(), text_config, conditions, first_frame, left)
-    told = f", {notes} notes in notes.jsonl" if notes else ""
+    told = f", {len(notes)} notes in notes.jsonl" if notes else ""
     console.print(f"{shown(config.output)}: {info['samples']} samples, {info['rejected']} rejected{told}", highlight=False, markup=False)
+    for note, count in Counter(note["note"] for note in notes[len(left) :]).most_common(KINDS_TOLD):
+        console.print(f"  {count} x {note}", highlight=False, markup=False)
     return info
 
 
@@ -184,7 +198,8 @@ def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
     settings = dataclasses.asdict(config)
     for free in ("output", "max_rejected", "device"):
         del settings[free]
-    for added in ("codec_tiling", "text_tokenizer", "text_dtype", "image_to_video", "image_encoder"):
+    pixels = ("hdr", "interlaced", "background", "most_pixels")
+    for added in (*pixels, "codec_tiling", "text_tokenizer", "text_dtype", "image_to_video", "image_encoder"):
         if settings[added] == getattr(EncodeConfig, added):
             del settings[added]  # so that folders begun before there was this field continue
     if config.tokenizer:
@@ -312,7 +327,11 @@ def _encode_pixels(config: EncodeConfig, pixels: Tensor, codec, image_encoder: C
 def _clip(config: EncodeConfig, entry: Entry) -> Clip:
     start = config.start if entry.start < 0 else entry.start
     fps = config.fps if entry.fps < 0 else entry.fps
-    return Clip(entry.path, config.height, config.width, config.frames, config.stride, fps, start, config.allow_upscale)
+    return Clip(entry.path, config.height, config.width, config.frames, config.stride, fps, start, config.allow_upscale, _policy(config))
+
+
+def _policy(config: EncodeConfig) -> PixelPolicy:
+    return PixelPolicy(config.hdr, config.interlaced, config.background, config.most_pixels)
 
 
 def _encode_texts(captions: list[str], text_encoder: TextEncoder) -> dict[str, tuple[Tensor, Tensor | None]]:

@@ -115,10 +115,10 @@ class ShardWriter:
         conditions: dict[str, Tensor],
         first_frame: dict | None = None,
         notes: Sequence[dict] = (),
-    ) -> tuple[dict, int]:
+    ) -> tuple[dict, list[dict]]:
         """Writes index, conditions (named as in the file), rejected.jsonl, notes.jsonl if there are any and, last, dataset.json.
 
-        Returns its contents and the number of notes.
+        Returns its contents and all notes.
 
         Args:
             first_frame: "channels" of given, and "image" (shape of its tokens) and "image_encoder" if there is one; None: no first frames.
@@ -148,7 +148,7 @@ class ShardWriter:
         for number in range(shards):
             (self.folder / f"shard-{number:05d}.done").unlink(missing_ok=True)
         (self.folder / "encode.json").unlink(missing_ok=True)
-        return info, len(notes)
+        return info, notes
 
     def write_rejected(self, rejected: list[dict]) -> None:
         self.commit("rejected.jsonl", _jsonl_bytes(rejected))

@@ -1,12 +1,21 @@
-"""Video files without their pixels: frames and timestamps as the container has them, the choice of frames, and PyAV as decoder of last resort."""
+"""Video files without their pixels: streams, frames and timestamps as the container has them, and the choice of frames."""
 
+import os
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import av
 import numpy as np
 
 from megatron_apt.data.rejected import RejectedInput
+
+COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+COUNTED_FORMATS = ("mov", "mp4")  # whose headers list every frame; others promise a number that nobody keeps (AVI counts dropped frames)
+MISSING = np.iinfo(np.int64).min
+SET_BACK = 0.5  # seconds by which a clock goes back where recordings were joined
+GAP = 10.0  # seconds of silence at which recordings of broadcasts are taken to be joined, as FFmpeg's tools do
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +29,11 @@ class VideoInfo:
         times: (n,) the same in seconds, the first frame at 0.
         interval: median time between frames, in seconds (0 for a single frame).
         hidden: frames that the container asks not to show (edit lists), which shift DALI's frame indices.
+        stream: index of the video stream in the container; alone: whether there is no other video beside it.
+        aspect: width of a pixel over its height, if known. field_order: FFmpeg's number of what the container says of fields.
+        alpha: a WebM file with an alpha channel.
+        counted: the container has no timestamps; pts are the frames' numbers, at the stream's rate.
+        shifts: (packet, offset) of joined recordings whose clock was set back: what is added to timestamps from that packet on.
     """
 
     path: Path
@@ -29,6 +43,49 @@ class VideoInfo:
     times: np.ndarray
     interval: float
     hidden: int
+    stream: int = 0
+    alone: bool = True
+    aspect: Fraction | None = None
+    field_order: int = 0
+    alpha: bool = False
+    counted: bool = False
+    shifts: tuple[tuple[int, int], ...] = ()
+    size: int = 0
+
+    @property
+    def seekable(self) -> bool:
+        return not self.counted and not self.shifts
+
+    def shift(self, packet: int) -> int:
+        return next((offset for start, offset in reversed(self.shifts) if packet >= start), 0)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is said of the video stream outside its packets."""
+
+    format: str
+    codec: str
+    frame_bytes: int
+    time_base: float
+    rate: float
+    promised: int
+    length: float
+    stream: int
+    alone: bool
+    aspect: Fraction | None
+    field_order: int
+    alpha: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Packets:
+    """Timestamps (n,) int64 of a stream's packets in the order of the file, MISSING where there is none; shown and corrupt are their flags."""
+
+    pts: np.ndarray
+    dts: np.ndarray
+    shown: np.ndarray
+    corrupt: np.ndarray
 
 
 def file_size(path: Path) -> int:
@@ -46,47 +103,155 @@ def file_size(path: Path) -> int:
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Frames and timestamps of the first video stream; nothing is decoded.
+    """Frames and timestamps of the default video stream; nothing is decoded. Asked again about an unchanged file, it remembers.
 
     Raises:
         RejectedInput: missing, empty, unreadable or truncated file, or no video in it.
     """
     path = Path(path)
     file_size(path)
+    status = os.stat(path)
+    return _probe(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)  # many clips of one file follow each other
+def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise RejectedInput(path, "streams", "no video stream", "remove the file or give one with video")
-            stream = container.streams.video[0]
-            packets = [p for p in container.demux(stream) if p.size]
-            promised, length = stream.frames, _promised_length(container)  # frames: 0 where the format does not say
-            codec, time_base, frame_bytes = stream.codec_context.name, float(stream.time_base or 0), 3 * stream.width * stream.height
+            stream = default_stream(path, container)
+            header = _header(container, stream)
+            packets = _read_packets(container, stream)
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, RejectedInput):
             raise
-        raise RejectedInput(path, "container", _reason(error), "not a readable video; fetch it again or re-encode it") from None
-    stamps = [p.dts if p.pts is None else p.pts for p in packets if not p.is_discard]
-    if not stamps:
+        raise RejectedInput(path, "container", reason(error), "not a readable video; fetch it again or re-encode it") from None
+    pts, counted, shifts = _clock(header, packets)
+    if not len(pts):
         raise RejectedInput(path, "frames", 0, "no frame can be read; the file is truncated or has none, fetch it again")
-    if None in stamps:
-        raise RejectedInput(path, "timestamps", "missing", "re-encode the file, for example to mp4")
-    pts = np.unique(np.array(stamps, dtype=np.int64))
-    times = (pts - pts[0]) * time_base
+    times = (pts - pts[0]) * (1 / header.rate if counted else header.time_base)
     gaps = np.diff(times)
-    info = VideoInfo(path, codec, frame_bytes, pts, times, float(np.median(gaps)) if len(gaps) else 0.0, hidden=len(packets) - len(pts))
-    # DALI would pad what is missing without a word. Players forgive a few frames; a file cut off by a broken download lacks more.
-    damaged = "the file is truncated or damaged; fetch it again"
-    if promised - len(packets) > max(2, 0.05 * promised) or any(p.is_corrupt for p in packets):
-        raise RejectedInput(path, "frames", f"{len(packets)} readable of {promised}", damaged)
-    end = max(times[-1], pts[-1] * time_base) + info.interval
-    if length - end > max(0.05 * length, 1.5 * gaps.max(initial=0.0), 2 * info.interval):
-        raise RejectedInput(path, "duration", f"frames until {end:.3f} s of {length:.3f} s", damaged)
+    info = VideoInfo(
+        path,
+        header.codec,
+        header.frame_bytes,
+        pts,
+        times,
+        float(np.median(gaps)) if len(gaps) else 0.0,
+        len(packets.pts) - len(pts),
+        header.stream,
+        header.alone,
+        header.aspect,
+        header.field_order,
+        header.alpha,
+        counted,
+        shifts,
+        size,
+    )
+    _check_whole(info, header, packets, gaps)
     return info
 
 
-def _promised_length(container: av.container.InputContainer) -> float:
-    """Seconds the header announces; 0 where it does not say for the video alone: sound may run longer than the picture."""
-    return container.duration / av.time_base if container.duration and len(container.streams) == 1 else 0.0
+def default_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    """The video that players show: the one marked default, then the largest; never a cover or thumbnails.
+
+    Raises:
+        RejectedInput: there is none, or none that this FFmpeg decodes.
+    """
+    if not container.streams.video:
+        raise RejectedInput(path, "streams", "no video stream", "remove the file or give one with video")
+    videos = [stream for stream in container.streams.video if not stream.disposition & COVERS]
+    if not videos:
+        raise RejectedInput(path, "streams", "a cover picture, no video", "a song; remove the file or give one with video")
+    known = [stream for stream in videos if stream.codec_context is not None]
+    if not known:
+        raise RejectedInput(path, "codec", "unknown", "this FFmpeg has no decoder for it; re-encode the file, for example to H.264")
+    return max(known, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.width * s.height, -s.index))
+
+
+def _header(container: av.container.InputContainer, stream: av.VideoStream) -> _Header:
+    kinds = container.format.name.split(",")
+    listed = any(kind in COUNTED_FORMATS for kind in kinds)
+    time_base = float(stream.time_base or 0)
+    alone = len(container.streams) == 1
+    # A container's length may be that of its sound; a stream's own is kept by AVI alone (as a number of frames, dropped ones among them).
+    length = container.duration / av.time_base if container.duration and alone else 0.0
+    if "avi" in kinds and stream.duration:
+        length = stream.duration * time_base
+    return _Header(
+        kinds[0],
+        stream.codec_context.codec.canonical_name,
+        3 * stream.width * stream.height,
+        time_base,
+        float(stream.average_rate or stream.guessed_rate or stream.base_rate or 25),
+        stream.frames if listed else 0,
+        length,
+        stream.index,
+        len(container.streams.video) == 1,
+        stream.sample_aspect_ratio,
+        stream.codec_context.field_order,
+        stream.metadata.get("alpha_mode", "0") not in ("", "0"),
+    )
+
+
+def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Packets:
+    rows = []
+    for packet in container.demux(stream):
+        if packet.size:
+            stamps = (MISSING if stamp is None else stamp for stamp in (packet.pts, packet.dts))
+            rows.append((*stamps, not packet.is_discard, packet.is_corrupt))
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    return _Packets(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3] > 0)
+
+
+def _clock(header: _Header, packets: _Packets) -> tuple[np.ndarray, bool, tuple[tuple[int, int], ...]]:
+    """(pts, counted, shifts) of VideoInfo."""
+    stamps = np.where(packets.pts == MISSING, packets.dts, packets.pts)
+    known = (stamps != MISSING) & packets.shown
+    # A recording that begins between key frames has a few packets without a time, which show nothing. Bare streams (.h264) have no time at all.
+    if np.sum(known) < 0.9 * np.sum(packets.shown) - 2:
+        return np.arange(np.sum(packets.shown)), True, ()
+    shifts = _shifts(header, packets, stamps, known)
+    for start, offset in shifts:
+        end = next((later for later, _ in shifts if later > start), len(stamps))
+        stamps[start:end] += np.where(known[start:end], offset, 0)
+    return np.unique(stamps[known]), False, shifts
+
+
+def _shifts(header: _Header, packets: _Packets, stamps: np.ndarray, known: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Where the clock is set back (joined recordings), and what makes the later part follow the earlier."""
+    numbers = np.flatnonzero(packets.dts != MISSING)  # decoding times: they rise throughout a file, where presentation times need not
+    steps = np.diff(packets.dts[numbers])
+    step = int(np.median(steps[steps > 0])) if np.any(steps > 0) else 0
+    jumps = steps * header.time_base < -SET_BACK
+    if header.format == "mpegts":
+        jumps |= steps * header.time_base > GAP
+    starts = numbers[np.flatnonzero(jumps) + 1]
+    shifts: list[tuple[int, int]] = []
+    for k, start in enumerate(starts):
+        begin, end = (starts[k - 1] if k else 0), (starts[k + 1] if k + 1 < len(starts) else len(stamps))
+        earlier, later = stamps[begin:start][known[begin:start]], stamps[start:end][known[start:end]]
+        if len(earlier) and len(later):
+            shifts.append((int(start), int(earlier.max() + (shifts[-1][1] if shifts else 0) + step - later.min())))
+    return tuple(shifts)
+
+
+def _check_whole(info: VideoInfo, header: _Header, packets: _Packets, gaps: np.ndarray) -> None:
+    """
+    Raises:
+        RejectedInput: DALI would pad what is missing without a word. Players forgive a few frames; a file cut off by a broken download lacks more.
+    """
+    damaged = "the file is truncated or damaged; fetch it again"
+    count, corrupt = len(packets.pts), int(packets.corrupt.sum())
+    if header.promised - count > max(2, 0.05 * header.promised):
+        raise RejectedInput(info.path, "frames", f"{count} readable of {header.promised}", damaged)
+    # Broadcasts begin, end and are joined in the middle of packets; elsewhere the last packet is cut because the file is.
+    if corrupt > max(2, 0.05 * count) or (header.format != "mpegts" and corrupt):
+        raise RejectedInput(info.path, "frames", f"{corrupt} of {count} damaged", damaged)
+    end = info.times[-1] + info.interval
+    if not (info.counted or info.shifts):
+        end = max(end, info.pts[-1] * header.time_base + info.interval)
+    if header.length - end > max(0.05 * header.length, 1.5 * gaps.max(initial=0.0), 2 * info.interval):
+        raise RejectedInput(info.path, "duration", f"frames until {end:.3f} s of {header.length:.3f} s", damaged)
 
 
 def choose_frames(info: VideoInfo, frames: int, stride: int = 1, fps: float = 0.0, start: float = 0.0) -> list[int]:
@@ -122,46 +287,5 @@ def choose_frames(info: VideoInfo, frames: int, stride: int = 1, fps: float = 0.
     return chosen.tolist()
 
 
-def decode_with_pyav(info: VideoInfo, indices: list[int]) -> np.ndarray:
-    """The chosen frames as (F, H, W, 3) uint8, rotated as the container asks.
-
-    Raises:
-        RejectedInput: a frame that is missing or damaged.
-    """
-    wanted = [int(info.pts[i]) for i in indices]
-    damaged = f"the {info.codec} stream is damaged; fetch the file again or re-encode it"
-    try:
-        found = _decode_pts(info.path, set(wanted), seek=True)
-        # Seeking may land behind references of the first frames (open GOPs, broken indices); from the start it cannot.
-        if len(found) < len(set(wanted)):
-            found = _decode_pts(info.path, set(wanted), seek=False)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise RejectedInput(info.path, "payload", _reason(error), damaged) from None
-    missing = [i for i, pts in zip(indices, wanted, strict=True) if pts not in found]
-    if missing:
-        raise RejectedInput(info.path, "payload", f"frame {missing[0]} does not decode", damaged)
-    frames = [found[pts] for pts in wanted]
-    if len({frame.shape for frame in frames}) > 1:
-        raise RejectedInput(info.path, "size", "changes within the clip", "choose another start or re-encode the file at one size")
-    return np.ascontiguousarray(np.stack(frames))
-
-
-def _decode_pts(path: Path, wanted: set[int], seek: bool) -> dict[int, np.ndarray]:
-    found: dict[int, np.ndarray] = {}
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        if seek:
-            container.seek(min(wanted), stream=stream, backward=True)
-        for frame in container.decode(stream):
-            if frame.pts in wanted and not frame.is_corrupt:
-                # Bilinear chroma, as DALI does it: the same colours on both routes, at a fifth of bicubic's time.
-                picture = frame.to_ndarray(format="rgb24", interpolation="BILINEAR")
-                found[frame.pts] = np.rot90(picture, frame.rotation // 90)
-                if len(found) == len(wanted):
-                    break
-    return found
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
