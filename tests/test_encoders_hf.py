@@ -435,7 +435,7 @@ def test_datasets_of_format_1_are_as_before(pictures, tmp_path):
     config = EncodeConfig(str(pictures), str(tmp_path / "out"), height=8, width=8, text_width=8)
     info = encode(config, progress=False)
     line = json.loads((tmp_path / "out" / "index.jsonl").read_text().splitlines()[0])
-    assert info["format"] == 1 and set(line) == {"id", "key", "shard", "latent", "text", "meta", "latent_shape", "text_length", "caption"}
+    assert info["format"] == 1 and set(line) == {"id", "key", "shard", "latent", "text", "meta", "latent_shape", "text_length", "caption", "crc32"}
     assert not {"codec_tiling", "text_tokenizer", "text_dtype"} & set(info["settings"])
     dataset = LatentShards(tmp_path / "out")
     assert dataset.pooled_width == 8 and dataset[0].latent.isfinite().all() and encode(config, progress=False) == info

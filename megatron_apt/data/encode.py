@@ -21,8 +21,9 @@ from megatron_apt.data.manifest import Entry, read_entries
 from megatron_apt.data.notes import Notes
 from megatron_apt.data.policy import PixelPolicy
 from megatron_apt.data.rejected import RejectedInput, shown
-from megatron_apt.data.shard_writer import EncodeStopped, OpenShard, ShardWriter, output_named
+from megatron_apt.data.shard_writer import EncodeStopped, OpenShard, ShardWriter, finished_dataset, output_named
 from megatron_apt.data.shards import TOKENIZER
+from megatron_apt.lock import FolderLock
 from megatron_apt.models.codec import VAE_CODECS, PixelCodec, PixelCodecConfig, VaeCodec
 from megatron_apt.models.pipeline_image import ClipImageEncoder, has_image_encoder
 from megatron_apt.models.text import BuiltinTextEncoder, TextEncoder, open_text_encoder, train_sentencepiece
@@ -158,14 +159,28 @@ def _encode(config: EncodeConfig, progress: bool) -> dict:
         console.print(f"{shown(config.source)}: not encoded: {listing.left.described()}", highlight=False, markup=False)
     codec = _codec(config)
     codec.latent_shape(config.frames, config.height, config.width)
-    writer = ShardWriter(config.output, _settings(config, entries))
-    if writer.finished is not None:
-        return writer.finished
+    settings = _settings(config, entries)
+    info = finished_dataset(Path(config.output), settings)
+    if info is not None:
+        return info
+    left = [{"file": shown(config.source), "note": f"not encoded: {listing.left.described()}"}] if listing.left.kinds else []
+    with FolderLock(config.output, "encoding") as lock:
+        info, notes = _write(config, ShardWriter(config.output, settings, lock), entries, codec, left, progress)
+    told = f", {len(notes)} notes in notes.jsonl" if notes else ""
+    console.print(f"{shown(config.output)}: {info['samples']} samples, {info['rejected']} rejected{told}", highlight=False, markup=False)
+    for note, count in Counter(note["note"] for note in notes[len(left) :]).most_common(KINDS_TOLD):
+        console.print(f"  {count} x {note}", highlight=False, markup=False)
+    return info
+
+
+def _write(config: EncodeConfig, writer: ShardWriter, entries: list[Entry], codec, left: list[dict], progress: bool) -> tuple[dict, list[dict]]:
+    """The contents of dataset.json and the notes; `left` are notes of the source as a whole."""
+    if writer.finished is not None:  # by another process, meanwhile
+        return writer.finished, []
     bad = [entry.problem.as_dict() for entry in entries if entry.problem]
     _stop_if_too_many(config, writer, bad, len(entries))
     _stop_if_none(config, writer, bad, len(entries) - len(bad), len(entries))
-    with output_named(writer.folder):
-        text_encoder = _text_encoder(config, writer, entries)
+    text_encoder = _text_encoder(config, writer, entries)
     image_encoder = _image_encoder(config)
     with torch.inference_mode():
         shards = _write_shards(config, writer, entries, codec, text_encoder, image_encoder, progress)
@@ -174,13 +189,7 @@ def _encode(config: EncodeConfig, progress: bool) -> dict:
     if "tokenizer" in text_config:
         text_config["tokenizer"] = TOKENIZER  # relative, so that the folder can be moved
     first_frame = _first_frame(codec, image_encoder) if config.image_to_video else None
-    left = [{"file": shown(config.source), "note": f"not encoded: {listing.left.described()}"}] if listing.left.kinds else []
-    info, notes = writer.finish(shards, codec.config_dict(), text_config, conditions, first_frame, left)
-    told = f", {len(notes)} notes in notes.jsonl" if notes else ""
-    console.print(f"{shown(config.output)}: {info['samples']} samples, {info['rejected']} rejected{told}", highlight=False, markup=False)
-    for note, count in Counter(note["note"] for note in notes[len(left) :]).most_common(KINDS_TOLD):
-        console.print(f"  {count} x {note}", highlight=False, markup=False)
-    return info
+    return writer.finish(shards, codec.config_dict(), text_config, conditions, first_frame, left)
 
 
 def _conditions(config: EncodeConfig, text_encoder: TextEncoder) -> dict[str, Tensor]:
@@ -235,7 +244,8 @@ def _text_encoder(config: EncodeConfig, writer: ShardWriter, entries: Sequence[E
     if config.tokenizer:
         writer.commit(TOKENIZER, _tokenizer_bytes(config))
     elif not file.is_file():
-        train_sentencepiece([entry.caption for entry in entries] + [config.negative_prompt], file, config.vocab_size)
+        with output_named(writer.folder):
+            train_sentencepiece([entry.caption for entry in entries] + [config.negative_prompt], file, config.vocab_size)
     return BuiltinTextEncoder(file, config.text_width)
 
 

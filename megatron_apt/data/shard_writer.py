@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +16,10 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_apt.data.index import ARRAYS, FORMAT, INDEX, POOLED_FORMAT, read_done, read_info
 from megatron_apt.data.rejected import RejectedInput, shown
-from megatron_apt.data.shards import CONDITIONS, FORMAT, POOLED_FORMAT, TOKENIZER, read_info
+from megatron_apt.data.shards import CONDITIONS, TOKENIZER
+from megatron_apt.lock import FolderLock
 from megatron_apt.schema import read_json
 
 
@@ -28,6 +32,7 @@ class ShardWriter:
 
     Args:
         settings: what the bytes depend on, as JSON values. A folder begun with other settings is refused.
+        lock: asked before anything is committed whether the folder is still this process's.
 
     Attributes:
         finished: contents of dataset.json if the folder is complete already, else None.
@@ -36,25 +41,14 @@ class ShardWriter:
         ValueError: other settings (naming the first that differs), or a folder with foreign files.
     """
 
-    def __init__(self, folder: str | Path, settings: dict):
-        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
-        self.finished: dict | None = None
-        with _output_usable(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            empty = not any(self.folder.iterdir())
-        if (self.folder / "dataset.json").is_file():
-            self.finished = read_info(self.folder)
-            self._compare(self.finished["settings"])
-        elif (self.folder / "encode.json").is_file():
-            earlier = read_json(self.folder / "encode.json", dict, remedy="delete the folder and encode again")
-            if any(self.folder.glob("shard-*.done")) or not self._other_entries(earlier):
-                self._compare(earlier)
-            else:
+    def __init__(self, folder: str | Path, settings: dict, lock: FolderLock | None = None):
+        self.folder, self.settings, self._lock = Path(folder), json.loads(json.dumps(settings)), lock
+        self.finished = finished_dataset(self.folder, self.settings)
+        if self.finished is None:
+            with _output_usable(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            if _earlier(self.folder) != self.settings:
                 self._begin()
-        elif not empty:
-            raise ValueError(f"{shown(self.folder)} is not empty and was not begun by `megatron-apt encode`; give an empty or new folder as output")
-        else:
-            self._begin()
 
     def _begin(self) -> None:
         """Also anew, where the inputs have been mended before anything was encoded."""
@@ -62,24 +56,14 @@ class ShardWriter:
             (self.folder / TOKENIZER).unlink(missing_ok=True)
         self.commit("encode.json", _json_bytes(self.settings))
 
-    def _other_entries(self, earlier: dict) -> bool:
-        return {**earlier, "entries": None} == {**self.settings, "entries": None}
-
-    def _compare(self, earlier: dict) -> None:
-        for field in dict.fromkeys((*earlier, *self.settings)):
-            before, now = earlier.get(field), self.settings.get(field)
-            if before != now:
-                raise ValueError(
-                    f"{shown(self.folder)}: was begun with {field}={before!r}, now {field}={now!r}; "
-                    "give the same settings, another output folder, or delete this one"
-                )
-
     def done(self, shard: int) -> dict | None:
         """{"index": [...], "rejected": [...], "notes": [...]} of a finished shard, else None."""
         file = self.folder / f"shard-{shard:05d}.done"
         if not file.is_file():
             return None
-        return {"notes": [], **json.loads(file.read_text(encoding="utf-8"))}
+        done, tar = read_done(file), self.folder / f"shard-{shard:05d}.tar"
+        end = max((sum(line["meta"]) for line in done["index"]), default=0)
+        return done if tar.is_file() and tar.stat().st_size >= end else None  # without its tar file it is not finished
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator["OpenShard"]:
@@ -99,6 +83,7 @@ class ShardWriter:
                 opened.close()
                 file.flush()
                 os.fsync(file.fileno())
+                self._check_lock()
                 os.replace(temporary, self.folder / name)
             self.commit(f"shard-{number:05d}.done", _json_bytes(opened.done))
         finally:
@@ -138,8 +123,9 @@ class ShardWriter:
             "conditions": CONDITIONS,
             **({} if first_frame is None else {"first_frame": first_frame}),
             "settings": self.settings,
+            "index_sha256": hashlib.sha256(lines := _jsonl_bytes(index)).hexdigest(),
         }
-        self.commit("index.jsonl", _jsonl_bytes(index))
+        self.commit(INDEX, lines)
         self.write_rejected(rejected)
         if notes:
             self.commit("notes.jsonl", _jsonl_bytes(notes))
@@ -155,6 +141,7 @@ class ShardWriter:
 
     def commit(self, name: str, data: bytes) -> None:
         """Writes a file so that a crash leaves the old one or the new one, whole."""
+        self._check_lock()
         temporary = self.folder / f"{name}.tmp"
         with output_named(self.folder):
             try:
@@ -171,6 +158,47 @@ class ShardWriter:
                 os.fsync(directory)
             finally:
                 os.close(directory)
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
+
+
+def finished_dataset(folder: Path, settings: dict) -> dict | None:
+    """The contents of dataset.json if the folder is complete already; None if it is new, or was begun with these settings. Writes nothing.
+
+    Raises:
+        ValueError: other settings (naming the first that differs), or a folder with foreign files.
+    """
+    with _output_usable(folder):
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if "dataset.json" in names:
+        info = read_info(folder)
+        _compare(folder, info["settings"], settings)
+        return info
+    earlier = _earlier(folder)
+    if earlier is None and any(not name.startswith(".lock") for name in names):
+        raise ValueError(f"{shown(folder)} is not empty and was not begun by `megatron-apt encode`; give an empty or new folder as output")
+    mended = {**(earlier or {}), "entries": None} == {**settings, "entries": None} and not any(name.endswith(".done") for name in names)
+    if earlier is not None and not mended:
+        _compare(folder, earlier, settings)
+    return None
+
+
+def _earlier(folder: Path) -> dict | None:
+    """The settings that the folder was begun with."""
+    file = folder / "encode.json"
+    return read_json(file, dict, remedy="delete the folder and encode again") if file.is_file() else None
+
+
+def _compare(folder: Path, earlier: dict, settings: dict) -> None:
+    for field in dict.fromkeys((*earlier, *settings)):
+        before, now = earlier.get(field), settings.get(field)
+        if before != now:
+            raise ValueError(
+                f"{shown(folder)}: was begun with {field}={before!r}, now {field}={now!r}; "
+                "give the same settings, another output folder, or delete this one"
+            )
 
 
 class OpenShard:
@@ -191,12 +219,15 @@ class OpenShard:
 
     def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, **others: Tensor | None) -> None:
         """Appends a sample; key is its unique name, without dots (WebDataset cuts names at the first), `others` are further arrays of ARRAYS."""
-        line = {"key": key, "shard": self.name}
+        line, sums = {"key": key, "shard": self.name}, {}
         for name, array in {"latent": latent, "text": text, **others}.items():
             if array is not None:
-                line[name] = self._member(f"{key}.{name}.npy", _npy_bytes(array))
+                data = _npy_bytes(array)
+                sums[name] = zlib.crc32(data)
+                line[name] = self._member(f"{key}.{name}.npy", data)
         line["meta"] = self._member(f"{key}.json", _json_bytes({"key": key, "caption": caption, **meta}))
         self.index.append({**line, "latent_shape": list(latent.shape), "text_length": len(text), "caption": caption})
+        self.index[-1]["crc32"] = [sums[name] for name in ARRAYS if name in sums]
 
     def reject(self, rejected: RejectedInput) -> None:
         self.rejected.append(rejected.as_dict())

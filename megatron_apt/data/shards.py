@@ -1,7 +1,8 @@
 """Latent shards: the encoded dataset on disk, its writer and its reader.
 
     dataset.json            what was encoded and how; written last, so a folder without it is unfinished
-    index.jsonl             one line per sample: id, key, shard, [offset, size] of each member, latent shape, text length, caption
+    index.jsonl             one line per sample: id, key, shard, [offset, size] of each member, latent shape, text length, caption,
+                            CRC-32 of the arrays in the order of ARRAYS
     shard-00000.tar         WebDataset: {key}.latent.npy (C, F, H, W) and {key}.text.npy (L, E), both float32, and {key}.json
                             with format 2 also {key}.pooled.npy (P,) float32, the text encoder's vector for the whole caption
                             for image-to-video also {key}.given.npy (C', F, H, W), the mask and the latents of the first frame, and, if there
@@ -10,31 +11,33 @@
                             with format 2 also "null_pooled" and "negative_pooled"
     tokenizer.model         sentencepiece model of the built-in text encoder, so that new prompts can be encoded
     rejected.jsonl          inputs that did not become samples: file, field, value, remedy
+    notes.jsonl             only if there are any: what is worth knowing of inputs that did: file, note
 
-While encoding, encode.json holds the settings and shard-*.done the index lines of each finished shard.
+While encoding, encode.json holds the settings and shard-*.done the index lines, rejected inputs and notes of each finished shard.
 """
 
 import io
-import json
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_apt.data.index import AGAIN, ARRAYS, BLOCK, IndexLine, Place, read_index, read_info
+from megatron_apt.data.rejected import shown
 from megatron_apt.models.codec import load_codec
 from megatron_apt.models.pipeline_image import ClipImageEncoder, load_image_encoder
 from megatron_apt.models.text import load_text_encoder
 
-FORMAT, POOLED_FORMAT = 1, 2  # a reader of format 1 alone would take means for the pooled vectors it does not know
-ARRAYS = ("latent", "text", "pooled", "given", "image")  # of a sample; only the first two are in every dataset
 TOKENIZER = "tokenizer.model"
 CONDITIONS = "conditions.safetensors"
-AGAIN = "copy the folder again or encode again"
 
 
 class FirstFrame(NamedTuple):
@@ -85,23 +88,22 @@ class LatentShards:
         cache_bytes: datasets up to this size are kept in memory as they are read; 0 turns it off.
 
     Raises:
-        FileNotFoundError, ValueError: folder, index or shard missing, unfinished, of another format, or truncated.
+        FileNotFoundError, ValueError: folder, index or shard missing, unfinished, empty, of another format, truncated, or not of one encoding.
     """
 
     def __init__(self, path: str | Path, cache_bytes: int = 256 << 20):
         self.path = Path(path)
         self.info = read_info(self.path)
-        self._index = _read_index(self.path, self.info["samples"])
-        self.captions = [line["caption"] for line in self._index]
-        self.shapes = [tuple(line["latent_shape"]) for line in self._index]
-        self._check_shards()
-        conditions = load_file(self.path / self.info["conditions"])
+        self._index = read_index(self.path, self.info)
+        self.captions = [line.caption for line in self._index]
+        self.shapes = [line.latent_shape for line in self._index]
+        conditions = _read_conditions(self.path / self.info["conditions"])
         self.null_text, self.negative_text = conditions["null"], conditions["negative"]
         self.null_pooled, self.negative_pooled = conditions.get("null_pooled"), conditions.get("negative_pooled")
         first = self.info.get("first_frame", {})
         self.given_channels: int = first.get("channels", 0)
         self.image_shape: tuple[int, int] | None = tuple(first["image"]) if "image" in first else None
-        total = sum(line[member][1] for line in self._index for member in ARRAYS if member in line)
+        total = sum(size for line in self._index for _, size in line.places())
         self._cache: dict[int, Sample] | None = {} if total <= cache_bytes else None
 
     def __len__(self) -> int:
@@ -135,76 +137,92 @@ class LatentShards:
         """The text encoder the embeddings were made with."""
         config = dict(self.info["text_encoder"])
         if "tokenizer" in config:
-            config["tokenizer"] = str(self.path / config["tokenizer"])
+            if config["tokenizer"] != TOKENIZER:
+                raise ValueError(f"{self.path}/dataset.json: text_encoder.tokenizer={config['tokenizer']!r}, but it is {TOKENIZER!r}; {AGAIN}")
+            config["tokenizer"] = str(self.path / TOKENIZER)
         return load_text_encoder(config, device)
 
     def image_encoder(self, device: str = "cpu") -> ClipImageEncoder | None:
         """The image encoder of the first frames, or None without."""
         return None if self.image_shape is None else load_image_encoder(self.info["first_frame"]["image_encoder"], device)
 
-    def _check_shards(self) -> None:
-        ends: dict[str, int] = {}
-        for line in self._index:
-            members = [sum(line[member]) for member in (*ARRAYS, "meta") if member in line]
-            ends[line["shard"]] = max(ends.get(line["shard"], 0), *members)
-        for shard, end in ends.items():
-            file = self.path / shard
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} does not exist, but index.jsonl names it; copy it there or encode again")
-            size = file.stat().st_size
-            if size < end:
-                raise ValueError(f"{file} is truncated: it ends at byte {size}, index.jsonl has data up to {end}; {AGAIN}")
-
     def _read(self, index: int) -> Sample:
         line, latent = self._index[index], self.shapes[index]
-        shapes: dict[str, tuple[int, ...]] = {"latent": latent, "text": (line["text_length"], self.null_text.shape[1])}
+        shapes: dict[str, tuple[int, ...]] = {"latent": latent, "text": (line.text_length, self.null_text.shape[1])}
         if self.null_pooled is not None:
             shapes["pooled"] = (self.pooled_width,)
         if self.given_channels:
             shapes["given"] = (self.given_channels, *latent[1:])
         if self.image_shape is not None:
             shapes["image"] = self.image_shape
-        with open(self.path / line["shard"], "rb") as file:
-            return Sample(id=index, caption=line["caption"], **{name: _read_array(file, line[name], shape) for name, shape in shapes.items()})
-
-
-def read_info(folder: Path) -> dict:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; write it with `megatron-apt encode`")
-    file = folder / "dataset.json"
-    if not file.is_file():
-        remedy = "give a folder written by `megatron-apt encode`"
-        if (folder / "encode.json").is_file():
-            remedy = "its encoding was interrupted, run the same `megatron-apt encode` again"
-        raise FileNotFoundError(f"{file} does not exist; {remedy}")
-    info = json.loads(file.read_text(encoding="utf-8"))
-    if info.get("format") not in (FORMAT, POOLED_FORMAT):
-        raise ValueError(f"{file}: format={info.get('format')}, this version reads {FORMAT} and {POOLED_FORMAT}; encode the dataset again")
-    return info
-
-
-def _read_index(folder: Path, samples: int) -> list[dict]:
-    file = folder / "index.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; copy it there or encode again")
-    lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        file = self.path / line.shard
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: {error}; {AGAIN}") from None
-    if len(lines) != samples:
-        raise ValueError(f"{file}: {len(lines)} samples, dataset.json says {samples}: the two are not of one encoding; {AGAIN}")
-    return lines
+            with open(file, "rb") as stream:
+                arrays = {name: _read_member(stream, line, name, shape) for name, shape in shapes.items()}
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror or error}; {AGAIN}") from None
+        return Sample(id=index, caption=line.caption, **arrays)
 
 
-def _read_array(file: io.BufferedReader, place: list[int], shape: tuple[int, ...]) -> Tensor:
+def _read_conditions(file: Path) -> dict[str, Tensor]:
+    """The contents of conditions.safetensors.
+
+    Raises:
+        ValueError: missing, damaged, or not what encode writes.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; {AGAIN}")
+    try:
+        found = load_file(file)
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file}: no readable safetensors file ({error}); {AGAIN}") from None
+    missing = [name for name in ("null", "negative") if name not in found]
+    if missing or ("null_pooled" in found) != ("negative_pooled" in found):
+        raise ValueError(f"{file}: holds {sorted(map(shown, found))[:8]}, needed are null and negative, and both pooled or none; {AGAIN}")
+    for name, tensor in found.items():
+        other = found["null_pooled" if name.endswith("_pooled") else "null"]
+        rows = len(tensor) == 1 if name.endswith("_pooled") else tensor.ndim == 2 and len(tensor) > 0
+        if tensor.dtype != torch.float32 or tensor.ndim != 2 or not rows or tensor.shape[1] != other.shape[1] or not tensor.isfinite().all():
+            what = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+            raise ValueError(f"{file}: {shown(name)} is {what}, expected finite float32 rows, as wide as those of the empty caption; {AGAIN}")
+    return found
+
+
+def _read_member(file: io.BufferedReader, line: IndexLine, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One array of a sample, checked: against the member's name in the tar file, the shape, and the sum if the index has one."""
+    place: Place | None = getattr(line, name)
+    if place is None:
+        raise ValueError(f"{file.name}: sample {line.key} has no {name}, but dataset.json or {CONDITIONS} says that all have; {AGAIN}")
+    file.seek(place[0] - BLOCK)
+    header = file.read(BLOCK)
+    if header[:100].rstrip(b"\0") != f"{line.key}.{name}.npy".encode():
+        if len(header.strip(b"\0")) == 0:
+            raise ValueError(f"{file.name}, offset {place[0]}: no readable array (zeros), the shard is damaged; {AGAIN}")
+        raise ValueError(f"{file.name}, offset {place[0]}: holds {shown(repr(header[:40]))}, index.jsonl says {line.key}.{name}.npy; {AGAIN}")
+    there = [other for other in ARRAYS if getattr(line, other) is not None]
+    array = _read_array(file, place, shape, None if line.crc32 is None else line.crc32[there.index(name)])
+    if line.crc32 is None and not array.isfinite().all():
+        raise ValueError(f"{file.name}, offset {place[0]}: {line.key}.{name}.npy holds NaN or infinity, the shard is damaged; {AGAIN}")
+    return array
+
+
+def _read_array(file: io.BufferedReader, place: Place, shape: tuple[int, ...], crc32: int | None = None) -> Tensor:
+    """A .npy file inside another. Its own header is believed only where it says what is expected, so that it allocates nothing."""
     offset, size = place
     file.seek(offset)
+    data = bytearray(size)
+    damaged = f"{file.name}, offset {offset}: no readable array"
+    if file.readinto(data) != size:
+        raise ValueError(f"{damaged} (the file ends before it does), the shard is damaged; {AGAIN}")
+    stream = io.BytesIO(data)
     try:
-        array = np.load(io.BytesIO(file.read(size)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file.name}, offset {offset}: no readable array ({error}), the shard is damaged; {AGAIN}") from None
-    if array.shape != shape or array.dtype != np.float32:
-        raise ValueError(f"{file.name}, offset {offset}: {array.dtype} {array.shape}, index.jsonl says float32 {shape}; {AGAIN}")
-    return torch.from_numpy(array)
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        found, fortran, dtype = read_header(stream)
+    except (ValueError, EOFError, OSError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{damaged} ({error}), the shard is damaged; {AGAIN}") from None
+    if found != shape or dtype != np.float32 or fortran or size - stream.tell() != 4 * math.prod(shape):
+        raise ValueError(f"{file.name}, offset {offset}: {dtype} {found} in {size} bytes, index.jsonl says float32 {shape}; {AGAIN}")
+    if crc32 is not None and zlib.crc32(data) != crc32:
+        raise ValueError(f"{file.name}, offset {offset}: not what was written there (CRC-32), the shard is damaged; {AGAIN}")
+    return torch.frombuffer(data, dtype=torch.float32, offset=stream.tell()).reshape(shape)
