@@ -1,6 +1,5 @@
 """What a Hugging Face family is to the rest of the package: its configuration and its weights, both ways."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,12 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
+from megatron_apt.models.weight_files import printable
 from megatron_apt.parallel.mesh import Mesh
 
 # Fields of config.json whose null means something: as many as in_channels, or none.
 _NULLABLE = ("out_channels", "image_dim", "dual_attention_layers")
+_LARGEST = 10**7  # of any number in a config.json: above what models have, and small enough for their products
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def only(config: dict, architecture: str, **values) -> None:
     """
     for field, accepted in values.items():
         accepted = accepted if isinstance(accepted, tuple) else (accepted,)
-        if (found := config.get(field, accepted[0])) not in accepted:
-            raise ValueError(f"config.json: {field}={found!r} of a {architecture} is not supported; it can be {' or '.join(map(repr, accepted))}")
+        found = config.get(field, accepted[0])
+        if not any(type(found) is type(value) and found == value for value in accepted):
+            wanted = " or ".join(map(repr, accepted))
+            raise ValueError(f"config.json: {field}={_shown(found)} of a {architecture} is not supported; it can be {wanted}")
 
 
 def whole(config: dict, architecture: str, **lengths: int) -> None:
@@ -111,16 +114,33 @@ def whole(config: dict, architecture: str, **lengths: int) -> None:
         value, wanted = config[field], "a whole number" if length == 1 else f"{length or 'a list of'} whole numbers"
         parts = [value] if length == 1 else value
         if not isinstance(parts, list | tuple) or (length and len(parts) != length) or any(type(part) is not int for part in parts):
-            raise ValueError(f"config.json: {field}={value!r} of a {architecture} must be {wanted}")
+            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be {wanted}")
+        if any(not 0 <= part <= _LARGEST for part in parts):
+            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be from 0 to {_LARGEST}")
 
 
 def positive(config: dict, architecture: str, *fields: str) -> None:
-    """Stops at a field of config.json that is no finite number above 0. Missing ones pass.
+    """Stops at a field of config.json that is no number above 0, or one that no model has. Missing ones pass.
 
     Raises:
         ValueError: naming field and value.
     """
     for field in fields:
         value = config.get(field, 1)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"config.json: {field}={value!r} of a {architecture} must be a positive number")
+        if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be a positive number up to {_LARGEST}")
+
+
+def flags(config: dict, architecture: str, *fields: str) -> None:
+    """Stops at a field of config.json that is neither true nor false. Missing ones pass.
+
+    Raises:
+        ValueError: naming field and value.
+    """
+    for field in fields:
+        if type(value := config.get(field, True)) is not bool:
+            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be true or false")
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, only, whole
+from megatron_apt.convert.family import Family, Inputs, flags, only, whole
 from megatron_apt.convert.hunyuan import double_blocks, single_blocks, two_layers
 from megatron_apt.convert.weights import ByHead, Reordered, Rule, layer
 from megatron_apt.models.config import FluxConfig, ModelConfig, flux_dev
@@ -17,6 +17,7 @@ _CLASS, _PATCH = "FluxTransformer2DModel", (1, 2, 2)
 def _read(config: dict) -> ModelConfig:
     whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
     whole(config, _CLASS, num_single_layers=1, joint_attention_dim=1, pooled_projection_dim=1, axes_dims_rope=3)
+    flags(config, _CLASS, "guidance_embeds")
     only(config, _CLASS, patch_size=1)
     heads, channels = config["num_attention_heads"], config["in_channels"]
     out = config.get("out_channels") or channels

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, only, positive, whole
+from megatron_apt.convert.family import Family, Inputs, flags, only, positive, whole
 from megatron_apt.convert.weights import ByHead, ColumnsByHead, Reordered, Rule, Stacked, View, joined, layer
 from megatron_apt.models.config import HunyuanConfig, ModelConfig, hunyuan_video
 
@@ -18,6 +18,7 @@ def _read(config: dict) -> ModelConfig:
     whole(config, _CLASS, num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1)
     positive(config, _CLASS, "mlp_ratio", "rope_theta")
     whole(config, _CLASS, text_embed_dim=1, pooled_projection_dim=1, rope_axes_dim=3)
+    flags(config, _CLASS, "guidance_embeds")
     only(config, _CLASS, qk_norm="rms_norm", image_condition_type=None)
     heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
     out, patch = config.get("out_channels") or channels, config["patch_size"]

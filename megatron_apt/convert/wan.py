@@ -5,17 +5,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, only, whole
+from megatron_apt.convert.family import Family, Inputs, flags, only, whole
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, Rule, Stacked, View, joined, layer
 from megatron_apt.models.config import ModelConfig, WanConfig, wan_1_3b
 from megatron_apt.models.embeddings import patch_grid
 
 _CLASS = "WanTransformer3DModel"
+_LONGEST = 2**16  # positions of a side that diffusers keeps angles for
 
 
 def _read(config: dict) -> ModelConfig:
     whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
     whole(config, _CLASS, patch_size=3, ffn_dim=1, text_dim=1, image_dim=1, rope_max_seq_len=1)
+    flags(config, _CLASS, "cross_attn_norm")
+    if config.get("rope_max_seq_len", 0) > _LONGEST:
+        raise ValueError(f"config.json: rope_max_seq_len={config['rope_max_seq_len']} of a {_CLASS} must be at most {_LONGEST}")
     only(config, _CLASS, qk_norm="rms_norm_across_heads", eps=1e-6, freq_dim=256, pos_embed_seq_len=None)
     heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
     out, image = config.get("out_channels") or channels, config.get("image_dim") or 0

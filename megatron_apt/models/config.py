@@ -2,7 +2,47 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
+
+_DEEPEST, _WIDEST = 10**4, 10**6  # of which no honest model comes near; beyond them shapes overflow, and loops over blocks take for ever
+
+
+def _whole(config: object, where: str, low: int, high: int, *names: str) -> None:
+    """Raises ValueError for a field that is no whole number from low to high."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{where}{name}={value!r}: must be a whole number")
+        if value < low:
+            raise ValueError(f"{where}{name}={value}: must {f'be at least {low}' if low else 'not be negative'}")
+        if value > high:
+            raise ValueError(f"{where}{name}={value if value < 2**64 else 'of many digits'}: must be at most {high}")
+
+
+def _tuples(config: object, where: str, **lengths: int | None) -> None:
+    """Raises ValueError for a field that is no tuple of so many whole numbers (None: any number of them)."""
+    for name, length in lengths.items():
+        value = getattr(config, name)
+        whole = isinstance(value, tuple) and all(isinstance(part, int) and not isinstance(part, bool) for part in value)
+        if not whole or (length is not None and len(value) != length):
+            raise ValueError(f"{where}{name}={value!r}: must be {'a list of' if length is None else length} whole numbers")
+        if any(not abs(part) <= _WIDEST for part in value):
+            raise ValueError(f"{where}{name}={value if max(value) < 2**64 else 'of many digits'}: must be at most {_WIDEST}")
+
+
+def _choices(config: object, where: str, *names: str) -> None:
+    """Raises ValueError for a field whose value is none of those that its type lists, or is no bool where it is one."""
+    hints = get_type_hints(type(config))
+    for name in names:
+        value, choices = getattr(config, name), get_args(hints[name]) or (True, False)
+        if not isinstance(value, type(choices[0])) or value not in choices:
+            raise ValueError(f"{where}{name}={value!r}: use {', '.join(map(repr, choices))}")
+
+
+def _number(value: object, name: str, low: float) -> None:
+    """Raises ValueError for what is no finite number of at least low."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: must be a finite number, {'not negative' if low == 0 else f'at least {low:g}'}")
 
 
 @dataclass(frozen=True)
@@ -21,11 +61,9 @@ class Fp8Config:
     """delayed: powers of two of headroom."""
 
     def __post_init__(self):
-        for name in ("bf16_first", "bf16_last", "margin"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.fp8.{name}={getattr(self, name)}: must not be negative")
-        if self.history < 1:
-            raise ValueError(f"model.fp8.history={self.history}: must be at least 1")
+        _whole(self, "model.fp8.", 0, _DEEPEST, "bf16_first", "bf16_last", "margin")
+        _whole(self, "model.fp8.", 1, _WIDEST, "history")
+        _choices(self, "model.fp8.", "recipe")
 
     @property
     def row_multiple(self) -> int:
@@ -46,6 +84,10 @@ class WanConfig:
     """A clip's first latent frame is given: clean and at time 0 among the noisy ones (Wan2.2 TI2V as image to video). The weights are those of text
     to video, so this is a recipe's choice. Samples of one frame are pictures, generated from text."""
 
+    def __post_init__(self):
+        _choices(self, "model.wan.", "cross_norm", "first_frame")
+        _whole(self, "model.wan.", 0, _WIDEST, "image_width", "image_tokens")
+
 
 @dataclass(frozen=True)
 class Sd3Config:
@@ -63,9 +105,10 @@ class Sd3Config:
     """Blocks (from 0) in which visual tokens also attend to each other alone (3.5 medium)."""
 
     def __post_init__(self):
-        for name in ("pooled_width", "position_size", "sample_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.sd3.{name}={getattr(self, name)}: must be at least 1")
+        _whole(self, "model.sd3.", 1, _WIDEST, "pooled_width")
+        _whole(self, "model.sd3.", 1, _DEEPEST, "position_size", "sample_size")
+        _choices(self, "model.sd3.", "qk_norm")
+        _tuples(self, "model.sd3.", dual_layers=None)
 
 
 @dataclass(frozen=True)
@@ -82,11 +125,10 @@ class SingleStreamConfig:
     """The scale of guidance that the model is told, which its pipeline calls guidance_scale; 0: a model without that input."""
 
     def __post_init__(self):
-        for name in ("double_blocks", "guidance"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
-        if self.pooled_width < 1:
-            raise ValueError(f"pooled_width={self.pooled_width}: must be at least 1")
+        _whole(self, "", 0, _DEEPEST, "double_blocks")
+        _whole(self, "", 1, _WIDEST, "pooled_width")
+        _number(self.guidance, "guidance", 0)
+        _tuples(self, "", rope_axes=3)
         if any(axis < 2 or axis % 2 for axis in self.rope_axes):
             raise ValueError(f"rope_axes={self.rope_axes}: each must be even and at least 2, because pairs of numbers turn")
 
@@ -110,8 +152,7 @@ class HunyuanConfig(SingleStreamConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.refiner_blocks < 0:
-            raise ValueError(f"refiner_blocks={self.refiner_blocks}: must not be negative")
+        _whole(self, "", 0, _DEEPEST, "refiner_blocks")
 
 
 @dataclass(frozen=True)
@@ -152,12 +193,7 @@ class ModelConfig:
     hunyuan: HunyuanConfig = HunyuanConfig()
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "mlp_ratio", "latent_channels", "text_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("mlp_width", "condition_channels"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must not be negative")
+        self._check_fields()
         if self.family == "wan" and (self.modulation != "single" or self.pooled_text):
             raise ValueError(
                 f"model.family='wan' has model.modulation='single' and no model.pooled_text; here they are {self.modulation!r} and {self.pooled_text}"
@@ -176,6 +212,17 @@ class ModelConfig:
             raise ValueError(f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even head size of at least 6")
         if self.single_stream is not None:
             self._check_single_stream(self.single_stream)
+
+    def _check_fields(self) -> None:
+        """Each by itself."""
+        _whole(self, "model.", 1, _DEEPEST, "depth")
+        _whole(self, "model.", 1, _WIDEST, "width", "heads", "mlp_ratio", "latent_channels", "text_width")
+        _whole(self, "model.", 0, _WIDEST, "mlp_width", "condition_channels")
+        _tuples(self, "model.", patch=3)
+        if max(self.patch) > _DEEPEST or self.mlp > 10 * _WIDEST:
+            raise ValueError(f"model.patch={self.patch}, MLPs {self.mlp} wide: no side is above {_DEEPEST}, and no MLP wider than {10 * _WIDEST}")
+        _choices(self, "model.", "family", "modulation", "pooled_text", "last_block_text", "dtype", "recompute")
+        _number(self.rope_theta, "model.rope_theta", 1e-6)
 
     def _check_sd3(self) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:
