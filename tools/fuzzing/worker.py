@@ -121,7 +121,7 @@ def _paths() -> str:
 
 def _stack(log: Path) -> str:
     """Where the process was: the end of what faulthandler wrote."""
-    lines = log.read_bytes()[-6000:].decode(errors="replace").splitlines()
+    lines = log.read_bytes()[-30_000:].decode(errors="replace").splitlines()
     frames = [line.strip() for line in lines if line.strip().startswith("File ")]
     ours = [line for line in frames if "megatron_apt" in line and "cli.py" not in line] or frames
     return " < ".join(line.split("/")[-1].replace('"', "") for line in ours[:4])
@@ -150,7 +150,7 @@ def serve(root: Path, scratch: Path, seed: int, limit: float) -> None:
     os.dup2(2, 1)  # what libraries print goes to the log
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))
     for line in sys.stdin:
         answers.write(json.dumps(_answer(json.loads(line), root, scratch, seed, limit)).encode() + b"\n")
         answers.flush()
