@@ -175,7 +175,7 @@ def default_stream(path: Path, container: av.container.InputContainer) -> av.Vid
     known = [stream for stream in videos if stream.codec_context is not None]
     if not known:
         raise RejectedInput(path, "codec", "unknown", "this FFmpeg has no decoder for it; re-encode the file, for example to H.264")
-    return max(known, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.width * s.height, -s.index))
+    return max(known, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.width * s.height, s.frames != 1, -s.index))
 
 
 def _header(container: av.container.InputContainer, stream: av.VideoStream) -> _Header:
