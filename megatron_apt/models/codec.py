@@ -8,10 +8,13 @@ clips into whole groups, F = k * temporal, where no latent frame has components 
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
 from torch import Tensor
 
+from megatron_apt import schema
 from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601; the weights sum to 1, so a grey picture keeps its value
@@ -209,14 +212,59 @@ class VaeCodec:
         return self.vae.decode(raw).sample
 
 
+_Side = Annotated[int, msgspec.Meta(ge=1, le=256)]  # pixels that become one
+
+
+class _WanFields(msgspec.Struct):
+    z_dim: schema.Positive
+    temperal_downsample: list[bool]  # spelt so in diffusers
+    dim_mult: list[schema.Positive]
+    latents_mean: list[float]
+    latents_std: list[float]
+    patch_size: _Side | None = None
+
+
+class _HunyuanFields(msgspec.Struct):
+    latent_channels: schema.Positive
+    scaling_factor: float
+    temporal_compression_ratio: _Side
+    spatial_compression_ratio: _Side
+
+
+class _KlFields(msgspec.Struct):
+    latent_channels: schema.Positive
+    block_out_channels: list[schema.Positive]
+    scaling_factor: float
+    shift_factor: float | None = None
+
+
+def _fields(config, kind: type, folder: Path):
+    """What a codec reads of a VAE's config.json.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    fields = schema.convert(dict(config), kind, f"{folder}/config.json", remedy="download it again")
+    for name in ("scaling_factor", "latents_std", "shift_factor", "latents_mean"):
+        value = getattr(fields, name, None)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        divides = name in ("scaling_factor", "latents_std")
+        if any(not math.isfinite(number) or (divides and number <= 0) for number in values):
+            raise ValueError(f"{folder}/config.json: {name}={value}: must be {'above 0' if divides else 'finite'}; download it again")
+        if isinstance(value, list) and len(value) != fields.z_dim:
+            raise ValueError(f"{folder}/config.json: {name} has {len(value)} numbers, z_dim={fields.z_dim}; download it again")
+    return fields
+
+
 class WanCodec(VaeCodec):
     """AutoencoderKLWan: videos; (x - latents_mean) / latents_std per channel."""
 
     kind, class_name = "wan", "AutoencoderKLWan"
 
     def _read(self, folder: Path, config) -> None:
+        config = _fields(config, _WanFields, folder)
         self.latent_channels = config.z_dim
-        self._temporal = 2 ** sum(config.temperal_downsample)  # spelt so in diffusers
+        self._temporal = 2 ** sum(config.temperal_downsample)
         self._patch = config.patch_size or 1  # Wan2.2's TI2V folds 2 x 2 pixels into channels first
         self._spatial = 2 ** (len(config.dim_mult) - 1) * self._patch
         self._mean, self._std = (torch.tensor(v, device=self.device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
@@ -274,6 +322,10 @@ class HunyuanCodec(VaeCodec):
     kind, class_name = "hunyuan", "AutoencoderKLHunyuanVideo"
 
     def _read(self, folder: Path, config) -> None:
+        config = _fields(config, _HunyuanFields, folder)
+        for name in ("temporal_compression_ratio", "spatial_compression_ratio"):
+            if (ratio := getattr(config, name)).bit_count() != 1:
+                raise ValueError(f"{folder}/config.json: {name}={ratio}: must be a power of 2; download it again")
         self.latent_channels, self._scale = config.latent_channels, config.scaling_factor
         self._temporal, self._spatial = config.temporal_compression_ratio, config.spatial_compression_ratio
 
@@ -299,6 +351,7 @@ class KlCodec(VaeCodec):
     def _read(self, folder: Path, config) -> None:
         if config.latents_mean is not None or config.latents_std is not None:
             raise ValueError(f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and scaling_factor only")
+        config = _fields(config, _KlFields, folder)
         self.latent_channels = config.latent_channels
         self._temporal, self._spatial = 1, 2 ** (len(config.block_out_channels) - 1)
         self._shift, self._scale = config.shift_factor or 0.0, config.scaling_factor

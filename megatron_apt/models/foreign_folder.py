@@ -24,7 +24,9 @@ _ACTIVE = re.compile(
     r".*_file|(base_model_)?[tpe]p_plan|_name_or_path|_commit_hash|name_or_path"
 )
 _LOOPS = re.compile(r"layers|blocks|depth")  # in names of fields that say how often something is built
+_NEEDED = ("num_layers", "num_hidden_layers", "layers_per_block", "num_res_blocks")
 _COUNTS = re.compile(r"(^|_)num_")  # in those of other counts, by which lists are made
+_NUMBER = re.compile(r"\d+")
 _MOST = 1024  # of anything counted, where the files hold fewer tensors
 _FLOATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # whole numbers are positions, and the like
 TOKENIZER_LINKS = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")
@@ -77,6 +79,11 @@ def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dty
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{folder}: the weights of {model_class.__name__} lack {missing[0]}{more}; download them again")
+    known = {_NUMBER.sub("#", name) for name in model.state_dict()}
+    if beyond := sorted(name for name in info["unexpected_keys"] if _NUMBER.sub("#", name) in known):
+        raise ValueError(
+            f"{folder}/config.json: asks for fewer layers than there are: the weights have {printable(beyond[0])} too; download it again"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -131,13 +138,24 @@ def _passive(value: object) -> object:
 @contextmanager
 def _explained(failure: str, staged: Path, folder: Path) -> Iterator[None]:
     """Whatever a library raises over a file, as one message; tokenizers' panics are no Exception even."""
+    with explained(failure, str(staged), str(folder)):
+        yield
+
+
+@contextmanager
+def explained(failure: str, place: str = "", called: str = "", remedy: str = "download it again") -> Iterator[None]:
+    """Whatever a library raises, as one message; a `place` in it is `called` otherwise.
+
+    Raises:
+        ValueError: nothing else but an interruption, or too little memory.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:
-        said = " ".join(str(error).replace(str(staged), str(folder)).split())
-        raise ValueError(f"{failure} ({type(error).__name__}: {said[:500]}); download it again") from error
+        said = " ".join((str(error).replace(place, called) if place else str(error)).split())
+        raise ValueError(f"{failure} ({type(error).__name__}: {said[:500]}); {remedy}") from error
 
 
 def _held(weights: Weights) -> dict[str, Announced]:
@@ -188,6 +206,8 @@ def _bound_counts(config: dict, tensors: int, where: str = "") -> None:
             _bound_counts(value, tensors, f"{where}{key}.")
             continue
         values = value if isinstance(value, list) else [value]
+        if key in _NEEDED and isinstance(value, int) and value < 1:
+            raise ValueError(f"config.json: {where}{key}={value}: must be at least 1")
         most = tensors if _LOOPS.search(key) else _MOST if _COUNTS.search(key) else None
         largest = max((v for v in values if isinstance(v, int)), default=0)
         if len(values) > max(_MOST, tensors) or (most is not None and largest > max(most, 16)):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen, read_object, read_pretrained
+from megatron_apt.models.foreign_folder import checked_model_folder, explained, load_frozen, read_object, read_pretrained
 from megatron_apt.models.pipeline_text import class_of_transformers, part_class, read_index
 
 _LARGEST = 4096  # pixels of a side that an image encoder reads
@@ -63,11 +63,12 @@ class ClipImageEncoder:
         """(3, 1, H, W) in [-1, 1] to (L, E), float32 on the CPU. The processor resizes 8-bit pictures, so the frame becomes one again."""
         values = (127.5 * frame[:, 0] + 127.5).round().clamp(0, 255).to(torch.uint8)
         picture = Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
-        pixels = self._processor(images=picture, return_tensors="pt").pixel_values
-        if pixels.shape != (1, 3, self._side, self._side):
+        with explained(f"{self.path}/image_processor: cannot prepare a picture", remedy="copy the pipeline's image_processor again"):
+            pixels = self._processor(images=picture, return_tensors="pt").pixel_values
+        if pixels.shape != (1, 3, self._side, self._side) or not torch.isfinite(pixels).all():
             raise ValueError(
-                f"{self.path}/image_processor: makes pictures of {tuple(pixels.shape)}, and the image encoder reads 3 x {self._side} x {self._side}; "
-                "both must be of one pipeline"
+                f"{self.path}/image_processor: makes pictures of {tuple(pixels.shape)}, and the image encoder reads finite ones "
+                f"of 3 x {self._side} x {self._side}; both must be of one pipeline"
             )
         return self._model(pixels.to(self._model.device), output_hidden_states=True).hidden_states[-2][0].float().cpu()
 

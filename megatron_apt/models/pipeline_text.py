@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_apt.models.foreign_folder import TOKENIZER_JSON, TOKENIZER_LINKS, checked_model_folder, load_frozen, read_object, read_pretrained
-from megatron_apt.models.text import TextEncoder, load_t5
+from megatron_apt.models.foreign_folder import (
+    TOKENIZER_JSON,
+    TOKENIZER_LINKS,
+    checked_model_folder,
+    explained,
+    load_frozen,
+    read_object,
+    read_pretrained,
+)
+from megatron_apt.models.text import TextEncoder, load_t5, read_pieces
 
 # By how the name of the pipeline's class begins; Flux's and HunyuanVideo's in full, since others of theirs encode text in other ways.
 KINDS = {"Wan": "wan", "StableDiffusion3": "sd3", "FluxPipeline": "flux", "HunyuanVideoPipeline": "hunyuan"}
@@ -104,7 +112,13 @@ def load_fast_tokenizer(folder: Path):
 
 
 def _read_tokenizer(tokenizer_class: type, folder: Path):
-    return read_pretrained(tokenizer_class, folder, TOKENIZER_LINKS, TOKENIZER_JSON, "tokenizer")
+    if not (folder / "tokenizer.json").is_file() and (folder / "spiece.model").is_file():
+        read_pieces(folder / "spiece.model")  # of which transformers makes an empty vocabulary, if it is none
+    tokenizer = read_pretrained(tokenizer_class, folder, TOKENIZER_LINKS, TOKENIZER_JSON, "tokenizer")
+    tokenizer.name_or_path = str(folder)  # for messages
+    if len(tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.all_special_tokens}) < 2:
+        raise ValueError(f"{folder}: the tokenizer cannot be read (it has no vocabulary); copy it from the pipeline again")
+    return tokenizer
 
 
 def clean_prompt(text: str) -> str:
@@ -349,10 +363,11 @@ def _tokens(tokenizer, captions: list[str], length: int, model: torch.nn.Module)
     Raises:
         ValueError: ids that the model does not have.
     """
-    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt")
+    with explained(f"{tokenizer.name_or_path}: the tokenizer cannot encode captions", remedy="copy it from the pipeline again"):
+        tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt")
     if int(tokens.input_ids.max()) >= model.config.vocab_size or int(tokens.input_ids.min()) < 0:
         raise ValueError(
-            f"{tokenizer.__class__.__name__}: gives tokens up to {int(tokens.input_ids.max())}, and its {type(model).__name__} has "
+            f"{tokenizer.name_or_path}: gives tokens up to {int(tokens.input_ids.max())}, and its {type(model).__name__} has "
             f"{model.config.vocab_size}; tokenizer and text encoder are of different pipelines"
         )
     return tokens

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
-from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen, read_object
+from megatron_apt.models.foreign_folder import checked_model_folder, explained, load_frozen, read_object
+from megatron_apt.schema import read_bytes
 
 MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
 END = "</s>"
@@ -108,10 +109,7 @@ class BuiltinTextEncoder(TextEncoder):
         if not Path(tokenizer).is_file():
             raise FileNotFoundError(f"{tokenizer} does not exist; give a sentencepiece model file, or let `megatron-apt encode` train one")
         self.tokenizer, self.width, self.seed, self.position_scale = str(tokenizer), width, seed, position_scale
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(tokenizer).read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"{tokenizer} is not a sentencepiece model ({error}); give a file written by sentencepiece") from None
+        self._pieces = read_pieces(Path(tokenizer))
         self._rows: dict[str, Tensor] = {}
 
     def config_dict(self) -> dict:
@@ -154,6 +152,10 @@ class HuggingFaceTextEncoder(TextEncoder):
         self._model = load_t5(Path(path), device, dtype)
         self.width = self._model.config.d_model
         self._tokenize = read_tokenizer(Path(tokenizer_path or path))
+        for name in ("eos_token_id", "pad_token_id"):
+            value, size = getattr(self._model.config, name), self._model.config.vocab_size
+            if type(value) is not int or not 0 <= value < size:
+                raise ValueError(f"{path}/config.json: {name}={value!r}: must be one of the model's {size} tokens; download it again")
 
     def config_dict(self) -> dict:
         config = {"kind": "huggingface", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
@@ -166,6 +168,10 @@ class HuggingFaceTextEncoder(TextEncoder):
             return []
         config = self._model.config
         ids = [[*self._tokenize(caption)[: self.max_length - 1], config.eos_token_id] for caption in captions]
+        if (highest := max(max(row) for row in ids)) >= config.vocab_size:
+            raise ValueError(
+                f"{self.tokenizer_path or self.path}: gives token {highest}, and the model has {config.vocab_size}; they do not belong together"
+            )
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.full((len(ids), int(lengths.max())), config.pad_token_id)
         for row, values in zip(padded, ids, strict=True):
@@ -199,11 +205,30 @@ def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
         FileNotFoundError: neither file in the folder.
     """
     if (folder / "spiece.model").is_file():
-        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode
+        return read_pieces(folder / "spiece.model").encode
     if (folder / "tokenizer.json").is_file():
-        fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        with explained(f"{folder}/tokenizer.json: is no tokenizer", remedy="copy it from the pipeline again"):
+            data = read_bytes(folder / "tokenizer.json", remedy="copy it from the pipeline again")
+            fast = tokenizers.Tokenizer.from_str(data.decode())
         return lambda caption: fast.encode(caption, add_special_tokens=False).ids
     raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer there, or name its folder with text_tokenizer")
+
+
+def read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
+    """A sentencepiece model.
+
+    Raises:
+        ValueError: it is none, or one without pieces.
+    """
+    data = read_bytes(file, remedy="give a file written by sentencepiece")
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
+        if data and pieces.get_piece_size() > 1:
+            return pieces
+        reason = "no pieces"
+    except RuntimeError as error:
+        reason = str(error)
+    raise ValueError(f"{file} is not a sentencepiece model ({reason}); give a file written by sentencepiece")
 
 
 def read_model_type(path: str | Path) -> str:
