@@ -231,11 +231,11 @@ class GuardConfig:
     rank_timeout: float = 60.0
     """Seconds without a sign of life after which a rank counts as lost and the others stop; 0 turns the watch off."""
     requeue_code: int = 99
-    """Exit code after a checkpoint asked for by SIGUSR1, by which a batch script knows to requeue. SIGTERM ends with 0."""
+    """Exit code of a run that SIGUSR1 or SIGTERM ended before its last iteration, by which a batch script knows to requeue."""
 
     def __post_init__(self):
         _check(self.rank_timeout >= 0, "guards.rank_timeout", self.rank_timeout, "must not be negative")
-        _check(0 <= self.requeue_code < 256, "guards.requeue_code", self.requeue_code, "exit codes lie in 0 .. 255")
+        _check(0 < self.requeue_code < 256, "guards.requeue_code", self.requeue_code, "exit codes lie in 1 .. 255; 0 says that a run is done")
 
 
 @dataclass(frozen=True)
@@ -286,6 +286,9 @@ class RunConfig:
     """auto: own Triton kernels on CUDA, torch on a CPU; reference: torch everywhere, to compare with."""
     wandb: str = ""
     """Weights & Biases project; needs the wandb package. Empty: not used."""
+    fresh: bool = False
+    """Begins at iteration 0 in an output folder that holds a run's log but none of its checkpoints; the log is kept beside. Where there is a
+    checkpoint, the run goes on from it as always."""
 
     def __post_init__(self):
         for name in ("iterations", "save_every"):

@@ -1,6 +1,9 @@
 """What ends a run early: signals, signs of collapse, gradients that are not finite."""
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -14,12 +17,15 @@ from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.pipeline.execute import Executor, Load
 from megatron_apt.pipeline.prepare import one_rank, without_update
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+_ONE_PRESS = 2.0  # seconds in which several SIGINT are one: torchrun passes on what the terminal has sent already
+
 
 class Stopped(SystemExit):
-    """Training ended early, with a checkpoint, because of a signal. Its code is the process's exit code: requeue_code after SIGUSR1, else 0."""
+    """A signal ended training before its last iteration, with a checkpoint. Its code is the process's exit code, never 0."""
 
     def __init__(self, number: int, guards: GuardConfig):
-        super().__init__(guards.requeue_code if number == signal.SIGUSR1 else 0)
+        super().__init__(INTERRUPTED if number == signal.SIGINT else guards.requeue_code)
 
 
 class CollapseAlarm:
@@ -38,16 +44,18 @@ class CollapseAlarm:
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 while it is entered; the loop then saves and ends between two iterations."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C while it is entered; the loop then saves and ends between two iterations. A second Ctrl-C ends at once."""
 
-    _WATCHED = (signal.SIGTERM, signal.SIGUSR1)
+    _WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self):
         self.received = 0
         self._before: dict = {}
+        self._interrupted = 0.0
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._note) for number in self._WATCHED}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = {number: signal.signal(number, self._note) for number in self._WATCHED}
         return self
 
     def __exit__(self, *_) -> None:
@@ -55,7 +63,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted and now - self._interrupted > _ONE_PRESS:
+                os._exit(INTERRUPTED)  # whatever thread or collective is at work
+            if not self._interrupted and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+                os.write(2, b"\nmegatron-apt: saving after this iteration; Ctrl-C again ends at once, without\n")
+            self._interrupted = now
+        self.received = self.received or number
 
 
 def explain(network: Network, executor: Executor, phase: Phase, batches: Load, mesh: Mesh) -> Exception:

@@ -22,7 +22,6 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,10 +102,12 @@ class FolderLock:
         self._released = threading.Event()
 
     def __enter__(self) -> "FolderLock":
-        if self.mesh is None or self.mesh.world.size == 1:
+        if self.mesh is None:
             self._take()
         else:
-            _alike(self.mesh, self._take)
+            from megatron_apt.parallel.agree import on_main
+
+            on_main(self.mesh, self._take)
         return self
 
     def __exit__(self, *_) -> None:
@@ -356,18 +357,3 @@ def _mark(data: bytes | None) -> str:
     """What tells one lock from another, whatever its count."""
     holder = _parsed(data)
     return holder.token if holder else repr(data)
-
-
-def _alike(mesh: "Mesh", action: Callable[[], None]) -> None:
-    """Runs `action` on the main rank while the others wait; its ValueError is raised on all of them."""
-    import torch.distributed as dist
-
-    failure: list = [None]
-    if mesh.is_main:
-        try:
-            action()
-        except ValueError as error:
-            failure = [(type(error) is FolderInUse, str(error))]
-    dist.broadcast_object_list(failure, src=0, group=mesh.world.group)
-    if failure[0]:
-        raise (FolderInUse if failure[0][0] else ValueError)(failure[0][1])

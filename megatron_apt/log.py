@@ -1,9 +1,12 @@
 """Where a run's numbers go: JSONL always, TensorBoard by default, Weights & Biases only when asked for."""
 
+import contextlib
 import json
 import math
+import os
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,50 +17,106 @@ from torch import Tensor
 from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.config import RunConfig, to_dict
 from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.schema import convert
+
+
+class LogError(ValueError):
+    """A log that cannot be read or written."""
 
 
 class RunLog:
     """Writes one row per iteration to OUTPUT/log.jsonl, and scalars to OUTPUT/tensorboard.
 
     Args:
-        start: iteration the run starts or resumes at; later rows of an interrupted run are dropped.
+        start: iteration the run starts or resumes at; later rows of an interrupted run, and lines that are no rows, go to log.discarded.jsonl.
+
+    Raises:
+        LogError: the files cannot be written.
     """
 
     def __init__(self, config: RunConfig, start: int):
         self.path = Path(config.output) / "log.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["iteration"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
+        with _named_failure(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _set_aside(self.path, start)
+            self._file = self.path.open("a", encoding="utf-8")
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start + 1)
+            with _named_failure(self.path.parent / "tensorboard"):
+                self._tensorboard = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=start + 1)
         if config.wandb:
             self._wandb = _start_wandb(config)
 
-    def _lines(self) -> list[str]:
-        # The last line may be cut short by a kill; it is written again.
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        return [line.rstrip("\n") for line in lines if line.endswith("}\n")]
-
     def row(self, iteration: int, values: Mapping[str, float], scalars: bool) -> None:
-        """Appends a row; `scalars` also sends it to the dashboards."""
-        self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self._file.flush()
+        """Appends a row; `scalars` also sends it to the dashboards.
+
+        Raises:
+            LogError: it could not be written.
+        """
+        with _named_failure(self.path):
+            self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            self._file.flush()
         if scalars and self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, iteration)
+            with _named_failure(self.path.parent / "tensorboard"):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
         if scalars and self._wandb:
             self._wandb.log(dict(values), step=iteration)
 
     def close(self) -> None:
-        self._file.close()
+        """Flushes everything.
+
+        Raises:
+            LogError: something could not be written.
+        """
+        with _named_failure(self.path):
+            self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with _named_failure(self.path.parent / "tensorboard"):
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+@contextlib.contextmanager
+def _named_failure(place: Path) -> Iterator[None]:
+    """Full disks, folders that were deleted: TensorBoard's thread passes such errors on as they are."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(
+            f"{place}: cannot be written ({error.strerror or error}); free disk space or check the folder, then start again: "
+            "training goes on from the last checkpoint"
+        ) from error
+
+
+def _set_aside(path: Path, start: int) -> None:
+    """Moves what does not belong before iteration `start` + 1 from a log to `log.discarded.jsonl` beside it: nothing is lost, each row is once."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if line.endswith(b"\n") and (row := _row(line)) is not None and row["iteration"] <= start]
+    if len(kept) == len(lines):
+        return
+    chosen = set(map(id, kept))
+    with open(path.with_name("log.discarded.jsonl"), "ab") as file:
+        file.write(b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines if id(line) not in chosen))
+        file.flush()
+        os.fsync(file.fileno())
+    write_atomically(path, b"".join(kept).decode("utf-8"))
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    """A row of a log; None for anything else."""
+    try:
+        row = convert(json.loads(line), dict[str, float], "", remedy="")
+    except (ValueError, RecursionError):
+        return None
+    iteration = row.get("iteration", -1.0)
+    return row | {"iteration": int(iteration)} if 0 <= iteration < 2**53 and iteration == int(iteration) else None
 
 
 def _start_wandb(config: RunConfig):
@@ -81,17 +140,31 @@ def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]])
 
 
 def read_rows(path: str | Path) -> list[dict[str, float]]:
-    """Rows of a log.jsonl, oldest first."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """Rows of a log.jsonl, oldest first. Lines that are no rows are left out, with a warning.
+
+    Raises:
+        LogError: the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise LogError(f"{path}: cannot be read ({error.strerror or error}); give a run that has a log") from error
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        warnings.warn(f"{path}:{rows.index(None) + 1}: not a row of a log; {rows.count(None)} such lines are left out", stacklevel=2)
+    return [row for row in rows if row is not None]
 
 
 def write_summary(output: str, iteration: int, correlated: Sequence[tuple[str, str]]) -> None:
     """OUTPUT/summary.json: means over the last tenth of the run, and the correlations the method asks for."""
-    rows = read_rows(Path(output) / "log.jsonl")
+    with _named_failure(Path(output) / "summary.json"):
+        write_atomically(Path(output) / "summary.json", json.dumps(_summary(read_rows(Path(output) / "log.jsonl"), iteration, correlated), indent=1))
+
+
+def _summary(rows: list[dict[str, float]], iteration: int, correlated: Sequence[tuple[str, str]]) -> dict:
     last = rows[-max(1, len(rows) // 10) :]
     means = {name: sum(row[name] for row in last if name in row) / sum(name in row for row in last) for name in last[-1]} if last else {}
-    summary = {"iteration": iteration, "last_tenth": means, "correlation": correlations(rows, correlated)}
-    write_atomically(Path(output) / "summary.json", json.dumps(summary, indent=1))
+    return {"iteration": iteration, "last_tenth": means, "correlation": correlations(rows, correlated)}
 
 
 class Means:

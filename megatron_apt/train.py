@@ -5,27 +5,29 @@ import math
 import signal
 import time
 from collections.abc import Callable
-
-import torch
-import torch.distributed as dist
+from dataclasses import asdict
 
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.resume import check_same_run, warn_of_random_weights
+from megatron_apt.checkpoint.resume import begin, check_same_run, committed, warn_of_random_weights
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
+from megatron_apt.data.identity import Identity, identify
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
 from megatron_apt.guards import CollapseAlarm, Signals, Stopped, explain
 from megatron_apt.kernels.launch import choose
-from megatron_apt.log import Means, Pieces, RunLog, write_summary
+from megatron_apt.lock import FolderLock, LockLost
+from megatron_apt.log import LogError, Means, Pieces, RunLog, write_summary
 from megatron_apt.methods import METHODS
 from megatron_apt.networks import Network
+from megatron_apt.parallel.agree import largest, on_main
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.parallel.watch import Watch
 from megatron_apt.pipeline.actions import Task
 from megatron_apt.pipeline.execute import Executor
 from megatron_apt.pipeline.prepare import Pipeline
+from megatron_apt.schema import convert
 
 Report = Callable[[int, dict[str, float]], None]
 
@@ -44,7 +46,8 @@ class Trainer:
         self.checkpoints = Checkpoints(config.output, mesh, config.retention)
         self.iteration = 0
         self._means = Means()  # of each value since the last save
-        folder = store.latest(config.output)
+        self.data = on_main(mesh, lambda: [identify(source) for source in self.batches.sources])
+        folder = on_main(mesh, lambda: store.latest(config.output))
         warn_of_random_weights(config)
         if folder is None:
             for network in self.networks.values():
@@ -55,7 +58,8 @@ class Trainer:
     def _resume(self, folder) -> None:
         store.verify(folder, self.mesh)
         state = store.read_state(folder)
-        check_same_run(state["config"], to_dict(self.config), folder)
+        trained_on = convert(state.get("data", []), list[Identity], f"{folder}/state.json: data", remedy="use an older checkpoint")
+        check_same_run(state["config"], to_dict(self.config), folder, trained_on, self.data)
         for name, network in self.networks.items():
             network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
         self.iteration = state["iteration"]
@@ -66,12 +70,13 @@ class Trainer:
         Args:
             prune: False keeps every older checkpoint.
         """
-        self.checkpoints.commit()  # the snapshot goes where the last one lies
+        self.commit()  # the snapshot goes where the last one lies
         tensors = {}
         for network in self.networks.values():
             tensors |= network.sharded_state()
         state = {
             "config": to_dict(self.config),
+            "data": [asdict(dataset) for dataset in self.data],
             "updates": {name: network.updates for name, network in self.networks.items()},
             "sources": {name: network.source for name, network in self.networks.items() if network.source},
             "ema": self.networks["generator"].ema is not None,
@@ -80,7 +85,12 @@ class Trainer:
         }
         self.checkpoints.save(self.iteration, tensors, state, prune)
         if not self.config.save_async:
-            self.checkpoints.commit()
+            self.commit()
+
+    def commit(self) -> None:
+        """Waits for the save that is under way, if one is, and commits it."""
+        if self.checkpoints.commit() and self.mesh.is_main:
+            committed(self.config.output)
 
     def step(self) -> dict[str, float]:
         """One iteration: every phase over the global batch. Returns what to log, the same on every rank."""
@@ -128,63 +138,122 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
         report: called on the main rank after every iteration with (iteration, values).
 
     Raises:
-        Stopped: SIGTERM or SIGUSR1 ended training between two iterations, with a checkpoint.
+        Stopped: a signal ended training between two iterations, before the last one, with a checkpoint.
+        FolderInUse, LockLost: another process writes to the output folder.
+        LogError: a log cannot be written; training goes on from the last checkpoint.
         Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
             if config.save_every is 0.
     """
     choose(config.kernels)
-    with Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout) as watch:
+    with (
+        FolderLock(config.output, "training", "another --output", mesh) as lock,
+        Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout) as watch,
+    ):
+        on_main(mesh, lambda: begin(config))
         trainer = Trainer(config, mesh)
+        trainer.checkpoints.fence = lock.check
         try:
             with Signals() as signals:
-                signalled = _loop(trainer, signals, report)
+                signalled = _Loop(trainer, signals, lock, report).run()
+        except LockLost:
+            raise  # the folder is another's
         except BaseException as error:
-            if mesh.world.size == 1 or isinstance(error, BadLoss | BadGradient | Collapse):  # every rank is here
-                trainer.checkpoints.commit()
+            if mesh.world.size == 1 or isinstance(error, BadLoss | BadGradient | Collapse | LogError):  # every rank is here
+                trainer.commit()
             raise
         watch.leave()
     if signalled:
         raise Stopped(signalled, config.guards)
 
 
-def _loop(trainer: Trainer, signals: Signals, report: Report | None) -> int:
-    """Iterations until the last one or a signal, whose number it returns, and what they leave behind."""
-    config, mesh = trainer.config, trainer.mesh
-    alarm = CollapseAlarm(trainer.method, config.guards)
-    log = RunLog(config, trainer.iteration) if mesh.is_main else None
-    saved, signalled = trainer.iteration, 0
-    if log and trainer.iteration >= config.iterations:
-        print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
-    try:
-        while trainer.iteration < config.iterations and not signalled:
-            began, first = time.perf_counter(), trainer.iteration
-            rows = trainer.run(_window(config, mesh, first))
-            seconds = (time.perf_counter() - began) / len(rows)
-            for iteration, values in enumerate(rows, first + 1):
-                values["seconds"] = seconds
-                if log:
-                    log.row(iteration, values, scalars=iteration % config.log_every == 0)
-                if report and mesh.is_main:
-                    report(iteration, values)
-                alarm.watch(iteration, values)
-            signalled, writing = _agreed(mesh, signals.received, trainer.checkpoints.writing)
-            if not writing:
-                trainer.checkpoints.commit()
-            # A standing alarm must not push the last good checkpoint out.
-            if config.save_every and trainer.iteration % config.save_every == 0 and not alarm.since:
-                trainer.save()
-                saved = trainer.iteration
-        if saved != trainer.iteration:
-            trainer.save(prune=not alarm.since)
-        trainer.checkpoints.commit()
-    finally:
-        if log:
-            log.close()
-    if log and signalled:
-        print(f"{config.output}: saved at iteration {trainer.iteration} of {config.iterations} and stopped by {signal.Signals(signalled).name}")
-    elif log:
-        write_summary(config.output, trainer.iteration, trainer.method.correlated)
-    return signalled
+class _Loop:
+    """Iterations until the last one or a signal, and what they leave behind."""
+
+    def __init__(self, trainer: Trainer, signals: Signals, lock: FolderLock, report: Report | None):
+        self.trainer, self.signals, self.lock, self.report = trainer, signals, lock, report
+        self.config, self.mesh = trainer.config, trainer.mesh
+        self.alarm = CollapseAlarm(trainer.method, self.config.guards)
+        self.saved = trainer.iteration
+        self.trouble: ValueError | None = None  # of the main rank's files
+        self.log: RunLog | None = None
+
+    def run(self) -> int:
+        """The number of the signal that ended training early; 0 if it is done."""
+        config, trainer = self.config, self.trainer
+        if self.mesh.is_main and trainer.iteration >= config.iterations:
+            print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
+        self._noting(self._open_log)
+        signalled, _ = self._agree()
+        try:
+            while trainer.iteration < config.iterations and not signalled:
+                began, first = time.perf_counter(), trainer.iteration
+                rows = trainer.run(_window(config, self.mesh, first))
+                self._record(first, rows, (time.perf_counter() - began) / len(rows))
+                signalled, writing = self._agree()
+                if not writing:
+                    trainer.commit()
+                # A standing alarm must not push the last good checkpoint out.
+                if config.save_every and trainer.iteration % config.save_every == 0 and not self.alarm.since:
+                    self._save()
+            if self.saved != trainer.iteration:
+                self._save(prune=not self.alarm.since)
+            trainer.commit()
+        finally:
+            self._noting(self._close_log)
+        self._agree()
+        return self._conclude(signalled)
+
+    def _record(self, first: int, rows: list[dict[str, float]], seconds: float) -> None:
+        for iteration, values in enumerate(rows, first + 1):
+            values["seconds"] = seconds
+            if self.log:
+                self._noting(self.log.row, iteration, values, iteration % self.config.log_every == 0)
+            if self.report and self.mesh.is_main:
+                self.report(iteration, values)
+            self.alarm.watch(iteration, values)
+
+    def _save(self, prune: bool = True) -> None:
+        self.trainer.save(prune)
+        self.saved = self.trainer.iteration
+
+    def _agree(self) -> list[int]:
+        """(signal, whether any rank is writing), alike on all ranks.
+
+        Raises:
+            LogError, LockLost: on every rank, if the main one's files are no longer its own or cannot be written.
+        """
+        if self.lock.lost:
+            self._noting(self.lock.check)
+        signalled, writing, trouble = largest(self.mesh, self.signals.received, self.trainer.checkpoints.writing, self.trouble is not None)
+        if trouble:
+            on_main(self.mesh, self._raise)
+        return [signalled, writing]
+
+    def _raise(self) -> None:
+        raise self.trouble
+
+    def _noting(self, action: Callable[..., None], *args) -> None:
+        """Keeps an error of the main rank until all ranks can raise it."""
+        try:
+            action(*args)
+        except (LogError, LockLost) as error:
+            self.trouble = self.trouble or error
+
+    def _open_log(self) -> None:
+        self.log = RunLog(self.config, self.trainer.iteration) if self.mesh.is_main else None
+
+    def _close_log(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def _conclude(self, signalled: int) -> int:
+        config, iteration = self.config, self.trainer.iteration
+        early = signalled if iteration < config.iterations else 0
+        if self.mesh.is_main and early:
+            print(f"{config.output}: saved at iteration {iteration} of {config.iterations} and stopped by {signal.Signals(early).name}", flush=True)
+        elif not early:
+            on_main(self.mesh, lambda: write_summary(config.output, iteration, self.trainer.method.correlated))
+        return early
 
 
 def _window(config: RunConfig, mesh: Mesh, iteration: int) -> int:
@@ -192,12 +261,3 @@ def _window(config: RunConfig, mesh: Mesh, iteration: int) -> int:
     left = config.iterations - iteration
     to_save = config.save_every - iteration % config.save_every if config.save_every else left
     return min(config.pipeline.window if mesh.pp.size > 1 else 1, left, to_save)
-
-
-def _agreed(mesh: Mesh, *flags: int) -> list[int]:
-    """The largest of each number over all ranks, so that every rank decides alike."""
-    if mesh.world.size == 1:
-        return list(flags)
-    largest = torch.tensor(flags, device=mesh.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.world.group)
-    return largest.tolist()

@@ -22,7 +22,7 @@ from megatron_apt.pipeline import execute
 from megatron_apt.train import Trainer, train
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 42)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGUSR1, 42), (signal.SIGINT, 130)])
 def test_a_signal_ends_training_with_a_checkpoint(mesh, datasets, tmp_path, number, code, capsys):
     run = config(datasets, tmp_path / "run", "flow", iterations=50, guards=GuardConfig(requeue_code=42))
 
@@ -53,7 +53,7 @@ def signalled(mesh, run):
 @pytest.mark.dist
 def test_a_signal_to_one_rank_ends_all_at_the_same_iteration(ranks, datasets, tmp_path):
     run = config(datasets, tmp_path / "run", iterations=50)
-    assert ranks(2).run(signalled, ParallelConfig(), run) == [(0, "iteration-00000002")] * 2
+    assert ranks(2).run(signalled, ParallelConfig(), run) == [(99, "iteration-00000002")] * 2
 
 
 def bad_gradient(mesh, run):

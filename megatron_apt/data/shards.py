@@ -146,6 +146,11 @@ class LatentShards:
         """The image encoder of the first frames, or None without."""
         return None if self.image_shape is None else load_image_encoder(self.info["first_frame"]["image_encoder"], device)
 
+    @property
+    def files(self) -> list[Path]:
+        """The shards, by name."""
+        return [self.path / name for name in sorted({line.shard for line in self._index})]
+
     def _read(self, index: int) -> Sample:
         line, latent = self._index[index], self.shapes[index]
         shapes: dict[str, tuple[int, ...]] = {"latent": latent, "text": (line.text_length, self.null_text.shape[1])}
