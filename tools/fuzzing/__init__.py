@@ -5,10 +5,10 @@ from fuzzing.checkpoints import CHECKPOINTS
 from fuzzing.commands import COMMANDS
 from fuzzing.datasets import DATASETS, ENCODINGS
 from fuzzing.folders import FOLDERS
-from fuzzing.models import CONFIGS, TOKENIZERS, WEIGHTS
+from fuzzing.models import BASES, CONFIGS, TOKENIZERS, WEIGHTS
 from fuzzing.pictures import PICTURES
 from fuzzing.records import RECORDS
 from fuzzing.videos import VIDEOS
 
-_ALL = (PICTURES, VIDEOS, FOLDERS, DATASETS, ENCODINGS, CHECKPOINTS, CONFIGS, WEIGHTS, TOKENIZERS, COMMANDS, RECORDS)
+_ALL = (PICTURES, VIDEOS, FOLDERS, DATASETS, ENCODINGS, CHECKPOINTS, CONFIGS, WEIGHTS, TOKENIZERS, BASES, COMMANDS, RECORDS)
 BOUNDARIES: dict[str, Boundary] = {boundary.name: boundary for boundary in _ALL}

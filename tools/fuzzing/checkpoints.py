@@ -12,7 +12,7 @@ from fuzzing.datasets import recipe, replace, warm_run, write_run
 from fuzzing.mutate import bytes_damage, json_damage
 from fuzzing.planted import planted
 
-_SUMS = "checksums.json"
+_SUMS, _SEAL, _INDEX = "checksums.json", "commit.json", "index.json"
 _TRAIN = ("--iterations", 3, "--save-every", 1, "--retention.last", 0)
 
 
@@ -20,20 +20,19 @@ def commits(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("iteration-*"))
 
 
-def sign(commit: Path) -> None:
-    """Makes the list of checksums fit the files, as somebody who plants them would."""
-    sums = {}
-    for file in sorted(path for path in commit.rglob("*") if path.is_file() and path.name not in (_SUMS, "state.json")):
-        sums[str(file.relative_to(commit))] = _sum(file)
-    state = commit / "state.json"
-    old = json.loads((commit / _SUMS).read_text())
-    if state.name in old and state.is_file():
-        sums[state.name] = _sum(state)
-    before = hashlib.sha256((commit / _SUMS).read_bytes()).hexdigest()
-    (commit / _SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True), encoding="utf-8")
-    after = hashlib.sha256((commit / _SUMS).read_bytes()).hexdigest()
-    if state.is_file():
-        state.write_bytes(state.read_bytes().replace(before.encode(), after.encode()))
+def sign(commit: Path, older: bool = False) -> None:
+    """Makes the list of checksums fit the files, and its seal the list, as somebody who plants them would.
+
+    Args:
+        older: as commits were before they had an index and a seal of ours, whose pickled index is what counts.
+    """
+    if older:
+        for name in (_INDEX, _SEAL):
+            (commit / name).unlink(missing_ok=True)
+    files = sorted(path for path in commit.rglob("*") if path.is_file() and path.name not in (_SUMS, _SEAL))
+    (commit / _SUMS).write_text(json.dumps({str(f.relative_to(commit)): _sum(f) for f in files}, indent=1, sort_keys=True), encoding="utf-8")
+    if not older:
+        (commit / _SEAL).write_text(json.dumps({"checksums": _sum(commit / _SUMS)}, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _sum(file: Path) -> dict:
@@ -73,8 +72,9 @@ def _plant(rng: random.Random, commit: Path, folder: Path) -> Input:
             archive.writestr("archive/version", "3\n")
     else:
         file.write_bytes(data)
-    sign(commit)
-    return Input(f"{file.name} planted: {what}", (file.name, str(commit)), canary=canary, settings={"signed": True})
+    older = rng.random() < 0.6
+    sign(commit, older)
+    return Input(f"{file.name} planted: {what}{', older' if older else ''}", (file.name, str(commit)), canary=canary, settings={"signed": True})
 
 
 def _structure(rng: random.Random, run: Path, commit: Path) -> Input:
@@ -105,7 +105,7 @@ def _structure(rng: random.Random, run: Path, commit: Path) -> Input:
         "iteration-x": lambda: (run / "checkpoints" / "iteration-x").mkdir(),
         "checkpoints is a file": lambda: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
     }
-    for name in (".metadata", "common.pt", "metadata.json", "state.json", _SUMS, next(iter(commit.glob("*.distcp"))).name):
+    for name in (".metadata", "common.pt", "metadata.json", "state.json", _SUMS, _SEAL, _INDEX, next(iter(commit.glob("*.distcp"))).name):
         for kind in ("missing", "empty", "a folder", "a pipe", "/dev/zero", "a dangling link"):
             if (commit / name).exists():
                 made[f"{name} is {kind}"] = lambda name=name, kind=kind: replace(commit / name, kind)
@@ -137,11 +137,16 @@ def _damage(rng: random.Random, commit: Path) -> Input:
     else:
         data, what = bytes_damage(rng, before)
     file.write_bytes(data)
-    signed = file.name != _SUMS and rng.random() < 0.6
+    signed, older = file.name not in (_SUMS, _SEAL) and rng.random() < 0.65, rng.random() < 0.4
     if signed:
-        sign(commit)
-    names = tuple(filter(None, (file.name, name, str(commit))))
-    return Input(f"{file.name}: {what}{', signed' if signed else ''}", names, must_see=not signed and data != before, settings={"signed": signed})
+        sign(commit, older)
+    names = tuple(filter(None, (file.name, name, str(commit), "BadLoss", "BadGradient")))
+    return Input(
+        f"{file.name}: {what}{', signed' if signed else ''}{', older' if signed and older else ''}",
+        names,
+        must_see=not signed and data != before,
+        settings={"signed": signed},
+    )
 
 
 def _zip_bomb(file: Path) -> bytes:
@@ -165,7 +170,7 @@ def _run(case: Input, valid: Path, folder: Path) -> Outcome:
         raise Wrong(f"verify: {verified.said[:300]}")
     load = rng.choice((_sample, _resume, _resume, _start_from, _reshard))
     loaded = load(run, valid, folder)
-    outcomes.append(judged(loaded, case, run))
+    outcomes.append(judged(loaded, case, run, remedy="BadLoss" not in loaded.said))  # of weights that somebody signed
     if case.must_see and loaded.code == 0:
         raise Wrong(f"{load.__name__} loaded it: {loaded.said[:300]}")
     if lost := whole - {path.name for path in commits(run)}:

@@ -1,9 +1,11 @@
 """Command lines and recipes: values that no option takes, and recipe files that are none."""
 
+import os
 import random
 import shlex
 import shutil
 from pathlib import Path
+from unittest import mock
 
 from fuzzing.boundary import Boundary, Input, Outcome, command, judged
 from fuzzing.datasets import recipe, warm_run, write_run
@@ -59,8 +61,9 @@ def _make(rng: random.Random, valid: Path, folder: Path) -> Input:
     shutil.copytree(valid / "run", folder / "RUN")
     (folder / "DATA").symlink_to(valid / "data")
     spec = recipe(folder / "recipe.py", valid / "data", folder / "run", batch=4)
-    if rng.random() < 0.15:
-        return _recipe(rng, folder)
+    kind = rng.random()
+    if kind < 0.25:
+        return _recipe(rng, folder) if kind < 0.13 else _environment(rng, spec)
     name = rng.choice(list(_LINES))
     words = [word.format(valid=valid, folder=folder, recipe=spec) for word in shlex.split(_LINES[name])] or [""]
     what, option = _change(rng, words)
@@ -106,8 +109,30 @@ def _recipe(rng: random.Random, folder: Path) -> Input:
     return Input(f"{line[0]}: a recipe with {what}", ("bad", "iteration"), settings={"line": line})
 
 
+def _environment(rng: random.Random, spec: str) -> Input:
+    """Half of what a launcher sets, or nonsense of it."""
+    whole = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(rng.randrange(20_000, 30_000))}
+    nonsense = ("", " ", "x", "-1", "99", "1e3", "1" * 50, "0x1", "１")
+    how = rng.random()
+    if how < 0.6:
+        name = rng.choice(("RANK", "LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"))
+        environment = {**whole, name: rng.choice(("", " ", "x", "-1", "0x1", "1e3") if name == "WORLD_SIZE" else nonsense)}
+    elif how < 0.8:
+        environment = {
+            name: rng.choice(("2", "x", "0")) for name in rng.sample(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"), rng.choice((1, 2)))
+        }
+        if {"RANK", "WORLD_SIZE"} <= environment.keys():
+            del environment["RANK"]
+    else:
+        name = rng.choice(("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+        environment = {name: rng.choice(("2", "x")), "SLURM_STEP_ID": rng.choice(("0", "x"))}
+    names = (*environment, "process", "launcher")
+    return Input(f"train: in {environment}", names, settings={"line": ["train", spec], "environment": environment})
+
+
 def _run(case: Input, valid: Path, folder: Path) -> Outcome:
-    return judged(command(*case.settings["line"]), case, folder)
+    with mock.patch.dict(os.environ, case.settings.get("environment", {})):
+        return judged(command(*case.settings["line"]), case, folder)
 
 
 COMMANDS = Boundary("commands", 12, write_run, _make, _run, warm_run)

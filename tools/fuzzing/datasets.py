@@ -254,6 +254,8 @@ DATASETS = Boundary("datasets", 12, write_run, _make, _run, warm_run)
 def _make_half(rng: random.Random, valid: Path, folder: Path) -> Input:
     half = folder / "half"
     shutil.copytree(valid / "half", half)
+    if rng.random() < 0.1:
+        return _lock(rng, half)
     file = half / rng.choice(("encode.json", "shard-00000.done", "shard-00000.done", "shard-00000.tar", "tokenizer.model"))
     if rng.random() < 0.25:
         how = rng.choice(("missing", "empty", "a folder", "a pipe", "a dangling link"))
@@ -265,6 +267,15 @@ def _make_half(rng: random.Random, valid: Path, folder: Path) -> Input:
         (damaged, what), name = bytes_damage(rng, file.read_bytes()), ""
     file.write_bytes(damaged)
     return Input(f"{file.name}: {what}", tuple(filter(None, (file.name, name))))
+
+
+def _lock(rng: random.Random, half: Path) -> Input:
+    """Something else where the lock of a running program would be."""
+    file = half / ".lock"
+    file.touch()
+    how = rng.choice(("a folder", "a pipe", "a dangling link"))
+    replace(file, how)
+    return Input(f".lock: {how}", (".lock",))
 
 
 def _run_half(case: Input, valid: Path, folder: Path) -> Outcome:

@@ -1,6 +1,7 @@
 """Damaged and hostile folders of Hugging Face models: config.json, weights, tokenizers and indices of pipelines of every family."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ FAMILIES = ("wan", "sd3", "flux", "hunyuan")
 _CODEC = {"wan": "wan", "sd3": "kl", "flux": "kl", "hunyuan": "hunyuan"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SPLIT = "diffusion_pytorch_model.safetensors.index.json"
+_SECRET = "not to be published"
 _HUGE = (10**9, 10**18, 2**63, 10**30, 10**400, -1, 0, 1e400, 1.5, True, "4", None, [], [10**9], 3, 7)
 
 
@@ -172,6 +174,52 @@ def _code(rng: random.Random, folder: Path, family: str) -> Input:
     return Input(f"{family} {file} asks for code: {change}", (file, *change), canary=canary, settings={"family": family, "part": part})
 
 
+# --- a base that is copied into a folder to be published
+
+
+def _make_base(rng: random.Random, valid: Path, folder: Path) -> Input:
+    """Links out of the pipeline, pickles, devices and odd parts beside what belongs there."""
+    shutil.copytree(valid / "wan", folder / "pipeline")
+    (folder / "secret").write_text(_SECRET)
+    place = folder / "pipeline" / rng.choice(("vae", "text_encoder", "tokenizer"))
+    made = {
+        "a link to a file outside": lambda: (place / "notes.txt").symlink_to(folder / "secret"),
+        "a link to a folder outside": lambda: (place / "notes").symlink_to(folder, target_is_directory=True),
+        "a relative link outside": lambda: (place / "notes.txt").symlink_to("../../secret"),
+        "a link to itself": lambda: (place / "notes").symlink_to(place),
+        "a link in place of config.json": lambda: replaced_by_link(place, folder / "secret"),
+        "a part that is a link": lambda: (shutil.rmtree(place), place.symlink_to(folder)),
+        "a pickle": lambda: (place / "pytorch_model.bin").write_bytes(planted(rng, folder / "canary")[0]),
+        "a pickle called .ckpt": lambda: (place / "model.ckpt").write_bytes(planted(rng, folder / "canary")[0]),
+        "code": lambda: (place / "modeling.py").write_text(f"open({str(folder / 'canary')!r}, 'w')"),
+        "a pipe": lambda: os.mkfifo(place / "notes.txt"),
+        "/dev/zero": lambda: (place / "notes.txt").symlink_to("/dev/zero"),
+        "a dangling link": lambda: (place / "notes.txt").symlink_to("nowhere"),
+        "a file of 3 GB of holes": lambda: (place / "notes.txt").touch() or os.truncate(place / "notes.txt", 3 << 30),
+        "60 folders deep": lambda: place.joinpath(*["d"] * 60).mkdir(parents=True),
+    }
+    what = rng.choice(list(made))
+    made[what]()
+    return Input(f"{place.name}: {what}", (place.name, "notes"), canary=folder / "canary")
+
+
+def replaced_by_link(place: Path, target: Path) -> None:
+    file = sorted(path for path in place.iterdir() if path.suffix == ".json")[0]
+    file.unlink()
+    file.symlink_to(target)
+
+
+def _run_base(case: Input, valid: Path, folder: Path) -> Outcome:
+    """Exported: nothing from outside and no pickle may be in the folder."""
+    found = judged(command("convert", "export", valid / "run", folder / "exported", "--base", folder / "pipeline"), case, folder / "pipeline")
+    for file in (folder / "exported").rglob("*"):
+        if file.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".py") or file.is_symlink():
+            raise Wrong(f"the exported folder holds {file.relative_to(folder)}")
+        if file.is_file() and file.stat().st_size < 10_000 and _SECRET.encode() in file.read_bytes():
+            raise Wrong(f"{file.relative_to(folder)} holds what lies outside the base")
+    return found
+
+
 # --- what is done with them
 
 
@@ -223,3 +271,4 @@ def _warm(valid: Path, folder: Path) -> None:
 CONFIGS = Boundary("configs", 12, write_pipelines, _make_config, _run, _warm)
 WEIGHTS = Boundary("weights", 10, write_pipelines, _make_weights, _run, _warm)
 TOKENIZERS = Boundary("tokenizers", 6, write_pipelines, _make_tokenizer, _run, _warm)
+BASES = Boundary("bases", 4, write_pipelines, _make_base, _run_base, _warm)

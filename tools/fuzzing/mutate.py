@@ -160,13 +160,13 @@ def _text_damage(rng: random.Random, text: str, name: str) -> tuple[bytes, str, 
         "a comma too many": text.replace("}", ",}", 1).encode(),
         "a NUL": text.replace(":", ":\x00", 1).encode(),
         "twice the text": (text + text).encode(),
-        "nothing": b"",
+        "a line": b"\n",
         "spaces": b" " * 1000,
         "a megabyte of braces": b"{" * 2**20,
         "no UTF-8": b'{"x": "\xff\xfe"}',
     }
-    what = rng.choice(list(made))
-    return made[what], f"JSON with {what}", name
+    what = rng.choice([*made, "15 million empty lists"])
+    return made.get(what) or b"[" + b"[]," * 15_000_000 + b"[]]", f"JSON with {what}", name
 
 
 def _places(value: object, path: tuple = ()) -> list[tuple]:
