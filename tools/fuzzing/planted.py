@@ -46,7 +46,7 @@ def expressions(canary: Path) -> dict[str, bytes]:
     }
     code = {
         f"{module}.{attribute}": call(name(module, attribute), python)
-        for module, attribute in (("builtins", "eval"), ("builtins", "exec"), ("__builtin__", "eval"), ("timeit", "timeit"), ("cProfile", "run"))
+        for module, attribute in (("builtins", "eval"), ("builtins", "exec"), ("__builtin__", "eval"), ("cProfile", "run"))
     }
     return (
         direct

@@ -121,7 +121,7 @@ def _paths() -> str:
 
 def _stack(log: Path) -> str:
     """Where the process was: the end of what faulthandler wrote."""
-    lines = log.read_bytes()[-6000:].decode(errors="replace").splitlines()
+    lines = log.read_bytes()[-30_000:].decode(errors="replace").splitlines()
     frames = [line.strip() for line in lines if line.strip().startswith("File ")]
     ours = [line for line in frames if "megatron_apt" in line and "cli.py" not in line] or frames
     return " < ".join(line.split("/")[-1].replace('"', "") for line in ours[:4])
@@ -148,9 +148,9 @@ def serve(root: Path, scratch: Path, seed: int, limit: float) -> None:
     """Answers requests from standard input until it ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes to the log
-    faulthandler.enable()
+    faulthandler.enable(_LOG)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 30, 8 << 30))
     for line in sys.stdin:
         answers.write(json.dumps(_answer(json.loads(line), root, scratch, seed, limit)).encode() + b"\n")
         answers.flush()
@@ -170,7 +170,7 @@ def _answer(request: dict, root: Path, scratch: Path, seed: int, limit: float) -
     if "describe" in request:
         return {"what": _described(boundary, request["number"], seed, valid, scratch)}
     _forget_peak()
-    faulthandler.dump_traceback_later(0.9 * limit)
+    faulthandler.dump_traceback_later(0.9 * limit, file=_LOG)
     began = time.monotonic()
     case, outcome = attempt(boundary, request["number"], seed, valid, scratch)
     seconds = time.monotonic() - began
@@ -179,6 +179,7 @@ def _answer(request: dict, root: Path, scratch: Path, seed: int, limit: float) -
     return {"what": case.what, **asdict(outcome), "seconds": seconds, "peak_mib": _peak_mib(), "quiet": boundary.quiet}
 
 
+_LOG = os.fdopen(os.dup(2), "w")  # of this process, even where the package sends descriptor 2 elsewhere
 _WARM: set[str] = set()  # boundaries that this process is ready for
 
 
