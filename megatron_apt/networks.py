@@ -1,7 +1,6 @@
 """The networks of a run with their optimisers and averages, and how their state enters and leaves checkpoints."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,18 +137,19 @@ class Network:
             return
         self.source = source
         self.begin_average()
+        stored = store.Stored(folder)
         for prefix, buffer in self._buffers().items():
             memory = self._host_memory(prefix, buffer)
-            loaded = store.load(folder, self._sharded(prefix, memory))
+            loaded = store.load(stored, self._sharded(prefix, memory))
             self.shards.scatter_owned({name: loaded[f"{self.name}.{prefix}{name}"].to(buffer.device) for name in memory}, buffer)
         frozen = {f"{self.name}.{name}": p for name, p in self._frozen().items()}
         wanted = {key: store.sharded(key, torch.empty_like(p, device="cpu"), p, self.mesh, self.mesh.dp_cp.rank) for key, p in frozen.items()}
         if wanted:
-            for key, value in store.load(folder, wanted).items():
+            for key, value in store.load(stored, wanted).items():
                 frozen[key].copy_(value)
         scales = self._sharded_scales()
         if scales:
-            loaded = store.load(folder, scales)
+            loaded = store.load(stored, scales)
             for name, value in self.fp8.tensors().items():
                 value.copy_(loaded[f"{self.name}.{name}"])
         self.updates = updates
@@ -178,15 +178,15 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     folder = store.resolve(path)
     kind = kind or ("ema" if store.read_state(folder)["ema"] else "raw")
     store.verify(folder, mesh)
-    keys, wanted = {}, {}
+    stored, keys, wanted = store.Stored(folder), {}, {}
     for name, p in module.named_parameters():
         keys[name] = f"generator.ema.{name}" if kind == "ema" and not p.fixed else f"generator.{name}"
         wanted[name] = p
     shards = network.shards if network is not None else None
     names = {id(p): name for name, p in zip(shards.names, shards.parameters, strict=True)} if shards else {}
-    for part in _parts(wanted, 2**28 if mesh.world.size == 1 else math.inf):  # ranks that hold different parameters must load together
+    for part in _parts(wanted, 2**28):
         room = {name: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32), device="cpu") for name, p in part.items()}
-        loaded = store.load(folder, {keys[name]: store.sharded(keys[name], room[name], p, mesh, mesh.dp_cp.rank) for name, p in part.items()})
+        loaded = store.load(stored, {keys[name]: store.sharded(keys[name], room[name], p, mesh, mesh.dp_cp.rank) for name, p in part.items()})
         for name, p in part.items():
             p.copy_(loaded[keys[name]])
             if id(p) in names:

@@ -6,6 +6,7 @@ Annotated[int, msgspec.Meta(ge=0)]. Python's parser reads the text, because our 
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -37,13 +38,20 @@ def read_bytes(file: str | os.PathLike, *, remedy: str, error: type[ValueError] 
         error: it cannot be read, or is larger.
     """
     try:
-        with open(file, "rb") as stream:
+        with open(file, "rb", opener=_never_waiting) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise error(f"{os.fspath(file)}: is no plain file; {remedy}")
             data = stream.read(most + 1)
     except OSError as failure:
         raise error(f"{os.fspath(file)}: {failure.strerror or failure}; {remedy}") from None
     if len(data) > most:
         raise error(f"{os.fspath(file)}: {os.path.getsize(file)} bytes, more than the {most} that such a file may have; {remedy}")
     return data
+
+
+def _never_waiting(path: str, flags: int) -> int:
+    """Opens a pipe, too, without waiting for who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_json(data: bytes | str, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError) -> T:

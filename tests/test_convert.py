@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint import store, sums
 from megatron_apt.convert import ConvertError, family_of, family_of_model, importer
 from megatron_apt.convert.command import Command, Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
@@ -344,7 +344,7 @@ def test_an_interrupted_import_goes_on_where_it_was(mesh, wan, tmp_path):
     assert all(torch.equal(a, tensors(out / "transformer")[name]) for name, a in tensors(wan).items())
 
 
-@pytest.mark.parametrize("step", ["import.json", "state.json", store.SUMS, "latest"])
+@pytest.mark.parametrize("step", ["import.json", "state.json", sums.SUMS, sums.SEAL, "latest"])
 def test_an_import_killed_at_any_of_its_last_steps_goes_on(mesh, wan, tmp_path, monkeypatch, step):
     write = store.write_atomically
 
@@ -356,6 +356,7 @@ def test_an_import_killed_at_any_of_its_last_steps_goes_on(mesh, wan, tmp_path, 
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(store, "write_atomically", dies)
+        patch.setattr(sums, "write_atomically", dies)
         imported(wan, tmp_path / "run", mesh)
     folder = imported(wan, tmp_path / "run", mesh)
     assert store.latest(tmp_path / "run") == folder and store.damages(folder) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted import committed_again
 from problems import model_config
 
 from megatron_apt.checkpoint import store
@@ -342,11 +343,11 @@ def test_an_index_that_would_run_code_is_refused(mesh, datasets, tmp_path):
     index.write_bytes(pickle.dumps(Attack()))
     with pytest.raises(store.CheckpointError, match=r"\.metadata: .* bytes, .* were committed"):
         Trainer(run, mesh)
-    sums = index.with_name(store.SUMS)  # the attacker also writes the checksums
-    sums.write_text(json.dumps(json.loads(sums.read_text()) | {".metadata": store.checksum(index)}))
+    committed_again(index.parent)  # the attacker also writes the checksums
     with pytest.raises(store.CheckpointError, match=r"\.metadata: its index asks for builtins\.exec"):
         Trainer(run, mesh)
     index.write_bytes(index.read_bytes()[:10])
+    (index.parent / "index.json").unlink()
     with pytest.raises(store.CheckpointError, match="the checkpoint is damaged"):
         store.load(index.parent, {})
 

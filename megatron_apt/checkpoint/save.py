@@ -1,6 +1,7 @@
 """Saving without stopping: a snapshot now, the files in a background thread, the commit once every rank has written.
 
-Megatron-Core plans the save (collectives, now) and collects the results (collectives, at the commit); between the two lie only file writes.
+Megatron-Core plans the save (collectives, now) and writes the files; the main rank collects the results (collectives, at the commit); between the two
+lie only file writes.
 They run in a thread, not in Megatron-Core's forked process: the thread ends with its process, so no orphan of a killed run can write into the
 folder of the next one, and nothing is forked under the feet of CUDA, NCCL or gloo threads. The snapshot is the copy that every parameter's
 owner makes when shards become whole parameters (networks.py).
@@ -12,18 +13,21 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_apt.checkpoint.store import FORMAT, SUMS, CheckpointError, checksum, read_state, sync, write_atomically
+from megatron_apt.checkpoint import describe, index
+from megatron_apt.checkpoint.files import CheckpointError, sync, write_atomically
+from megatron_apt.checkpoint.store import FORMAT, read_state
+from megatron_apt.checkpoint.sums import Sum, checksum, seal
 from megatron_apt.config import RetentionConfig
 from megatron_apt.lock import LockLost
 from megatron_apt.parallel.mesh import Mesh
@@ -41,8 +45,9 @@ class _Pending:
     prune: bool
     request: AsyncRequest
     buckets: list  # what this rank writes, in host memory
-    sums: dict[str, dict]  # of the files this rank has written; filled by the thread
-    error: Exception | None = None  # set by the thread
+    sums: dict[str, Sum] = field(default_factory=dict)  # of the files this rank has written; this and the next two are filled by the thread
+    written: list[index.Index] = field(default_factory=list)
+    error: str = ""
     thread: threading.Thread | None = None
 
 
@@ -80,16 +85,14 @@ class Checkpoints:
         self._on_main(clear, temporary)
         # Results come back within this process: without this, Megatron-Core starts a manager process that outlives a killed run.
         filesystem_async._results_queue = queue.Queue()
-        request = dist_checkpointing.save(
-            dict(tensors),
-            str(temporary),
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-            validate_access_integrity=not self._validated,
-            async_sharded_save=True,
-        )
+        try:
+            parts, _ = save_preprocess(dict(tensors), not self._validated)
+            request = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1).async_save(parts, temporary)
+        except (OSError, CheckpointException) as error:  # the latter derives from BaseException
+            raise CheckpointError(_FAILED.format(folder=temporary, reason=str(error).strip().splitlines()[-1])) from error
         self._validated = True
         buckets = request.preload_fn() if request.preload_fn else []
-        self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets, {})
+        self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets)
         pending.thread = threading.Thread(target=_write, args=(pending,), name=f"save-{iteration}", daemon=True)
         pending.thread.start()
 
@@ -108,15 +111,19 @@ class Checkpoints:
             return None
         pending, self._pending = self._pending, None
         pending.thread.join()
-        try:
-            for finalize in pending.request.finalize_fns:
-                finalize()
-        except (Exception, CheckpointException) as error:  # the latter derives from BaseException
-            raise CheckpointError(_FAILED.format(folder=pending.temporary, reason=_reason(pending, error))) from error
-        sums: list[dict] | None = [{} for _ in range(self.mesh.world.size)] if self.mesh.is_main else None
-        dist.gather_object(pending.sums, sums, dst=0)
         final = self.root / f"iteration-{pending.iteration:08d}"
-        self._on_main(lambda: self._publish(pending, final, {name: value for part in sums for name, value in part.items()}), pending.temporary)
+        mine = pending.error, pending.sums, pending.written
+        everyone: list[tuple] | None = [()] * self.mesh.world.size if self.mesh.is_main else None
+        dist.gather_object(mine, everyone, dst=0)
+
+        def publish() -> None:
+            if errors := [error for error, *_ in everyone if error]:
+                raise CheckpointError(errors[0])
+            sums = {name: value for _, part, _ in everyone for name, value in part.items()}
+            tensors = describe.joined(one for *_, written in everyone for one in written)
+            self._publish(pending, final, sums, tensors)
+
+        self._on_main(publish, pending.temporary)
         return final
 
     def _on_main(self, action: Callable[[], None], folder: Path) -> None:
@@ -128,20 +135,19 @@ class Checkpoints:
                 action()
             except OSError as error:
                 failure = [CheckpointError(_FAILED.format(folder=folder, reason=f"{type(error).__name__}: {error}"))]
+            except CheckpointError as error:
+                failure = [CheckpointError(_FAILED.format(folder=folder, reason=error))]
             except LockLost as error:
                 failure = [error]
         dist.broadcast_object_list(failure, src=0)
         if failure[0]:
             raise failure[0]
 
-    def _publish(self, pending: _Pending, final: Path, sums: dict[str, dict]) -> None:
+    def _publish(self, pending: _Pending, final: Path, sums: dict[str, Sum], tensors: index.Index) -> None:
         temporary = pending.temporary
         write_atomically(temporary / "state.json", json.dumps({"format": FORMAT, "iteration": pending.iteration, **pending.state}, indent=1))
-        for file in temporary.iterdir():
-            if file.name not in sums:
-                sync(file)
-                sums[file.name] = checksum(file)
-        write_atomically(temporary / SUMS, json.dumps(sums, indent=1, sort_keys=True))
+        describe.write(temporary, tensors)
+        seal(temporary, sums)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync(self.root)
@@ -154,11 +160,11 @@ class Checkpoints:
 
 
 def _write(pending: _Pending) -> None:
-    """Runs in the background: this rank's files, flushed to disk, and their checksums. No collectives, and no exceptions out."""
+    """Runs in the background: this rank's files, flushed to disk, their checksums, and where in them the numbers lie. No collectives, and no
+    exceptions out."""
     request = pending.request
     if request.async_fn is None:
         return  # this rank owns nothing
-    results: dict | Exception = {}
     transforms = request.async_fn.args[0]
     try:
         for i, bucket in enumerate(pending.buckets):
@@ -167,21 +173,26 @@ def _write(pending: _Pending) -> None:
             _, answer = answers.get()
             if isinstance(answer, Exception):
                 raise answer
-            results[i] = answer
             pending.sums[bucket[1]] = checksum(Path(bucket[0]))
-    except Exception as error:  # goes to Megatron-Core's finalize, which raises it on every rank
-        results = pending.error = error
-    request.async_fn_args[2].put(results)
+            pending.written.append(_described(bucket, answer))
+    except Exception as error:  # goes to the commit, which raises it on every rank
+        pending.error = f"{type(error).__name__}: {error}"
+
+
+def _described(bucket: tuple, results: list) -> index.Index:
+    """Where in a file that has just been written its tensors lie."""
+    file, name, (_, written) = bucket
+    chunks = []
+    for (item, _), result in zip(written, results, strict=True):
+        tensor, place = item.tensor_data, result.storage_data
+        box = tensor.chunk.offsets, tensor.chunk.sizes
+        chunks.append(describe.Written(item.index.fqn, tensor.size, tensor.properties.dtype, *box, (place.offset, place.length)))
+    return describe.located(Path(file).parent, name, chunks)
 
 
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)  # the next save tries again
-
-
-def _reason(pending: _Pending, error: BaseException) -> str:
-    """This rank's own error where it has one; Megatron-Core's tells of all ranks at length."""
-    return f"{type(pending.error).__name__}: {pending.error}" if pending.error else str(error).strip().splitlines()[-1]
 
 
 class _Count:

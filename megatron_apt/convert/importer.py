@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import io
 import json
-import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
 from torch.utils.serialization import config as serialization
 
-from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint import describe, store
 from megatron_apt.config import CAPTIONS, DataConfig, RunConfig, to_dict
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.source import ConvertError, Source
@@ -35,7 +33,6 @@ from megatron_apt.parallel.mesh import Mesh
 ROLE = "generator"
 _PLAN = "import.json"  # what of which files goes into which part
 _DATA, _PLACES = "tensors.distcp", "places.json"  # the files of a part: tensors, and where each of them is
-_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _WRITERS = 2  # hashing takes longer than writing, and both leave Python's lock alone
 _PIECE = 2**18  # bytes written and then hashed while they are in the processor's cache
 Moved = Callable[[int], None]  # told how many bytes have been written
@@ -214,19 +211,21 @@ def _seal(work: _Work, i: int) -> None:
         store.sync(work.folder)
 
 
+def _written(mapped: Mapped, source: Source, places: dict[str, list[int]]) -> describe.Written:
+    key, whole = f"{ROLE}.{mapped.name}", (0,) * len(mapped.shape)
+    return describe.Written(key, mapped.shape, _dtype(mapped, source), whole, mapped.shape, tuple(places[key]))
+
+
 def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
     """Makes one commit of the parts: one index over all of them, and what else a checkpoint has."""
-    places, sums = {}, {}
+    found, sums = [], {}
     for i in range(len(work.parts)):
         name = work.part(i).name
         part = json.loads((work.part(i) / _PLACES).read_text(encoding="utf-8"))
-        places |= {key: (f"{name}/{_DATA}", *place) for key, place in part["places"].items()}
+        found.append(describe.located(work.folder, f"{name}/{_DATA}", [_written(m, source, part["places"]) for m in work.parts[i]]))
         sums[f"{name}/{_DATA}"] = {"bytes": part["bytes"], "sha256": part["sha256"]}
         sums[f"{name}/{_PLACES}"] = store.checksum(work.part(i) / _PLACES)
-    tensors = {f"{ROLE}.{m.name}": torch.empty(m.shape, dtype=_dtype(m, source), device="meta") for part in work.parts for m in part}
-    (work.folder / ".metadata").write_bytes(pickle.dumps(_index(tensors, places)))
-    (work.folder / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
-    torch.save({}, work.folder / "common.pt")
+    describe.write(work.folder, describe.joined(found))
     state = {
         "format": store.FORMAT,
         "iteration": 0,
@@ -240,21 +239,4 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
         "config": to_dict(RunConfig(method="flow", model=model, data=DataConfig(text_length=CAPTIONS.get(model.family, 0)))),
     }
     store.write_atomically(work.folder / "state.json", json.dumps(state, indent=1))
-    for file in work.folder.iterdir():
-        if file.is_file() and file.name != store.SUMS:
-            store.sync(file)
-            sums[file.name] = store.checksum(file)
-    store.write_atomically(work.folder / store.SUMS, json.dumps(sums, indent=1, sort_keys=True))
-
-
-def _index(tensors: dict[str, Tensor], places: dict[str, tuple[str, int, int]]):
-    """torch's index of whole tensors that lie at these places: file, start and length."""
-    from torch.distributed.checkpoint import DefaultSavePlanner
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(tensors, is_coordinator=True)
-    plan = planner.create_local_plan()
-    _, index = planner.create_global_plan([plan])
-    index.storage_data = {item.index: _StorageInfo(*places[item.index.fqn]) for item in plan.items}
-    return index
+    store.seal(work.folder, sums)

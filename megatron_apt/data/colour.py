@@ -62,11 +62,8 @@ def to_rgb(frame: av.VideoFrame, path: Path, policy: PixelPolicy, notes: Notes) 
 
 
 def _converted(frame: av.VideoFrame, pix_fmt: str) -> np.ndarray:
-    deep = frame.format.components[0].bits > 8
-    # As FFmpeg's tools do it: 8-bit chroma is not interpolated whatever is asked for, and asking for bicubic would be five times slower.
-    interpolation = "BICUBIC" if deep else "BILINEAR"
     matrix = None if frame.format.is_rgb else MATRICES.get(frame.colorspace, Colorspace.ITU601)
-    return frame.to_ndarray(format=pix_fmt, interpolation=interpolation, src_colorspace=matrix, threads=1)
+    return frame.to_ndarray(format=pix_fmt, interpolation="BICUBIC", src_colorspace=matrix, threads=1)
 
 
 def compose(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

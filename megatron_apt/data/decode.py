@@ -138,7 +138,7 @@ def _video_plan(clip: Clip, path: Path, device: str) -> _Plan:
     indices = choose_frames(info, clip.frames, clip.stride, clip.fps, clip.start)
     nbytes = len(indices) * info.frame_bytes
     small = nbytes <= BATCH_BYTES and info.size <= DALI_VIDEO_BYTES
-    by_dali = small and info.codec in DALI_CODECS[device] and info.alone and info.seekable and not info.hidden and is_plain(info)
+    by_dali = small and info.codec in DALI_CODECS[device] and info.alone and info.seekable and info.one_size and not info.hidden and is_plain(info)
     return _Plan("video", nbytes + info.size, indices, info) if by_dali else _Plan("pyav", nbytes, indices, info)
 
 

@@ -82,7 +82,7 @@ def _shot(info: VideoInfo, before, frame: av.VideoFrame, after, policy: PixelPol
     try:
         shown = shown_size(frame.height, frame.width, info.aspect)
     except ValueError as error:
-        raise RejectedInput(info.path, "pixel aspect", error, "no camera has such pixels; re-encode the file with the right aspect") from None
+        raise RejectedInput(info.path, "pixel aspect", str(error), "no camera has such pixels; re-encode the file with the right aspect") from None
     if _interlaced(info, frame):
         frame = _without_fields(info, before, frame, after, policy, notes)
     pixels = turned.apply(to_rgb(frame, info.path, policy, notes))
@@ -97,7 +97,7 @@ def _orientation(info: VideoInfo, frame: av.VideoFrame) -> Orientation:
         return orientation(matrix)
     except (ValueError, struct.error) as error:
         remedy = "only quarter turns and mirrorings can be shown upright; re-encode the file turned"
-        raise RejectedInput(info.path, "display matrix", error, remedy) from None
+        raise RejectedInput(info.path, "display matrix", str(error), remedy) from None
 
 
 def _interlaced(info: VideoInfo, frame: av.VideoFrame) -> bool:

@@ -9,8 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 
+from megatron_apt.data.coded_size import coded_size
 from megatron_apt.data.rejected import RejectedInput
 
+MOST_HEADER = 4096  # bytes of a packet in which a frame's size stands
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 COUNTED_FORMATS = ("mov", "mp4")  # whose headers list every frame; others promise a number that nobody keeps (AVI counts dropped frames)
 MISSING = np.iinfo(np.int64).min
@@ -32,7 +34,8 @@ class VideoInfo:
         stream: index of the video stream in the container; alone: whether there is no other video beside it.
         aspect: width of a pixel over its height, if known. field_order: FFmpeg's number of what the container says of fields.
         alpha: a WebM file with an alpha channel.
-        counted: the container has no timestamps; pts are the frames' numbers, at the stream's rate.
+        counted: the container does not say which frame is shown when; pts are the frames' numbers in the order the decoder gives them.
+        size: of the file. one_size: whether all frames are of one size, as far as key frames say.
         shifts: (packet, offset) of joined recordings whose clock was set back: what is added to timestamps from that packet on.
     """
 
@@ -51,6 +54,7 @@ class VideoInfo:
     counted: bool = False
     shifts: tuple[tuple[int, int], ...] = ()
     size: int = 0
+    one_size: bool = True
 
     @property
     def seekable(self) -> bool:
@@ -76,16 +80,22 @@ class _Header:
     aspect: Fraction | None
     field_order: int
     alpha: bool
+    reordered: bool
 
 
 @dataclass(frozen=True, eq=False)
 class _Packets:
-    """Timestamps (n,) int64 of a stream's packets in the order of the file, MISSING where there is none; shown and corrupt are their flags."""
+    """Timestamps (n,) int64 of a stream's packets in the order of the file, MISSING where there is none; shown and corrupt are their flags.
+
+    last: the latest timestamp of packets without a byte, which repeat a frame (AVI, Theora). one_size: as VideoInfo's.
+    """
 
     pts: np.ndarray
     dts: np.ndarray
     shown: np.ndarray
     corrupt: np.ndarray
+    last: int
+    one_size: bool
 
 
 def file_size(path: Path) -> int:
@@ -125,10 +135,9 @@ def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
         if isinstance(error, RejectedInput):
             raise
         raise RejectedInput(path, "container", reason(error), "not a readable video; fetch it again or re-encode it") from None
-    pts, counted, shifts = _clock(header, packets)
+    pts, times, counted, shifts = _clock(header, packets)
     if not len(pts):
         raise RejectedInput(path, "frames", 0, "no frame can be read; the file is truncated or has none, fetch it again")
-    times = (pts - pts[0]) * (1 / header.rate if counted else header.time_base)
     gaps = np.diff(times)
     info = VideoInfo(
         path,
@@ -146,6 +155,7 @@ def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
         counted,
         shifts,
         size,
+        packets.one_size,
     )
     _check_whole(info, header, packets, gaps)
     return info
@@ -165,7 +175,7 @@ def default_stream(path: Path, container: av.container.InputContainer) -> av.Vid
     known = [stream for stream in videos if stream.codec_context is not None]
     if not known:
         raise RejectedInput(path, "codec", "unknown", "this FFmpeg has no decoder for it; re-encode the file, for example to H.264")
-    return max(known, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.width * s.height, -s.index))
+    return max(known, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.width * s.height, s.frames != 1, -s.index))
 
 
 def _header(container: av.container.InputContainer, stream: av.VideoStream) -> _Header:
@@ -190,31 +200,49 @@ def _header(container: av.container.InputContainer, stream: av.VideoStream) -> _
         stream.sample_aspect_ratio,
         stream.codec_context.field_order,
         stream.metadata.get("alpha_mode", "0") not in ("", "0"),
+        bool(stream.codec_context.has_b_frames),
     )
 
 
 def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Packets:
-    rows = []
+    rows, last, sizes = [], 0, set()
     for packet in container.demux(stream):
-        if packet.size:
-            stamps = (MISSING if stamp is None else stamp for stamp in (packet.pts, packet.dts))
-            rows.append((*stamps, not packet.is_discard, packet.is_corrupt))
-    table = np.array(rows, np.int64).reshape(-1, 4)
-    return _Packets(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3] > 0)
+        stamps = [MISSING if stamp is None else stamp for stamp in (packet.pts, packet.dts)]
+        if not packet.size:
+            last = max(last, *stamps)
+            continue
+        rows.append((*stamps, not packet.is_discard, packet.is_corrupt, packet.is_keyframe))
+        if packet.is_keyframe:
+            sizes.add(coded_size(stream.codec_context.name, memoryview(packet)[:MOST_HEADER]))
+    pts, dts, shown, corrupt, keys = np.array(rows, np.int64).reshape(-1, 5).T
+    return _Packets(pts, dts, (shown > 0) & _decodable(pts, keys > 0), corrupt > 0, last, len(sizes - {None}) < 2)
 
 
-def _clock(header: _Header, packets: _Packets) -> tuple[np.ndarray, bool, tuple[tuple[int, int], ...]]:
-    """(pts, counted, shifts) of VideoInfo."""
+def _decodable(pts: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Recordings of broadcasts begin between key frames: what comes, or is shown, before the first cannot be decoded."""
+    if not keys.any():
+        return np.ones(len(keys), bool)
+    first = int(np.argmax(keys))
+    return (np.arange(len(keys)) >= first) & ((pts == MISSING) | (pts >= pts[first]) | (first == 0))
+
+
+def _clock(header: _Header, packets: _Packets) -> tuple[np.ndarray, np.ndarray, bool, tuple[tuple[int, int], ...]]:
+    """(pts, times, counted, shifts) of VideoInfo."""
     stamps = np.where(packets.pts == MISSING, packets.dts, packets.pts)
     known = (stamps != MISSING) & packets.shown
-    # A recording that begins between key frames has a few packets without a time, which show nothing. Bare streams (.h264) have no time at all.
-    if np.sum(known) < 0.9 * np.sum(packets.shown) - 2:
-        return np.arange(np.sum(packets.shown)), True, ()
+    count = int(np.sum(packets.shown))
+    # Bare streams (.h264) have no time at all; AVI has decoding times only, from which FFmpeg guesses wrongly where frames are reordered.
+    if np.sum(known) < count - max(2, 0.05 * count):
+        return np.arange(count), np.arange(count) / header.rate, True, ()
+    if header.format == "avi" and header.reordered:
+        moments = np.sort(stamps[packets.shown])
+        return np.arange(count), (moments - moments[0]) * header.time_base, True, ()
     shifts = _shifts(header, packets, stamps, known)
     for start, offset in shifts:
         end = next((later for later, _ in shifts if later > start), len(stamps))
         stamps[start:end] += np.where(known[start:end], offset, 0)
-    return np.unique(stamps[known]), False, shifts
+    pts = np.unique(stamps[known])
+    return pts, (pts - pts[:1]) * header.time_base, False, shifts
 
 
 def _shifts(header: _Header, packets: _Packets, stamps: np.ndarray, known: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -249,7 +277,7 @@ def _check_whole(info: VideoInfo, header: _Header, packets: _Packets, gaps: np.n
         raise RejectedInput(info.path, "frames", f"{corrupt} of {count} damaged", damaged)
     end = info.times[-1] + info.interval
     if not (info.counted or info.shifts):
-        end = max(end, info.pts[-1] * header.time_base + info.interval)
+        end = max(end, max(info.pts[-1], packets.last) * header.time_base + info.interval)
     if header.length - end > max(0.05 * header.length, 1.5 * gaps.max(initial=0.0), 2 * info.interval):
         raise RejectedInput(info.path, "duration", f"frames until {end:.3f} s of {header.length:.3f} s", damaged)
 

@@ -1,0 +1,75 @@
+"""What every file of a checkpoint goes through: written whole or not at all, opened only if it is a plain file."""
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another shape."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def lock(file: Path) -> Iterator[None]:
+    """Held by one process at a time; let go when it ends, however that happens.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{file}: another process is writing here; wait for it, or give another target") from None
+        yield
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def plain_name(name: str) -> bool:
+    """Whether it names a file of a folder, or of a folder in that, and nothing anywhere else."""
+    if not name or "\\" in name or "\0" in name or len(name) > 500 or not name.isprintable():
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and len(path.parts) <= 2 and str(path) == name != "."
+
+
+@contextlib.contextmanager
+def opened(folder: Path, name: str) -> Iterator[int]:
+    """Descriptor of a file of a checkpoint, for reading. A link or a pipe is none.
+
+    Raises:
+        OSError: it cannot be opened.
+        CheckpointError: it is no plain file.
+    """
+    file = folder / name
+    if file.is_symlink() or (file.parent != folder and file.parent.is_symlink()):
+        raise CheckpointError(f"{file}: is a link, and a checkpoint is made of plain files; copy what it points to")
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{file}: is no plain file; the checkpoint is damaged")
+        yield descriptor
+    finally:
+        os.close(descriptor)
