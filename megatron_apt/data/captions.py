@@ -1,7 +1,9 @@
 """Captions: the text beside a file, or in a manifest's line, as one line of clean text; bounded, and refused rather than guessed."""
 
+import stat
 from pathlib import Path
 
+from megatron_apt.data.folder import special
 from megatron_apt.data.rejected import RejectedInput, shown
 from megatron_apt.data.written import AS_UTF8, UnreadableText, clean, decode_text
 
@@ -32,10 +34,14 @@ def _beside(path: Path) -> Path | None:
     for suffix in (".txt", ".TXT"):
         try:
             beside = path.with_suffix(suffix)
-            if beside.is_file():
-                return beside
+            mode = beside.stat().st_mode
+        except FileNotFoundError:
+            continue
         except (OSError, ValueError):  # a name too long, a folder that may not be searched
             return None
+        if not stat.S_ISREG(mode):
+            raise RejectedInput(path, "caption", special(mode), f"{shown(beside.name)} is not a file; write the caption into one")
+        return beside
     return None
 
 

@@ -55,6 +55,9 @@ class _Walk:
         except OSError as error:
             self._reject(folder, "folder", error.strerror or str(error), "cannot be read; give its rights, or take it out of the source")
             return
+        if {"dataset.json", "encode.json"} & {entry.name for entry in names} and any(entry.name.endswith(".tar") for entry in names):
+            self.left.add("encoded datasets", folder)
+            return
         for entry in names:
             self._look(folder / entry.name, entry)
 
@@ -92,6 +95,12 @@ class _Walk:
 
     def _reject(self, path: Path, field: str, value: str, remedy: str) -> None:
         self.found.append(RejectedInput(path, field, value, remedy))
+
+
+def special(mode: int) -> str:
+    """What something is that is no file, by its st_mode."""
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def walk(source: Path, output: str | Path | None = None) -> tuple[list[Found], Left]:

@@ -14,11 +14,12 @@ BLOCK = 1 << 20  # bytes read at once
 
 
 class Line(NamedTuple):
-    """number counts from 1; text ends with its line break; problem says why the text (cut then) cannot be used."""
+    """number counts from 1; text ends with its line break; problem says why the text (cut then) cannot be used, note what was done to read it."""
 
     number: int
     text: str
     problem: str | None = None
+    note: str = ""
 
 
 def read_lines(source: Path) -> Iterator[Line]:
@@ -40,7 +41,7 @@ def read_lines(source: Path) -> Iterator[Line]:
                 _skip(stream)
                 yield Line(number, text[:80], f"longer than {MOST_LINE} characters; shorten it")
             else:
-                yield _line(number, text, encoding)
+                yield _line(number, text.removeprefix("\ufeff"), encoding)  # of files that were joined
 
 
 def bad_line(source: Path, line: Line, problem: str) -> RejectedInput:
@@ -55,7 +56,7 @@ def _line(number: int, text: str, encoding: str) -> Line:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         if encoding == "cp1252":
-            return Line(number, data.decode("cp1252"))
+            return Line(number, data.decode("cp1252"), note=f"the manifest is read as cp1252; {AS_UTF8} to be sure of it")
         return Line(number, text, f"not UTF-8 (byte {error.start}); {AS_UTF8}")
     return Line(number, text)
 

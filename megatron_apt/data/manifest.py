@@ -6,12 +6,12 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_apt.data.captions import caption_of
-from megatron_apt.data.folder import Found, Left, walk
-from megatron_apt.data.kinds import UNDECODED, suffix_of
+from megatron_apt.data.folder import Found, Left, special, walk
+from megatron_apt.data.kinds import COMPANIONS, UNDECODED, suffix_of
 from megatron_apt.data.lines import bad_line, read_lines
 from megatron_apt.data.rejected import RejectedInput, shown
 from megatron_apt.data.table import Row, read_csv
@@ -81,12 +81,6 @@ def read_entries(source: str | Path, output: str | Path | None = None) -> Entrie
     return Entries(entries, Left())
 
 
-def special(mode: int) -> str:
-    """What a file is that is neither a file nor a folder."""
-    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
-
-
 def _from_folder(source: Path, output: str | Path | None) -> Entries:
     try:
         found, left = walk(source, output)
@@ -151,11 +145,17 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
 def _entry_of_row(source: Path, row: Row | RejectedInput) -> Entry:
     if isinstance(row, RejectedInput):
         return Entry(Path(f"{source}:{row.file.rpartition(':')[2]}"), "", problem=row)
+    where = f"{source}:{row.line.number}"
     problem = _path_problem(row.fields["path"])
     if problem:
-        where = f"{source}:{row.line.number}"
         return Entry(Path(where), "", problem=RejectedInput(where, "path", row.fields["path"], problem))
-    return _entry(source.parent / row.fields["path"], row.fields)
+    entry = _entry(source.parent / row.fields["path"], row.fields)
+    if entry.problem:
+        found = entry.problem
+        return replace(
+            entry, problem=RejectedInput(found.file, found.field, found.value, f"{found.remedy} (line {row.line.number} of {source.name})")
+        )
+    return replace(entry, note=entry.note or row.line.note) if row.line.note else entry
 
 
 def _path_problem(path: str) -> str | None:
@@ -173,14 +173,16 @@ def _path_problem(path: str) -> str | None:
 
 def _entry(path: Path, row: dict) -> Entry:
     size, problem = _size(path)
+    suffix = suffix_of(path)
+    if suffix in UNDECODED and size is not None:
+        problem = RejectedInput(path, "kind", suffix, UNDECODED[suffix])
+    if suffix in COMPANIONS:  # FFmpeg would draw some kinds of text as a video
+        problem = RejectedInput(path, "kind", suffix, "text or metadata; name a picture or video")
     try:
         caption, note = caption_of(path, row.get("caption"))
         start, fps = _number(path, row, "start"), _number(path, row, "fps")
     except RejectedInput as rejected:
-        return Entry(path, "", problem=rejected, size=size)
-    suffix = suffix_of(path)
-    if suffix in UNDECODED and size is not None:
-        problem = RejectedInput(path, "kind", suffix, UNDECODED[suffix])
+        return Entry(path, "", problem=problem or rejected, size=size)
     return Entry(path, caption, start, fps, problem, size, note)
 
 
@@ -204,6 +206,8 @@ def _missing_hint(path: Path) -> str:
         return f"a link to {shown(os.readlink(path))}, which is not there; put the file there or remove the link"
     if "\\" in text:
         return "written with backslashes; write / between folders, and no drive letter"
+    if text != text.strip():
+        return "the name ends with a space; correct the manifest"
     if "/~" in text or text.startswith("~"):
         return "~ is not expanded in a manifest; write the folder out"
     return ""

@@ -170,8 +170,9 @@ def finished_dataset(folder: Path, settings: dict) -> dict | None:
     Raises:
         ValueError: other settings (naming the first that differs), or a folder with foreign files.
     """
-    with _output_usable(folder):
-        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    names: set[str] = set()
+    with _output_usable(folder), contextlib.suppress(FileNotFoundError):
+        names = {entry.name for entry in folder.iterdir()}
     if "dataset.json" in names:
         info = read_info(folder)
         _compare(folder, info["settings"], settings)

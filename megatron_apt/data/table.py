@@ -109,13 +109,12 @@ def _csv_problem(error: Exception) -> str:
 
 def _header(source: Path, first: Line, record: list[str] | str) -> list[str]:
     where = f"{shown(source)}:{first.number}"
-    if isinstance(record, str):
-        raise ValueError(f"{where}: {record}")
-    names = [name.strip().lower() for name in record]
-    text = shown(first.text.strip()[:200])
+    names = [] if isinstance(record, str) else [name.strip().lower() for name in record]
     for separator, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if "path" not in names and "path" in [name.strip(' "').lower() for name in first.text.strip().split(separator)]:
-            raise ValueError(f"{where}: columns are separated by {called} ({text}); {COLUMNS}")
+            raise ValueError(f"{where}: columns are separated by {called} ({shown(first.text.strip()[:200])}); {COLUMNS}")
+    if isinstance(record, str):
+        raise ValueError(f"{where}: {record}")
     if "path" not in names:
         raise ValueError(f"{where}: columns {[shown(name)[:80] for name in record[:20]]}; {COLUMNS}")
     twice = sorted({name for name in names if name and names.count(name) > 1})
