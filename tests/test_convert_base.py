@@ -123,7 +123,7 @@ def test_an_older_import_and_later_stages_know_their_part_too(wan, mesh, runs, t
     assert replace(checkpoint, state=older).part == "transformer_2"
     later = {"sources": {"generator": f"{runs / 'transformer_2'}:raw"}}
     assert replace(checkpoint, state=later).part == "transformer_2"
-    assert replace(checkpoint, state={"sources": {"generator": str(tmp_path / "gone")}}).part == "transformer"
+    assert replace(checkpoint, state={"sources": {"generator": str(tmp_path / "gone")}}).part is None
 
 
 def test_a_second_network_that_makes_samples_in_one_step_stands_alone(wan, mesh, runs, tmp_path):
@@ -250,3 +250,46 @@ def test_fields_that_name_code_are_not_copied(wan, mesh, runs, tmp_path):
     exported(runs / "transformer", tmp_path / "out", mesh, base)
     assert json.loads((tmp_path / "out/text_encoder/config.json").read_text()) == kept
     assert (tmp_path / "out/vae/config.json").read_bytes() == (wan / "vae/config.json").read_bytes()
+
+
+def test_a_run_whose_origin_is_gone_does_not_guess(wan, mesh, runs, tmp_path):
+    """Of two networks either may be meant; of one it is that."""
+    checkpoint = Checkpoint.open(str(runs / "transformer"))
+    lost = {key: value for key, value in checkpoint.state.items() if key not in ("imported", "part")} | {"sources": {"generator": "gone:raw"}}
+    lost = replace(checkpoint, state=lost)
+    family = family_of_model(checkpoint.model, "")
+    with pytest.raises(ConvertError, match=r"started from gone:raw, which is not there any more, .* transformer or transformer_2; say --part"):
+        export_pipeline(lost, family, tmp_path / "out", mesh, base=str(wan))
+    export_pipeline(lost, family, tmp_path / "out", mesh, base=str(wan), part="transformer_2")
+    assert same(wan / "transformer", tmp_path / "out/transformer_2") and same(wan / "transformer", tmp_path / "out/transformer")
+    export_pipeline(lost, family, tmp_path / "alone", mesh)
+    assert same(wan / "transformer", tmp_path / "alone/transformer")
+    with pytest.raises(ConvertError, match=r"part='\.\./x': a pipeline's networks are transformer and transformer_2"):
+        export_pipeline(lost, family, tmp_path / "out2", mesh, part="../x")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("iteration", -1),
+        ("iteration", 1e18),
+        ("ema", "no"),
+        ("sources", {"generator": 3}),
+        ("sources", None),
+        ("imported", "x"),
+        ("part", 5),
+        ("values", []),
+    ],
+)
+def test_a_state_of_other_types_is_named(runs, tmp_path, field, value):
+    run = shutil.copytree(runs / "transformer", tmp_path / "run")
+    change_json(run / "checkpoints/iteration-00000000/state.json", **{field: value})
+    with pytest.raises(ValueError, match=rf"state\.json: {field}.*: Expected .*; the checkpoint is damaged"):
+        Checkpoint.open(str(run))
+
+
+def test_a_pipeline_of_another_kind_is_called_so(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ConvertError, match=r"is a StableDiffusionPipeline, which has no transformer \(it has unet\)"):
+        open_source(tmp_path)

@@ -111,7 +111,8 @@ ADAPTERS = {
     "quantised": ("blocks.0.attn1.to_q.weight_scale", "scaled_fp8", "blocks.0.ffn.net.0.proj.scale_weight", "a.weight.absmax"),
     "quantised, by": ("a.weight.quant_state.bitsandbytes__nf4", "blocks.0.attn1.to_q.SCB", "blocks.0.qweight", "b.weight_scale_inv"),
     "textual inversion": ("emb_params", "<my-cat>", "clip_l"),
-    "ControlNet": ("controlnet_blocks.0.weight", "control_model.input_hint_block.0.weight", "vace_blocks.0.proj_out.weight"),
+    "ControlNet": ("controlnet_blocks.0.weight", "control_model.input_hint_block.0.weight"),
+    "Wan VACE": ("vace_blocks.0.proj_out.weight", "model.diffusion_model.vace_patch_embedding.weight"),
     "IP-Adapter": ("ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"),
     "T2I": ("adapter.body.0.in_conv.weight",),
     "a VAE": (

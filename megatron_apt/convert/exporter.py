@@ -15,7 +15,6 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.commands import from_dict
 from megatron_apt.convert.base import SCHEDULER, SECOND, alone, base_index, copy, left_behind, plan_copy
 from megatron_apt.convert.card import model_card
+from megatron_apt.convert.checkpoint import Checkpoint
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.importer import ROLE, Moved
 from megatron_apt.convert.source import DTYPES, PART, ConvertError, beyond, part_of
 from megatron_apt.convert.weights import Mapped, Same
-from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel.mesh import Mesh
 
 _NAME = "diffusion_pytorch_model"
@@ -40,71 +38,6 @@ _THREADS = 2  # each reads, rearranges and writes one tensor of ours at a time
 _FLUSHED = 2**28  # bytes after which the disk is set to work, while further ones are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 Maker = Callable[[], Iterable[tuple[str, Tensor]]]  # tensors by name, made when called
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint of ours, of which one set of weights is exported.
-
-    Attributes:
-        prefix: of the weights' names in it; what is never trained has ROLE's in any case.
-    """
-
-    folder: Path
-    state: dict
-    model: ModelConfig
-    prefix: str
-
-    @staticmethod
-    def open(path: str, weights: str = "auto") -> "Checkpoint":
-        """`weights`: ema, raw, or auto (ema where there is one).
-
-        Raises:
-            CheckpointError: nothing there, or no such weights.
-        """
-        folder = store.resolve(path)
-        state = store.read_state(folder)
-        if weights == "ema" and not state["ema"]:
-            raise store.CheckpointError(f"{folder}: keeps no average (optimizer.ema=0); use --weights raw")
-        average = state["ema"] and weights != "raw"
-        try:
-            model = from_dict(ModelConfig, state["config"]["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise store.CheckpointError(
-                f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older checkpoint"
-            ) from None
-        return Checkpoint(folder, state, model, f"{ROLE}.ema." if average else f"{ROLE}.")
-
-    @property
-    def one_step(self) -> bool:
-        """It was trained to make a sample in one evaluation."""
-        return self.state["iteration"] > 0 and self.state["config"]["method"] in ("consistency", "apt")
-
-    def original(self) -> dict | None:
-        """config.json of the Hugging Face checkpoint it goes back to, where that can still be found."""
-        state = self._imported()
-        return None if state is None else state["imported"]
-
-    @property
-    def part(self) -> str:
-        """What of a pipeline it was imported as: transformer, or transformer_2; transformer where that cannot be found any more."""
-        state = self._imported() or {"sources": {}}
-        return part_of(str(state.get("part") or Path(str(state["sources"].get(ROLE, ""))).name))
-
-    def _imported(self) -> dict | None:
-        """state.json of the import it goes back to, where that can still be found."""
-        state = self.state
-        for _ in range(8):  # stages: imported, flow, consistency, APT on images, on videos
-            if isinstance(state.get("imported"), dict):
-                return state
-            source = str(state["sources"].get(ROLE, "")).removesuffix(":ema").removesuffix(":raw")
-            if not source:
-                return None
-            try:
-                state = store.read_state(store.resolve(source))
-            except store.CheckpointError:
-                return None
-        return None
 
 
 def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mesh: Mesh, dtype: str, moved: Moved, shard_bytes: int) -> None:
@@ -173,7 +106,9 @@ def export_pipeline(
         raise ConvertError(f"{target} exists already; give another target")
     if base and target.resolve().is_relative_to(Path(base).resolve()):
         raise ConvertError(f"{target}: lies in the base {base}, which is copied; give another target")
-    part = part or (PART if checkpoint.one_step else checkpoint.part)
+    part = part or (PART if checkpoint.one_step else _remembered(checkpoint, base))
+    if part_of(part) != part:
+        raise ConvertError(f"part={part!r}: a pipeline's networks are {PART} and {SECOND}")
     index = base_index(base, family, checkpoint.model, checkpoint.one_step, part) if base else None
     plan = plan_copy(Path(base), index, left_behind(checkpoint.one_step, part)) if index is not None else None
     critic = discriminator_tensors(checkpoint) if discriminator else []
@@ -205,13 +140,27 @@ def export_pipeline(
     return plan.left_out if plan else []
 
 
+def _remembered(checkpoint: Checkpoint, base: str) -> str:
+    """The part that a checkpoint was imported as.
+
+    Raises:
+        ConvertError: that cannot be found any more, and the base has two.
+    """
+    if checkpoint.part is None and base and (Path(base) / SECOND).is_dir():
+        raise ConvertError(
+            f"{checkpoint.folder}: started from {checkpoint.state['sources'].get(ROLE)}, which is not there any more, so that nothing tells "
+            f"whether it is the base's {PART} or {SECOND}; say --part"
+        )
+    return checkpoint.part or PART
+
+
 def _experts(checkpoint: Checkpoint, part: str, index: dict | None) -> str:
     """What the card says of a pipeline of two networks, of which the second takes over at less noise; "" of others."""
     if part != PART:
         return f"takes the place of `{part}`, which the pipeline calls where there is less noise than its `boundary_ratio`; `{PART}` is the base's"
-    if checkpoint.one_step and (checkpoint.part != PART or (index or {}).get(SECOND, [None])[0]):
+    if checkpoint.one_step and (checkpoint.part == SECOND or (index or {}).get(SECOND, [None])[0]):
         return (
-            f"stands alone as `{PART}`, started from the `{checkpoint.part}` of its pipeline: one evaluation at full noise makes the sample, "
+            f"stands alone as `{PART}`, started from the `{checkpoint.part or PART}` of its pipeline: one evaluation at full noise makes the sample, "
             "so that no second network and no `boundary_ratio` is left"
         )
     return ""

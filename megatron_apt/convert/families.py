@@ -7,6 +7,7 @@ from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.source import ConvertError
 from megatron_apt.convert.wan import WAN
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.weight_files import printable
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (WAN, SD3, FLUX, HUNYUAN)}
 
@@ -21,7 +22,7 @@ def family_of(config: dict, where: str) -> Family:
     if found == "WanModel":
         raise ConvertError(f"{where}: _class_name='WanModel' is the layout of Wan's authors; use the repository with -Diffusers in its name")
     if not isinstance(found, str) or found not in FAMILIES:
-        raise ConvertError(f"{where}: _class_name={found!r} is not known; there are {', '.join(FAMILIES)}")
+        raise ConvertError(f"{where}: _class_name={printable(repr(found))} is not known; there are {', '.join(FAMILIES)}")
     return FAMILIES[found]
 
 

@@ -40,7 +40,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         _UNQUANTISED,
     ),
     ("a textual inversion (embeddings of new words)", r"^(emb_params|string_to_param|string_to_token|<[^>]*>|clip_[lg]|t5xxl)$", _WHOLE),
-    ("a ControlNet", r"(^|\.)(controlnet_\w+|control_model|input_hint_block|zero_convs|lllite_\w+|control_\w*blocks|vace_blocks)(\.|$)", _WHOLE),
+    ("a ControlNet", r"(^|\.)(controlnet_\w+|control_model|input_hint_block|zero_convs|lllite_\w+|control_\w*blocks)(\.|$)", _WHOLE),
+    ("a Wan VACE (a transformer with controls beside the video)", r"(^|\.)vace_(blocks|patch_embedding)\.", _WHOLE),
     ("a T2I adapter", r"^adapter\.(body|conv_in)\.", _WHOLE),
     ("an IP-Adapter", r"(^|\.)(ip_adapter|image_proj)\.|\.(to_[kv]_ip|add_[kv]_proj_ip)\.|_ip\.(weight|bias)$", _WHOLE),
 )

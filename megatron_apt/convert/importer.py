@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
 import torch
 from torch.utils.serialization import config as serialization
 
+from megatron_apt import schema
 from megatron_apt.checkpoint import describe, store
 from megatron_apt.config import CAPTIONS, DataConfig, RunConfig, to_dict
 from megatron_apt.convert.family import Family
@@ -139,7 +141,10 @@ def _plan(source: Source, tensors: list[Mapped], part_bytes: int) -> tuple[list[
 
 
 def _planned(folder: Path, plan: dict) -> bool:
-    return (folder / _PLAN).is_file() and json.loads((folder / _PLAN).read_text(encoding="utf-8")) == plan
+    try:
+        return (folder / _PLAN).is_file() and json.loads((folder / _PLAN).read_bytes()) == plan
+    except (ValueError, RecursionError):  # of no import that got so far
+        return False
 
 
 def _begin(folder: Path, parts: list[list[Mapped]], plan: dict) -> _Work:
@@ -211,9 +216,26 @@ def _seal(work: _Work, i: int) -> None:
         store.sync(work.folder)
 
 
-def _written(mapped: Mapped, source: Source, places: dict[str, list[int]]) -> describe.Written:
+def _written(mapped: Mapped, source: Source, places: dict[str, tuple[int, int]]) -> describe.Written:
     key, whole = f"{ROLE}.{mapped.name}", (0,) * len(mapped.shape)
     return describe.Written(key, mapped.shape, _dtype(mapped, source), whole, mapped.shape, tuple(places[key]))
+
+
+class _Part(msgspec.Struct):
+    """What a part holds, and where."""
+
+    bytes: schema.Count
+    sha256: str
+    places: dict[str, tuple[schema.Count, schema.Count]]
+
+
+def _read_part(folder: Path, tensors: list[Mapped]) -> _Part:
+    """Raises ConvertError for one that another import wrote, or that was damaged since."""
+    remedy = f"remove {folder.parent} and import again"
+    part = schema.read_json(folder / _PLACES, _Part, remedy=remedy, error=ConvertError)
+    if part.places.keys() != {f"{ROLE}.{mapped.name}" for mapped in tensors}:
+        raise ConvertError(f"{folder / _PLACES}: names other tensors than were planned; {remedy}")
+    return part
 
 
 def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
@@ -221,9 +243,9 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
     found, sums = [], {}
     for i in range(len(work.parts)):
         name = work.part(i).name
-        part = json.loads((work.part(i) / _PLACES).read_text(encoding="utf-8"))
-        found.append(describe.located(work.folder, f"{name}/{_DATA}", [_written(m, source, part["places"]) for m in work.parts[i]]))
-        sums[f"{name}/{_DATA}"] = {"bytes": part["bytes"], "sha256": part["sha256"]}
+        part = _read_part(work.part(i), work.parts[i])
+        found.append(describe.located(work.folder, f"{name}/{_DATA}", [_written(m, source, part.places) for m in work.parts[i]]))
+        sums[f"{name}/{_DATA}"] = {"bytes": part.bytes, "sha256": part.sha256}
         sums[f"{name}/{_PLACES}"] = store.checksum(work.part(i) / _PLACES)
     describe.write(work.folder, describe.joined(found))
     state = {

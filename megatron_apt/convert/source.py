@@ -126,11 +126,21 @@ def open_source(path: str | Path, subfolder: str = "", config: str = "") -> Sour
     if not path.exists():
         raise ConvertError(f"{path} does not exist; give a local folder or .safetensors file (nothing is downloaded)")
     if path.is_dir():
+        _check_pipeline(path, subfolder)
         path = path / (subfolder or next((part for part in (PART, "transformer_2") if (path / part).is_dir()), ""))
     try:
         return _read(path, Path(config) if config else (path if path.is_dir() else path.parent) / "config.json")
     except WeightFileError as error:
         raise ConvertError(str(error)) from None
+
+
+def _check_pipeline(path: Path, subfolder: str) -> None:
+    """Raises ConvertError for a pipeline without such a network."""
+    if not (path / "model_index.json").is_file() or any((path / part).is_dir() for part in ([subfolder] if subfolder else (PART, "transformer_2"))):
+        return
+    name = printable(str(read_json(path / "model_index.json").get("_class_name")))
+    there = ", ".join(sorted(printable(inner.name) for inner in path.iterdir() if inner.is_dir()))
+    raise ConvertError(f"{path}: is a {name}, which has no {subfolder or PART} (it has {there or 'no folders'}); give a pipeline with one")
 
 
 def _read(path: Path, config: Path) -> Source:
@@ -175,7 +185,9 @@ def _refuse_foreign(path: Path) -> None:
 
 def _part(path: Path) -> str:
     """What of a pipeline a folder is."""
-    return part_of((path if path.is_dir() else path.parent).absolute().name)
+    folder = path if path.is_dir() else path.parent
+    named = part_of(folder.absolute().name)
+    return named if named != PART else part_of(folder.resolve().name)
 
 
 def part_of(folder: str) -> str:

@@ -1,0 +1,130 @@
+"""A checkpoint of ours that is exported or compared: what its state.json says, by declared types, and what it goes back to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from megatron_apt import schema
+from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.commands import from_dict
+from megatron_apt.convert.importer import ROLE
+from megatron_apt.convert.source import part_of
+from megatron_apt.models.config import ModelConfig
+
+
+class _Optimizer(msgspec.Struct):
+    kind: str
+    lr: float
+    ema: float
+
+
+class _Data(msgspec.Struct):
+    shards: list[str]
+
+
+class _Apt(msgspec.Struct):
+    loss: str
+    ar1_sigma: float
+    ar1_lambda: float
+
+
+class _Config(msgspec.Struct):
+    """What an export and its model card tell of a run."""
+
+    method: str
+    global_batch: schema.Positive
+    seed: int
+    optimizer: _Optimizer
+    data: _Data
+    apt: _Apt
+    model: Any = None  # checked by ModelConfig
+
+
+class _State(msgspec.Struct):
+    iteration: schema.Count
+    config: _Config
+    ema: bool
+    sources: dict[str, str]
+    values: dict[str, Any]
+    imported: dict[str, Any] | None = None
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of ours, of which one set of weights is exported.
+
+    Attributes:
+        prefix: of the weights' names in it; what is never trained has ROLE's in any case.
+    """
+
+    folder: Path
+    state: dict
+    model: ModelConfig
+    prefix: str
+
+    @staticmethod
+    def open(path: str, weights: str = "auto") -> "Checkpoint":
+        """`weights`: ema, raw, or auto (ema where there is one).
+
+        Raises:
+            CheckpointError: nothing there, or no such weights.
+        """
+        folder = store.resolve(path)
+        state = _read_state(folder)
+        if weights == "ema" and not state["ema"]:
+            raise store.CheckpointError(f"{folder}: keeps no average (optimizer.ema=0); use --weights raw")
+        average = state["ema"] and weights != "raw"
+        try:
+            model = from_dict(ModelConfig, state["config"]["model"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise store.CheckpointError(
+                f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older checkpoint"
+            ) from None
+        return Checkpoint(folder, state, model, f"{ROLE}.ema." if average else f"{ROLE}.")
+
+    @property
+    def one_step(self) -> bool:
+        """It was trained to make a sample in one evaluation."""
+        return self.state["iteration"] > 0 and self.state["config"]["method"] in ("consistency", "apt")
+
+    def original(self) -> dict | None:
+        """config.json of the Hugging Face checkpoint it goes back to, where that can still be found."""
+        state = self._imported()
+        return None if state is None else state["imported"]
+
+    @property
+    def part(self) -> str | None:
+        """What of a pipeline it was imported as: transformer, or transformer_2; None where that cannot be found any more."""
+        if (state := self._imported()) is None:
+            return None
+        return part_of(state.get("part") or Path(state["sources"].get(ROLE, "")).name)  # the first imports did not say it
+
+    def _imported(self) -> dict | None:
+        """state.json of the import it goes back to, where that can still be found."""
+        state = self.state
+        for _ in range(8):  # stages: imported, flow, consistency, APT on images, on videos
+            if state.get("imported") is not None:
+                return state
+            source = state["sources"].get(ROLE, "").removesuffix(":ema").removesuffix(":raw")
+            if not source:
+                return None
+            try:
+                state = _read_state(store.resolve(source))
+            except store.CheckpointError:
+                return None
+        return None
+
+
+def _read_state(folder: Path) -> dict:
+    """state.json, whose types are as declared above.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    state = store.read_state(folder)
+    remedy = "the checkpoint is damaged: use an older one"
+    schema.convert(state, _State, f"{folder}/state.json", remedy=remedy, error=store.CheckpointError)
+    return state
