@@ -9,9 +9,9 @@ import torch
 from pipelines import change_json, kl_vae, save_wan, save_wan_i2v, sentencepiece_folder, t5
 from safetensors.torch import load_file, save_file
 
-from megatron_apt.models.codec import KlCodec, WanCodec
-from megatron_apt.models.pipeline_image import ClipImageEncoder
-from megatron_apt.models.text import HuggingFaceTextEncoder, open_text_encoder
+from megatron_apt.models.codec import KlCodec, WanCodec, load_codec
+from megatron_apt.models.pipeline_image import ClipImageEncoder, load_image_encoder
+from megatron_apt.models.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
 
 CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
 
@@ -230,3 +230,23 @@ def test_a_variant_in_shards_gives_the_same_latents(kl, tmp_path):
         (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
         (folder / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
         assert torch.equal(KlCodec(folder).encode(pixels), want)
+
+
+@pytest.mark.parametrize(
+    ("load", "config", "message"),
+    [
+        (load_codec, {"kind": "pixel", "temporal": 10**9}, r"codec pixel: temporal: Expected int <= 256"),
+        (load_codec, {"kind": "pixel", "spatial": "x"}, r"codec pixel: spatial: Expected int, got str"),
+        (load_codec, {"kind": "wan", "path": 5}, r"codec wan: path: Expected str, got int"),
+        (load_codec, {"kind": "wan", "path": "x", "dtype": "load"}, r"codec wan: dtype: Invalid enum value 'load'"),
+        (load_codec, {"kind": ["wan"]}, r"codec kind=\['wan'\] is unknown"),
+        (load_text_encoder, {"kind": "wan", "path": "x", "max_length": 10**12}, r"text encoder wan: max_length: Expected int <= 65536"),
+        (load_text_encoder, {"kind": "builtin", "tokenizer": "x", "width": 10**12}, r"text encoder builtin: width: Expected int <= 65536"),
+        (load_text_encoder, {"kind": {}}, r"text encoder kind=\{\} is unknown"),
+        (load_image_encoder, {"kind": "clip"}, r"image encoder clip: has no path"),
+        (load_image_encoder, {"kind": "clip", "path": None}, r"image encoder clip: path: Expected str, got null"),
+    ],
+)
+def test_settings_of_a_dataset_that_cannot_be_are_named(load, config, message):
+    with pytest.raises(ValueError, match=message):
+        load(config)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt import schema
-from megatron_apt.models.foreign_folder import checked_model_folder, load_frozen
+from megatron_apt.models.foreign_folder import checked_model_folder, checked_settings, load_frozen
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601; the weights sum to 1, so a grey picture keeps its value
 
@@ -396,14 +396,13 @@ def load_codec(config: dict, device: str = "cpu") -> PixelCodec | VaeCodec:
     Raises:
         ValueError: unknown kind or setting.
     """
-    settings = dict(config)
-    kind = settings.pop("kind", None)
+    kind, settings = checked_settings(config, "codec")
     try:
         if kind == "pixel":
             if settings.pop("tiling", 0):
                 raise ValueError("codec pixel has no tiles: its memory is that of the pixels; leave tiling at 0")
             return PixelCodec(PixelCodecConfig(**settings))
-        if kind in VAE_CODECS:
+        if isinstance(kind, str) and kind in VAE_CODECS:
             return VAE_CODECS[kind](**settings, device=device)
     except TypeError as error:
         raise ValueError(f"codec {kind}: {error}; settings given: {settings}") from None

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import torch
 
 from megatron_apt import schema
@@ -31,6 +33,44 @@ _MOST = 1024  # of anything counted, where the files hold fewer tensors
 _FLOATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # whole numbers are positions, and the like
 TOKENIZER_LINKS = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")
 TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+_Some = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+
+
+class _Settings(msgspec.Struct):
+    """What a dataset says of its codec and encoders, each of which has some of these."""
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tokenizer_path: str = ""
+    tokenizer: str = ""
+    max_length: _Some = 1
+    width: _Some = 1
+    seed: int = 0
+    position_scale: float = 0.0
+    tiling: Annotated[int, msgspec.Meta(le=2**16)] = 0
+    temporal: Annotated[int, msgspec.Meta(le=256)] = 1
+    spatial: Annotated[int, msgspec.Meta(le=256)] = 1
+    channels: int = 3
+    causal: bool = True
+    shift: float = 0.0
+    scale: float = 1.0
+
+
+def checked_settings(config: dict, what: str) -> tuple[object, dict]:
+    """The kind that a codec's or encoder's settings name, and the others.
+
+    Args:
+        what: of messages.
+
+    Raises:
+        ValueError: one of another type or range; names it.
+    """
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+    kind = settings.pop("kind", None)
+    schema.convert(settings, _Settings, f"{what} {printable(str(kind))}", remedy="encode the dataset again, or correct its dataset.json")
+    return kind, settings
 
 
 def read_object(file: Path) -> dict:

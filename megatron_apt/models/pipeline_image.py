@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_apt.models.foreign_folder import checked_model_folder, explained, load_frozen, read_object, read_pretrained
+from megatron_apt.models.foreign_folder import checked_model_folder, checked_settings, explained, load_frozen, read_object, read_pretrained
 from megatron_apt.models.pipeline_text import class_of_transformers, part_class, read_index
 
 _LARGEST = 4096  # pixels of a side that an image encoder reads
@@ -87,6 +87,9 @@ def load_image_encoder(config: dict, device: str = "cpu") -> ClipImageEncoder:
     Raises:
         ValueError: unknown kind.
     """
-    if config.get("kind") != "clip":
-        raise ValueError(f"image encoder kind={config.get('kind')!r} is unknown; use 'clip'")
-    return ClipImageEncoder(config["path"], device)
+    kind, settings = checked_settings(config, "image encoder")
+    if kind != "clip":
+        raise ValueError(f"image encoder kind={kind!r} is unknown; use 'clip'")
+    if not settings.get("path"):
+        raise ValueError("image encoder clip: has no path; encode the dataset again")
+    return ClipImageEncoder(settings["path"], device)

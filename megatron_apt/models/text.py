@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
-from megatron_apt.models.foreign_folder import checked_model_folder, explained, load_frozen, read_object
+from megatron_apt.models.foreign_folder import checked_model_folder, checked_settings, explained, load_frozen, read_object
 from megatron_apt.schema import read_bytes
 
 MAX_CAPTION_BYTES = 1 << 16  # the trainer drops longer sentences without a word
@@ -271,14 +271,13 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
     """
     from megatron_apt.models.pipeline_text import FluxTextEncoder, HunyuanTextEncoder, Sd3TextEncoder, WanTextEncoder
 
-    settings = dict(config)
-    kind = settings.pop("kind", None)
+    kind, settings = checked_settings(config, "text encoder")
     pipelines = {"wan": WanTextEncoder, "sd3": Sd3TextEncoder, "flux": FluxTextEncoder, "hunyuan": HunyuanTextEncoder}
     folders = {"huggingface": HuggingFaceTextEncoder} | pipelines
     try:
         if kind == "builtin":
             return BuiltinTextEncoder(**settings)
-        if kind in folders:
+        if isinstance(kind, str) and kind in folders:
             return folders[kind](**settings, device=device)
     except TypeError as error:
         raise ValueError(f"text encoder {kind}: {error}; settings given: {settings}") from None
