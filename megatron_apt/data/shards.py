@@ -184,10 +184,10 @@ def _read_conditions(file: Path) -> dict[str, Tensor]:
     missing = [name for name in ("null", "negative") if name not in found]
     if missing or ("null_pooled" in found) != ("negative_pooled" in found):
         raise ValueError(f"{file}: holds {sorted(map(shown, found))[:8]}, needed are null and negative, and both pooled or none; {AGAIN}")
-    for name, tensor in found.items():
-        other = found["null_pooled" if name.endswith("_pooled") else "null"]
-        rows = len(tensor) == 1 if name.endswith("_pooled") else tensor.ndim == 2 and len(tensor) > 0
-        if tensor.dtype != torch.float32 or tensor.ndim != 2 or not rows or tensor.shape[1] != other.shape[1] or not tensor.isfinite().all():
+    for name in (name for name in ("null", "negative", "null_pooled", "negative_pooled") if name in found):
+        tensor, other = found[name], found["null_pooled" if name.endswith("_pooled") else "null"]
+        fits = tensor.dtype == torch.float32 and tensor.ndim == 2 and tensor.shape[1:] == other.shape[1:] and tensor.numel() > 0
+        if not fits or (name.endswith("_pooled") and len(tensor) != 1) or not tensor.isfinite().all():
             what = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
             raise ValueError(f"{file}: {shown(name)} is {what}, expected finite float32 rows, as wide as those of the empty caption; {AGAIN}")
     return found
@@ -224,7 +224,7 @@ def _read_array(file: io.BufferedReader, place: Place, shape: tuple[int, ...], c
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         found, fortran, dtype = read_header(stream)
-    except (ValueError, EOFError, OSError, SyntaxError, RecursionError, MemoryError) as error:
+    except Exception as error:  # numpy parses it as Python's own parser does, which has many ways to fail
         raise ValueError(f"{damaged} ({error}), the shard is damaged; {AGAIN}") from None
     if found != shape or dtype != np.float32 or fortran or size - stream.tell() != 4 * math.prod(shape):
         raise ValueError(f"{file.name}, offset {offset}: {dtype} {found} in {size} bytes, index.jsonl says float32 {shape}; {AGAIN}")
