@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 import tyro
 
 from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.state import from_dict
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
 
 
@@ -131,27 +131,3 @@ def reshard(command: Reshard) -> None:
             print(target)
     finally:
         startup.stop()
-
-
-def from_dict(kind: type, stored: dict):
-    """A configuration from its JSON form: nested dataclasses by their annotations, lists as tuples.
-
-    Raises:
-        CheckpointError: a field that this version does not know.
-    """
-    hints = get_type_hints(kind)
-    unknown = set(stored) - {field.name for field in fields(kind)}
-    if unknown:
-        raise store.CheckpointError(f"configuration of {kind.__name__} has unknown fields {sorted(unknown)}; it was written by another version")
-    return kind(**{name: _value(hints[name], value) for name, value in stored.items()})
-
-
-def _value(hint, value):
-    if is_dataclass(hint):
-        return from_dict(hint, value)
-    if get_origin(hint) in (Union, UnionType, Literal):
-        return tuple(value) if isinstance(value, list) else value
-    if isinstance(value, list):
-        inner = get_args(hint)
-        return tuple(_value(inner[0] if inner else object, item) for item in value)
-    return value

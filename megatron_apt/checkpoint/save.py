@@ -8,6 +8,7 @@ owner makes when shards become whole parameters (networks.py).
 """
 
 import json
+import math
 import queue
 import shutil
 import threading
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_apt.checkpoint import describe, index
 from megatron_apt.checkpoint.files import CheckpointError, sync, write_atomically
-from megatron_apt.checkpoint.store import FORMAT, read_state
+from megatron_apt.checkpoint.state import FORMAT, iteration_of, name, read_values
 from megatron_apt.checkpoint.sums import Sum, checksum, seal
 from megatron_apt.config import RetentionConfig
 from megatron_apt.lock import LockLost
@@ -73,7 +74,7 @@ class Checkpoints:
             CheckpointError: on every rank, if the folder cannot be made.
         """
         self.commit()
-        temporary = self.root / f".iteration-{iteration:08d}.tmp"
+        temporary = self.root / f".{name(iteration)}.tmp"
 
         def clear() -> None:
             if self._removal is not None:
@@ -111,7 +112,7 @@ class Checkpoints:
             return None
         pending, self._pending = self._pending, None
         pending.thread.join()
-        final = self.root / f"iteration-{pending.iteration:08d}"
+        final = self.root / name(pending.iteration)
         mine = pending.error, pending.sums, pending.written
         everyone: list[tuple] | None = [()] * self.mesh.world.size if self.mesh.is_main else None
         dist.gather_object(mine, everyone, dst=0)
@@ -205,28 +206,34 @@ class _Count:
 
 def superseded(root: Path, newest: str, retention: RetentionConfig) -> list[Path]:
     """Committed folders, up to `newest`, that retention does not keep."""
-    folders = [path for path in sorted(root.glob("iteration-*")) if path.name <= newest]
+    found = {iteration: path for path in root.glob("iteration-*") if (iteration := iteration_of(path.name)) is not None and path.is_dir()}
+    folders = [path for iteration, path in sorted(found.items()) if iteration <= iteration_of(newest)]
     if not retention.last:
         return []
     kept = {path.name for path in folders[-retention.last :]}
     if retention.every:
-        kept |= {path.name for path in folders if int(path.name.removeprefix("iteration-")) % retention.every == 0}
+        kept |= {path.name for path in folders if iteration_of(path.name) % retention.every == 0}
     if retention.best:
         kept |= _best(root, folders, retention)
     return [path for path in folders if path.name not in kept]
 
 
 def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[str]:
-    """The folder whose saved value of `retention.best` is best, which `best` then names."""
-    values = {}
+    """The folder whose saved value of `retention.best` is best, which `best` then names, and those whose values cannot be read."""
+    values, unreadable = {}, set()
     for folder in folders:
-        value = read_state(folder).get("values", {}).get(retention.best)
-        if value is None:
+        try:
+            value = read_values(folder).get(retention.best)
+        except CheckpointError as error:
+            warnings.warn(f"{error} (retention.best); it stays where it is", stacklevel=2)
+            unreadable.add(folder.name)
+            continue
+        if value is None or math.isnan(value):
             warnings.warn(f"{folder}: has no value {retention.best!r} (retention.best), so it cannot be the best", stacklevel=2)
         else:
             values[folder.name] = value
     if not values:
-        return set()
+        return unreadable
     best = (min if retention.best_is == "lowest" else max)(values, key=values.get)
     write_atomically(root / "best", best)
-    return {best}
+    return {best, *unreadable}

@@ -21,18 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megatron_apt import schema
 from megatron_apt.checkpoint import index as tensors
 from megatron_apt.checkpoint import records
 from megatron_apt.checkpoint.files import CheckpointError, lock, opened, sync, write_atomically
 from megatron_apt.checkpoint.inert import Unreadable
+from megatron_apt.checkpoint.state import FORMAT, read_state
 from megatron_apt.checkpoint.sums import SUMS, checksum, damages, seal, verify
 from megatron_apt.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing import ShardedTensor
-
-FORMAT = 2
 
 
 def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> "ShardedTensor":
@@ -79,15 +77,6 @@ def resolve(path: str) -> Path:
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint there; give an iteration-* folder, or the output folder of a run that saved one")
     return found
-
-
-def read_state(folder: Path) -> dict:
-    """state.json of a checkpoint."""
-    file = folder / "state.json"
-    state = schema.read_json(file, dict, remedy=tensors.DAMAGED, error=CheckpointError)
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: is not of format {FORMAT}, which this version reads")
-    return state
 
 
 def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -1,0 +1,105 @@
+"""state.json of a commit: what it must hold, and the configuration in it."""
+
+import json
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, get_type_hints
+
+from megatron_apt import schema
+from megatron_apt.checkpoint.files import CheckpointError
+from megatron_apt.config import RunConfig, to_dict
+
+FORMAT = 2
+STATE = "state.json"
+DAMAGED = "the checkpoint is damaged, use an older one"
+_COMMIT = re.compile(r"iteration-(\d{8,15})")
+
+
+class State(TypedDict):
+    """What a commit knows beside its tensors. Those who write one may add fields of their own."""
+
+    format: int
+    iteration: schema.Count
+    config: dict[str, Any]
+    updates: dict[str, schema.Count]
+    """Optimiser steps of each network."""
+    sources: dict[str, str]
+    """Where each network's weights came from."""
+    ema: bool
+    """Whether there is an average of the generator."""
+    samples_seen: schema.Count
+    values: NotRequired[dict[str, float]]
+    """Means of what was logged since the commit before."""
+    imported: NotRequired[dict[str, Any]]
+    """config.json of the checkpoint that was imported."""
+    part: NotRequired[str]
+    """Of a pipeline, that it was imported as."""
+
+
+class _Format(TypedDict):
+    format: Any
+
+
+class _Values(TypedDict):
+    values: dict[str, float]
+
+
+def name(iteration: int) -> str:
+    """Of the commit's folder."""
+    return f"iteration-{iteration:08d}"
+
+
+def iteration_of(folder: str) -> int | None:
+    """The iteration of a commit from its folder's name; None for any other folder."""
+    found = _COMMIT.fullmatch(folder)
+    return int(found[1]) if found and name(int(found[1])) == folder else None
+
+
+def read_state(folder: Path) -> State:
+    """state.json of a checkpoint, with the configuration of this version's fields: those that are younger than it have their defaults.
+
+    Raises:
+        CheckpointError: missing, or something in it is not what it must be; names the field.
+    """
+    file = folder / STATE
+    found = schema.read_json(file, dict[str, Any], remedy=DAMAGED, error=CheckpointError)
+    if schema.convert(found, _Format, str(file), remedy=DAMAGED, error=CheckpointError)["format"] != FORMAT:
+        raise CheckpointError(f"{file}: is not of format {FORMAT}, which this version reads")
+    schema.convert(found, State, str(file), remedy=DAMAGED, error=CheckpointError)
+    if iteration_of(folder.name) not in (None, found["iteration"]):
+        raise CheckpointError(f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}")
+    config = from_dict(RunConfig, found["config"], f"{file}: config")
+    return found | {"config": json.loads(json.dumps(to_dict(config)))}
+
+
+def read_values(folder: Path) -> dict[str, float]:
+    """The means in a state.json, whatever else is in it.
+
+    Raises:
+        CheckpointError: there are none that can be read.
+    """
+    return schema.read_json(folder / STATE, _Values, remedy=DAMAGED, error=CheckpointError)["values"]
+
+
+def from_dict(kind: type, stored: object, where: str = "configuration"):
+    """A configuration from its JSON form; fields that are not there have their defaults.
+
+    Raises:
+        CheckpointError: a field that this version does not know, or a value that it cannot have.
+    """
+    _check_known(kind, stored, where)
+    return schema.convert(stored, kind, where, remedy=DAMAGED, error=CheckpointError)
+
+
+def _check_known(kind: type, stored: object, where: str) -> None:
+    if not isinstance(stored, dict):
+        return  # which the conversion tells of
+    hints = get_type_hints(kind)
+    unknown = set(stored) - {field.name for field in fields(kind)}
+    if unknown:
+        names = sorted(str(name)[:100] for name in unknown)[:20]
+        raise CheckpointError(f"{where} of {kind.__name__} has unknown fields {names}; it was written by another version, or is damaged")
+    for field, value in stored.items():
+        if is_dataclass(hints[field]):
+            _check_known(hints[field], value, f"{where}.{field}")
