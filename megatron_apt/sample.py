@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_apt import media
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.commands import from_dict
+from megatron_apt.checkpoint.fits import check_model
+from megatron_apt.checkpoint.state import from_dict
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
 from megatron_apt.data.shards import FirstFrame, LatentShards
@@ -47,10 +48,12 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     Raises:
         CheckpointError: nothing there, or it has no such weights.
     """
-    state = store.read_state(store.resolve(checkpoint))
+    folder = store.resolve(checkpoint)
+    state = store.read_state(folder)
     if weights == "ema" and not state["ema"]:
         raise store.CheckpointError(f"{checkpoint}: was trained without EMA (optimizer.ema=0); use --weights raw")
     config = state["config"]
+    check_model(store.Stored(folder), model_config(config["model"]), mesh)
     model = build_backbone(model_config(config["model"]), mesh).to(mesh.device)
     load_weights(f"{checkpoint}:{weights}", model, mesh)
     data = config["data"]

@@ -424,7 +424,7 @@ def test_a_damaged_checkpoint_is_not_exported(mesh, wan, tmp_path):
         described = json.loads(state)
         described["config"]["model"] = model
         (folder / "state.json").write_text(json.dumps(described))
-        attempt(store.CheckpointError, r"state\.json: describes no model")
+        attempt(store.CheckpointError, r"state\.json: config\.model")
 
 
 def test_a_full_disk_is_called_so(mesh, wan, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """megatron-apt checkpoint: what a checkpoint holds, whether it is whole, and the same one written by another mesh."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.state import from_dict
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
+from megatron_apt.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def run(command: Inspect | Verify | Reshard) -> int:
     if isinstance(command, Verify):
         folder = store.resolve(command.path)
         damages = store.damages(folder)
-        print("\n".join(damages) if damages else f"{folder}: every file is as it was committed")
+        unsealed = (
+            "" if store.sealed(folder) else "; its list of files is not sealed (older versions sealed none), so that a changed list would not show"
+        )
+        print("\n".join(damages) if damages else f"{folder}: every file is as it was committed{unsealed}")
         return int(bool(damages))
     reshard(command)
     return 0
@@ -96,38 +101,72 @@ def inspect(command: Inspect) -> Iterator[str]:
 
 
 def reshard(command: Reshard) -> None:
-    """Builds the run's networks on the new mesh, loads and saves."""
-    from megatron_apt.checkpoint.save import Checkpoints
-    from megatron_apt.methods import METHODS
-    from megatron_apt.networks import Network
+    """Builds the run's networks on the new mesh, loads and saves. The same source and mesh give the same bytes."""
     from megatron_apt.parallel import startup
-    from megatron_apt.pipeline.prepare import Pipeline
 
     folder = store.resolve(command.source)
     target = Path(command.target) / "checkpoints" / folder.name
-    if target.exists():
-        raise store.CheckpointError(f"{target} exists already; give another target folder")
+    _check_target(folder, target)
     mesh = startup.start(command.parallel)
     try:
         store.verify(folder, mesh)
         state = store.read_state(folder)
-        config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
-        config = replace(config, pipeline=PipelineConfig(chunks=1), apt=replace(config.apt, exact_r1_every=0))  # nothing is trained here
-        check_fits(config)
-        tensors = {}
-        method = METHODS[config.method](config, mesh)
-        pipeline = Pipeline(config.pipeline, method, mesh)
-        for name, role in method.roles.items():
-            if role.optimizer is not None:  # what does not train is not in a checkpoint
-                network = Network(name, role, mesh, pipeline.cut(name))
-                network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
-                tensors |= network.sharded_state()
         stored = {key: value for key, value in state.items() if key not in ("format", "iteration")}
         stored["config"] = {**state["config"], "parallel": {**state["config"]["parallel"], **vars(command.parallel)}}
-        checkpoints = Checkpoints(command.target, mesh, RetentionConfig(last=0))
-        checkpoints.save(state["iteration"], tensors, stored)
-        checkpoints.commit()
+        if os.path.lexists(target):
+            _finish(target, {"format": store.FORMAT, "iteration": state["iteration"], **stored}, mesh)
+        else:
+            _write_again(folder, state, command, stored, mesh)
         if mesh.is_main:
             print(target)
     finally:
         startup.stop()
+
+
+def _check_target(folder: Path, target: Path) -> None:
+    """Raises CheckpointError for a target that is no place of its own, or has the checkpoint already."""
+    run, source = target.parent.parent, folder.resolve()
+    if run.resolve().is_relative_to(source) or target.resolve() == source:
+        raise store.CheckpointError(f"{run}: is where {folder} lies; give another target folder")
+    in_the_way = next((path for path in (target, target.parent, run, *run.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way is not None:
+        raise store.CheckpointError(f"{in_the_way}: is no folder; give another target folder")
+    if target.exists() and os.path.lexists(target.parent / "latest"):
+        raise store.CheckpointError(f"{target} exists already; give another target folder")
+
+
+def _finish(target: Path, state: dict, mesh: Mesh) -> None:
+    """Names a commit the latest that was written whole before the command was killed.
+
+    Raises:
+        CheckpointError: it is another one, or damaged.
+    """
+    store.verify(target, mesh)
+    if store.read_state(target) != json.loads(json.dumps(state)):
+        raise store.CheckpointError(f"{target} exists already, written from another checkpoint or for another mesh; give another target folder")
+    if mesh.is_main:
+        store.write_atomically(target.parent / "latest", target.name)
+
+
+def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh) -> None:
+    from megatron_apt.checkpoint.fits import check_model
+    from megatron_apt.checkpoint.save import Checkpoints
+    from megatron_apt.methods import METHODS
+    from megatron_apt.networks import Network
+    from megatron_apt.pipeline.prepare import Pipeline
+
+    config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
+    config = replace(config, pipeline=PipelineConfig(chunks=1), apt=replace(config.apt, exact_r1_every=0))  # nothing is trained here
+    check_fits(config)
+    check_model(store.Stored(folder), config.model, mesh)
+    tensors = {}
+    method = METHODS[config.method](config, mesh)
+    pipeline = Pipeline(config.pipeline, method, mesh)
+    for name, role in method.roles.items():
+        if role.optimizer is not None:  # what does not train is not in a checkpoint
+            network = Network(name, role, mesh, pipeline.cut(name))
+            network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
+            tensors |= network.sharded_state()
+    checkpoints = Checkpoints(command.target, mesh, RetentionConfig(last=0))
+    checkpoints.save(state["iteration"], tensors, stored)
+    checkpoints.commit()

@@ -30,7 +30,7 @@ def begin(config: RunConfig) -> None:
         CheckpointError: the folder holds what a run left, but no checkpoint, or checkpoints that are damaged.
     """
     output = Path(config.output)
-    if latest(output) is not None:
+    if _goes_on(config):
         committed(output)
         return
     checkpoints = output / "checkpoints"
@@ -44,6 +44,15 @@ def begin(config: RunConfig) -> None:
     if config.fresh and any(name.startswith("checkpoints/") for name in found):
         checkpoints.rename(_unused(output / "checkpoints-before"))
     (output / _UNCOMMITTED).touch()
+
+
+def _goes_on(config: RunConfig) -> bool:
+    try:
+        return latest(config.output) is not None
+    except CheckpointError:
+        if not config.fresh:
+            raise
+        return False
 
 
 def committed(output: str | os.PathLike) -> None:

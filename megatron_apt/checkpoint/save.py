@@ -9,6 +9,7 @@ owner makes when shards become whole parameters (networks.py).
 
 import json
 import math
+import os
 import queue
 import shutil
 import threading
@@ -90,7 +91,8 @@ class Checkpoints:
             parts, _ = save_preprocess(dict(tensors), not self._validated)
             request = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1).async_save(parts, temporary)
         except (OSError, CheckpointException) as error:  # the latter derives from BaseException
-            raise CheckpointError(_FAILED.format(folder=temporary, reason=str(error).strip().splitlines()[-1])) from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise CheckpointError(_FAILED.format(folder=temporary, reason=reason)) from error
         self._validated = True
         buckets = request.preload_fn() if request.preload_fn else []
         self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets)
@@ -149,13 +151,15 @@ class Checkpoints:
         write_atomically(temporary / "state.json", json.dumps({"format": FORMAT, "iteration": pending.iteration, **pending.state}, indent=1))
         describe.write(temporary, tensors)
         seal(temporary, sums)
-        shutil.rmtree(final, ignore_errors=True)
+        if os.path.lexists(final):  # of a run that was pointed back to an older one; out of sight first, as below
+            final.rename(self.root / f".{final.name}.replaced.tmp")
         temporary.rename(final)
         sync(self.root)
         write_atomically(self.root / "latest", final.name)
         # First out of sight: a kill halfway must not leave half a checkpoint under a whole one's name.
         old = superseded(self.root, final.name, self.retention) if pending.prune else []
         doomed = [folder.rename(self.root / f".{folder.name}.tmp") for folder in old]
+        doomed += self.root.glob(".iteration-*.replaced.tmp")
         self._removal = threading.Thread(target=_remove, args=(doomed,), name="prune")
         self._removal.start()
 

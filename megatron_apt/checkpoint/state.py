@@ -41,6 +41,10 @@ class _Format(TypedDict):
     format: Any
 
 
+class _Configured(TypedDict):
+    config: RunConfig
+
+
 class _Values(TypedDict):
     values: dict[str, float]
 
@@ -69,7 +73,8 @@ def read_state(folder: Path) -> State:
     schema.convert(found, State, str(file), remedy=DAMAGED, error=CheckpointError)
     if iteration_of(folder.name) not in (None, found["iteration"]):
         raise CheckpointError(f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}")
-    config = from_dict(RunConfig, found["config"], f"{file}: config")
+    _check_known(RunConfig, found["config"], f"{file}: config")
+    config = schema.convert(found, _Configured, str(file), remedy=DAMAGED, error=CheckpointError)["config"]
     return found | {"config": json.loads(json.dumps(to_dict(config)))}
 
 

@@ -14,6 +14,8 @@ A checkpoint may come from anywhere, so nothing in it is unpickled: we read JSON
 pickles say is read as data (inert.py).
 """
 
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron_apt import schema
 from megatron_apt.checkpoint import index as tensors
 from megatron_apt.checkpoint import records
 from megatron_apt.checkpoint.files import CheckpointError, lock, opened, sync, write_atomically
 from megatron_apt.checkpoint.inert import Unreadable
-from megatron_apt.checkpoint.state import FORMAT, read_state
-from megatron_apt.checkpoint.sums import SUMS, checksum, damages, seal, verify
+from megatron_apt.checkpoint.state import FORMAT, iteration_of, read_state
+from megatron_apt.checkpoint.sums import SUMS, checksum, damages, seal, sealed, verify
 from megatron_apt.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -54,14 +57,57 @@ def replicated(key: str, tensor: Tensor, mesh: Mesh) -> "ShardedTensor":
 
 
 def latest(output: str | Path) -> Path | None:
-    """The newest committed checkpoint of a run, or None."""
-    pointer = Path(output) / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return None
-    path = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not path.is_dir():
-        raise CheckpointError(f"{pointer} names {path.name}, which does not exist; point it at one of the iteration-* folders beside it")
-    return path
+    """The commit of a run that `latest` names, or where that names none the newest whole one, with a warning; None where there is none at all.
+
+    Raises:
+        CheckpointError: there are commits, or there were, and none is whole.
+    """
+    root = Path(output) / "checkpoints"
+    pointer = root / "latest"
+    try:
+        if not root.is_dir():
+            return None
+        named, problem = _named(pointer)
+        if named is not None:
+            return named
+        commits = {iteration: path for path in root.iterdir() if (iteration := iteration_of(path.name)) is not None and path.is_dir()}
+        if not commits and not os.path.lexists(pointer):
+            return None
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or root}: {error.strerror}; make it readable") from None
+    wrong = []
+    for _, folder in sorted(commits.items(), reverse=True):
+        if not (found := _unfit(folder)):
+            warnings.warn(f"{pointer}: {problem}; going on from {folder.name}, the newest whole checkpoint beside it", stacklevel=2)
+            return folder
+        wrong.append(found)
+    beside = "; ".join(wrong[:3]) or "there is no iteration-* folder beside it"
+    raise CheckpointError(f"{pointer}: {problem}, and no checkpoint beside it is whole: {beside}. Restore one, or give another output folder")
+
+
+def _named(pointer: Path) -> tuple[Path | None, str]:
+    """The commit that `latest` names, or what is wrong with it."""
+    if not os.path.lexists(pointer):
+        return None, "is missing"
+    try:
+        text = schema.read_bytes(pointer, remedy="", error=CheckpointError, most=1000).decode().strip()
+    except CheckpointError as error:
+        return None, str(error).removeprefix(f"{pointer}: ").removesuffix("; ")
+    except UnicodeDecodeError:
+        return None, "is no text"
+    if iteration_of(text) is None:
+        return None, f"names {text[:100]!r}, which is no checkpoint" if text else "is empty"
+    folder = pointer.parent / text
+    return (folder, "") if folder.is_dir() else (None, f"names {text}, which does not exist")
+
+
+def _unfit(folder: Path) -> str:
+    """Why a commit cannot be gone on from, by what can be seen without reading all of it; "" if nothing."""
+    try:
+        read_state(folder)
+    except CheckpointError as error:
+        return str(error)
+    return next(iter(damages(folder, hashed=False)), "")
 
 
 def resolve(path: str) -> Path:
@@ -71,8 +117,11 @@ def resolve(path: str) -> Path:
         CheckpointError: nothing there.
     """
     folder = Path(path)
-    if (folder / "state.json").is_file():
-        return folder
+    try:
+        if (folder / "state.json").is_file():
+            return folder
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; give an iteration-* folder, or the output folder of a run") from None
     found = latest(path)
     if found is None:
         raise CheckpointError(f"{path}: no checkpoint there; give an iteration-* folder, or the output folder of a run that saved one")
@@ -185,6 +234,7 @@ __all__ = [
     "replicated",
     "resolve",
     "seal",
+    "sealed",
     "sharded",
     "sync",
     "verify",
