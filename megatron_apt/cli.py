@@ -28,8 +28,14 @@ def _demo(argv: list[str]) -> None:
 
 def _encode(argv: list[str]) -> None:
     from megatron_apt.data.encode import EncodeConfig, encode
+    from megatron_apt.guards import INTERRUPTED
 
-    encode(tyro.cli(EncodeConfig, args=argv, prog="megatron-apt encode"))
+    config = tyro.cli(EncodeConfig, args=argv, prog="megatron-apt encode")
+    try:
+        encode(config)
+    except KeyboardInterrupt as interrupted:  # says where to go on
+        print(f"megatron-apt: {interrupted}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def load_recipe(spec: str) -> RunConfig:

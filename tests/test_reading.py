@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from clips import numbered_frames, write_video
 from PIL import Image
 
+from megatron_apt.cli import main
 from megatron_apt.data import each as each_module
 from megatron_apt.data import encode as encode_module
 from megatron_apt.data.encode import EncodeConfig, encode
@@ -411,3 +413,28 @@ def test_folders_begun_before_these_rules_continue(tmp_path):
     digest = hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()[:16]
     settings = encode_module._settings(config(tmp_path, tmp_path / "out"), read_entries(tmp_path).entries)
     assert settings["entries"] == f"2 files, sha256 {digest}" and settings["source"] == str(tmp_path)
+
+
+def test_names_are_never_addresses(tmp_path, monkeypatch):
+    """FFmpeg takes `concat:a|b` for a request; here it is a name. A dataset's folder may have any name, too."""
+    write_video(tmp_path / "clip.mp4", numbered_frames(3)[:, :32, :32], "libx264")
+    for name in ("concat:a|b.mp4", "file:%03d.mp4"):
+        os.link(tmp_path / "clip.mp4", tmp_path / name)
+    (tmp_path / "clip.mp4").unlink()
+    manifest(tmp_path, "m.jsonl", "".join(json.dumps({"path": name, "caption": name}) + "\n" for name in ("concat:a|b.mp4", "file:%03d.mp4")))
+    monkeypatch.chdir(tmp_path)
+    output = os.fsdecode(b"out\xfd")
+    encode(config(Path("m.jsonl"), Path(output)), progress=False)
+    assert LatentShards(output).captions == ["concat:a|b.mp4", "file:%03d.mp4"]
+
+
+def test_interrupted_command_ends_with_130(tmp_path, monkeypatch, capsys):
+    picture(tmp_path / "a.png")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode_module, "_encode_part", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["encode", "--source", str(tmp_path), "--output", str(tmp_path / "out"), "--height", "8", "--width", "8"])
+    assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().err

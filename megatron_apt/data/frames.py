@@ -65,7 +65,7 @@ def decode_with_pyav(info: VideoInfo, indices: list[int], policy: PixelPolicy | 
 def is_plain(info: VideoInfo) -> bool:
     """Whether the first frame is shown as decoded: upright, square pixels, progressive, opaque, in colours that DALI converts."""
     try:
-        with av.open(str(info.path)) as container:
+        with av.open(f"file:{info.path}") as container:
             stream = container.streams[info.stream]
             frame = next(container.decode(stream))
             upright = _orientation(info, frame) == UPRIGHT and info.aspect in (None, 0, 1)
@@ -187,7 +187,7 @@ def _decoded(info: VideoInfo, first: int) -> Iterator[tuple[int, av.VideoFrame]]
 
 
 def _decoded_from(info: VideoInfo, start: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
-    with av.open(str(info.path)) as container:
+    with av.open(f"file:{info.path}") as container:
         stream = container.streams[info.stream]
         decoder = _decoder(info, stream)
         if start is not None:

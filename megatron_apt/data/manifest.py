@@ -162,9 +162,9 @@ def _path_problem(path: str) -> str | None:
     """Why text is no path of a file, or None."""
     if not path.strip():
         return "path is empty; name a file in every line"
-    if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://", path):
+    if re.match(r"(?!file://)[A-Za-z][A-Za-z0-9+.-]+://", path):
         return "addresses are not fetched; download the file and name where it lies"
-    if path.startswith("file:"):
+    if path.startswith("file://"):
         return "give the path without file://"
     if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in path):
         return "holds a control character or half of a surrogate pair; correct the manifest"

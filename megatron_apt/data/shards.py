@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from megatron_apt.data.index import AGAIN, ARRAYS, BLOCK, IndexLine, Place, read_index, read_info
@@ -178,8 +178,8 @@ def _read_conditions(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; {AGAIN}")
     try:
-        found = load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        found = load(file.read_bytes())  # by bytes: safetensors opens no name that is not UTF-8
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{file}: no readable safetensors file ({error}); {AGAIN}") from None
     missing = [name for name in ("null", "negative") if name not in found]
     if missing or ("null_pooled" in found) != ("negative_pooled" in found):

@@ -127,7 +127,7 @@ def probe(path: str | Path) -> VideoInfo:
 @lru_cache(maxsize=16)  # many clips of one file follow each other
 def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:  # a name such as concat:a.mp4 is a name, and asks FFmpeg for nothing
             stream = default_stream(path, container)
             header = _header(container, stream)
             packets = _read_packets(container, stream)
