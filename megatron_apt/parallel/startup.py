@@ -3,13 +3,16 @@
 import datetime
 import math
 import os
-import subprocess
+import socket
 
 import torch
 import torch.distributed as dist
 
 from megatron_apt.config import ParallelConfig
+from megatron_apt.parallel.launcher import check_host_and_port, meeting_point, placement
 from megatron_apt.parallel.mesh import Axis, Mesh
+
+__all__ = ["placement", "start", "stop"]
 
 
 def start(config: ParallelConfig) -> Mesh:
@@ -67,37 +70,36 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def placement() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun, from an srun step, or 0 of 1 under plain python."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env.get("SLURM_LOCALID", 0)))
-    # A batch script also has SLURM_PROCID; only inside an srun step do the other tasks exist.
-    if "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
-
-
 def _join(backend: str, rank: int, world: int, timeout_minutes: float) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    if world == 1 and "MASTER_ADDR" not in os.environ:
-        # No port is opened for a lone process: several may run on one machine.
+    if world == 1:
+        # No port is opened for a lone process, whatever MASTER_ADDR says: several may run on one machine.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _first_slurm_host()
-    # A port of the job step's own, so that two jobs, or two steps of one job, sharing a node do not meet; below the ephemeral ports.
-    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    os.environ.setdefault("MASTER_PORT", str(12000 + (job * 64 + step) % 20000))
-    dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=timeout)
+    address, port = meeting_point()
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens there already, and has met everyone
+    if not agent:
+        check_host_and_port(address, port, rank, timeout.total_seconds())
+    try:
+        hosts = rank == 0 and not agent
+        store = dist.TCPStore(address, port, world, hosts, datetime.timedelta(seconds=60), wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:300]
+        raise ValueError(
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: the ranks cannot meet there ({reason}); give another port or address"
+        ) from error
+    store.set_timeout(timeout)
+    _await_everyone(store, rank, world, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-def _first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
-        raise ValueError("MASTER_ADDR is not set and there is no SLURM node list; start with torchrun or srun, or set MASTER_ADDR and MASTER_PORT")
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+def _await_everyone(store: dist.TCPStore, rank: int, world: int, timeout: datetime.timedelta) -> None:
+    store.set(f"here/{rank}", socket.gethostname())
+    try:
+        store.wait([f"here/{other}" for other in range(world)], timeout)
+    except RuntimeError as error:
+        missing = [other for other in range(world) if not store.check([f"here/{other}"])]
+        raise ValueError(f"ranks {missing[:8]} of {world} have not come within {timeout}; look for their messages, and start all of them") from error
 
 
 def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
