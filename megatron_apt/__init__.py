@@ -1,5 +1,12 @@
 """megatron_apt: adversarial post-training of large video diffusion transformers on Megatron-Core."""
 
+import sys as _sys
+
+from megatron_apt import signals as _signals
+
+if _signals.starts_training(_sys.argv):  # before the imports that take seconds
+    _signals.stand()
+
 from megatron_apt.parallel.megatron_cpu import install as _install_megatron_cpu
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megatron_apt import signals
 from megatron_apt.config import RunConfig
 from megatron_apt.errors import EXPECTED, described
 
@@ -72,6 +73,7 @@ def _train(argv: list[str]) -> None:
     from megatron_apt.progress import training_progress
     from megatron_apt.train import train
 
+    signals.requeue_with(config.guards.requeue_code)
     mesh = startup.start(config.parallel)
     try:
         with training_progress(config, enabled=mesh.is_main) as report:

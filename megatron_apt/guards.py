@@ -9,6 +9,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from megatron_apt import signals
 from megatron_apt.config import GuardConfig
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
 from megatron_apt.methods.base import Method, Phase, Values
@@ -56,6 +57,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             self._before = {number: signal.signal(number, self._note) for number in self._WATCHED}
+        signals.over()
         return self
 
     def __exit__(self, *_) -> None:
