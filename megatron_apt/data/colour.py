@@ -38,14 +38,21 @@ def is_dolby_vision_only(frame: av.VideoFrame) -> bool:
     return frame.color_trc in (0, 2) and any(data.type.name.startswith("DOVI") for data in frame.side_data)
 
 
+def refuse_dolby_vision(frame: av.VideoFrame, path: Path) -> None:
+    """
+    Raises:
+        RejectedInput: colours that only a Dolby Vision decoder can read.
+    """
+    if is_dolby_vision_only(frame):
+        raise RejectedInput(path, "colour", "Dolby Vision profile 5", "its colours need Dolby's decoder; export the video as HDR10 or SDR")
+
+
 def to_rgb(frame: av.VideoFrame, path: Path, policy: PixelPolicy, notes: Notes) -> np.ndarray:
     """(H, W, 3) uint8, neither turned nor scaled.
 
     Raises:
         RejectedInput: colours that cannot be converted, or that the policy does not want.
     """
-    if is_dolby_vision_only(frame):
-        raise RejectedInput(path, "colour", "Dolby Vision profile 5", "its colours need Dolby's decoder; export the video as HDR10 or SDR")
     if frame.colorspace in UNCONVERTED:
         raise RejectedInput(path, "colour", UNCONVERTED[frame.colorspace], "this matrix cannot be converted; re-encode the file with BT.709's")
     hdr = HDR_NAMES.get(frame.color_trc)

@@ -8,6 +8,7 @@ when it is asked for frames that are not there. What no decoder can notice is da
 device="gpu" lets NVDEC decode, by the same rules; it needs a CUDA machine and has been written from DALI's documentation, without one.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,7 @@ def decode_clips(clips: Sequence[Clip], device: str = "cpu", notes: Notes | None
     results: list[Tensor | RejectedInput] = []
     for group in _groups(plans):
         results += _decode_group(clips[group.start : group.stop], plans[group.start : group.stop], device, notes)
+        gc.collect(1)  # DALI's tensors refer to themselves, so that nothing else would free them in time
     return results
 
 
@@ -129,8 +131,8 @@ def _plan(clip: Clip, device: str) -> _Plan | RejectedInput:
             pictures.check_whole(path)
     except RejectedInput as rejected:
         return rejected
-    decoded = 3 * head.height * head.width
-    return _Plan("image", 2 * decoded + size) if head.by_dali else _Plan("pillow", 3 * decoded)
+    decoded = head.height * head.width
+    return _Plan("image", 6 * decoded + size) if head.by_dali else _Plan("pillow", 10 * decoded)
 
 
 def _video_plan(clip: Clip, path: Path, device: str) -> _Plan:
@@ -187,7 +189,7 @@ def _pyav_picture(clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Pictur
 
 
 def _pillow_picture(clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Picture:
-    pixels = pictures.load(Path(clip.path), clip.policy, notes)
+    pixels = pictures.load(Path(clip.path), clip.policy, notes, 2 * max(clip.height, clip.width))
     return _Picture(_on(device, pixels, "HWC"), pixels.shape[:2])
 
 
@@ -205,7 +207,8 @@ def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Ten
             held.append(shot)
             if len(held) < step and done + len(held) < len(plan.indices):
                 continue
-            (fitted,) = _fit([clip], [_Picture(_on(device, np.stack([s.pixels for s in held]), "FHWC"), shot.shown)])
+            pixels = held[0].pixels[None] if len(held) == 1 else np.stack([s.pixels for s in held])
+            (fitted,) = _fit([clip], [_Picture(_on(device, pixels, "FHWC"), shot.shown)])
             if isinstance(fitted, RejectedInput):
                 return fitted
             if len(held) == len(plan.indices):
@@ -214,6 +217,8 @@ def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Ten
                 result = torch.empty(3, len(plan.indices), clip.height, clip.width)
             result[:, done : done + len(held)] = fitted
             done, held = done + len(held), []
+            del pixels, shot
+            gc.collect(1)
     except RejectedInput as rejected:
         return rejected
     return result

@@ -8,7 +8,7 @@ from functools import lru_cache
 import av
 import numpy as np
 
-from megatron_apt.data.colour import dali_converts_it, to_rgb
+from megatron_apt.data.colour import dali_converts_it, refuse_dolby_vision, to_rgb
 from megatron_apt.data.geometry import UPRIGHT, Orientation, orientation, shown_size
 from megatron_apt.data.notes import Notes
 from megatron_apt.data.policy import PixelPolicy
@@ -36,14 +36,17 @@ def shots(info: VideoInfo, indices: list[int], policy: PixelPolicy, notes: Notes
     Raises:
         RejectedInput: a frame that is missing, damaged, of another size than the first, or that the policy does not want.
     """
-    first: Shot | None = None
+    shape, turned = None, UPRIGHT
     damaged = f"the {info.codec} stream is damaged; fetch the file again or re-encode it"
     try:
         for neighbours in _chosen(info, indices, damaged):
-            shot = _shot(info, *neighbours, policy, notes)
-            first = first or shot
-            if shot.pixels.shape != first.pixels.shape:
-                sizes = "{1}x{0} then {3}x{2}".format(*first.pixels.shape[:2], *shot.pixels.shape[:2])
+            if shape is None:  # once: side data tie a frame to itself, so that its memory waits for the garbage collector
+                turned = _orientation(info, neighbours[1])
+                refuse_dolby_vision(neighbours[1], info.path)
+            shot = _shot(info, *neighbours, turned, policy, notes)
+            shape = shape or shot.pixels.shape
+            if shot.pixels.shape != shape:
+                sizes = "{1}x{0} then {3}x{2}".format(*shape[:2], *shot.pixels.shape[:2])
                 raise RejectedInput(info.path, "size", f"changes within the clip: {sizes}", "choose another start or re-encode the file at one size")
             yield shot
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -74,11 +77,10 @@ def is_plain(info: VideoInfo) -> bool:
         return False  # PyAV's own decoding says what is wrong
 
 
-def _shot(info: VideoInfo, before, frame: av.VideoFrame, after, policy: PixelPolicy, notes: Notes) -> Shot:
+def _shot(info: VideoInfo, before, frame: av.VideoFrame, after, turned: Orientation, policy: PixelPolicy, notes: Notes) -> Shot:
     if frame.width * frame.height > policy.most_frame_pixels:
         remedy = f"larger than most_pixels / 4 = {policy.most_frame_pixels} pixels; scale the video down or raise most_pixels"
         raise RejectedInput(info.path, "size", f"{frame.width}x{frame.height}", remedy)
-    turned = _orientation(info, frame)
     try:
         shown = shown_size(frame.height, frame.width, info.aspect)
     except ValueError as error:

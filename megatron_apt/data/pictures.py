@@ -27,6 +27,8 @@ DALI_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 MOVING = ("GIF", "PNG", "AVIF")  # animations that FFmpeg decodes
 QUIET_CHUNKS = frozenset(b"IHDR PLTE IDAT IEND sRGB gAMA cHRM pHYs tEXt zTXt iTXt tIME bKGD sBIT".split())  # of PNG, which libpng says nothing about
 DALI_FILE_BYTES = 64 << 20  # DALI reads files whole
+LARGE = 32 << 20  # pixels from which a picture is made smaller as it is read, to hold it once and not in four copies
+COSTS = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4}  # decoders that hold a picture so many times
 ORIENTATION = 0x0112
 DAMAGED = "the data are damaged or of an unsupported kind; fetch the file again or re-encode it"
 
@@ -62,8 +64,9 @@ def inspect(path: Path, policy: PixelPolicy) -> Head | None:
     try:
         with warnings.catch_warnings(action="ignore"), _open(path) as image:
             width, height = image.size
-            if width * height > policy.most_pixels:
-                remedy = f"more than most_pixels={policy.most_pixels}; scale the picture down or raise most_pixels"
+            most = policy.most_pixels // COSTS.get(image.format, 1)
+            if width * height > most:
+                remedy = f"more than {most} pixels ({image.format}, most_pixels={policy.most_pixels}); scale the picture down or raise most_pixels"
                 raise RejectedInput(path, "size", f"{width}x{height}", remedy)
             hdr = _is_hdr(image, path)
             moving = image.format in MOVING and getattr(image, "n_frames", 1) > 1
@@ -76,15 +79,22 @@ def inspect(path: Path, policy: PixelPolicy) -> Head | None:
         raise _damaged(path, error) from None
 
 
-def load(path: Path, policy: PixelPolicy, notes: Notes) -> np.ndarray:
+def load(path: Path, policy: PixelPolicy, notes: Notes, least: int = 1 << 30) -> np.ndarray:
     """(H, W, 3) uint8 as a viewer shows it: turned upright, in sRGB, composed over the background.
+
+    least: pixels that both sides must keep. Pictures above LARGE are reduced by whole factors (means of blocks) as far as that allows.
 
     Raises:
         RejectedInput: damaged, or of a kind whose values have no fixed meaning.
     """
     try:
         with _open(path) as image:
+            large = image.width * image.height > LARGE
+            if large and image.format == "JPEG":
+                image.draft(None, (least, least))
             image.load()
+            if large and image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+                image = _reduced(image, least)
             return np.ascontiguousarray(_shown(image, path, policy, notes))
     except RejectedInput:
         raise
@@ -120,7 +130,9 @@ def _damaged(path: Path, error: Exception) -> RejectedInput:
 
 
 def _dali_shows_it(image: Image.Image, path: Path) -> bool:
-    if image.format not in DALI_FORMATS or image.mode not in ("L", "RGB") or "transparency" in image.info or os.path.getsize(path) > DALI_FILE_BYTES:
+    if image.format not in DALI_FORMATS or image.mode not in ("L", "RGB") or "transparency" in image.info:
+        return False
+    if os.path.getsize(path) > DALI_FILE_BYTES or image.width * image.height > LARGE:
         return False
     if image.format == "PNG" and not (_png_chunks(path) <= QUIET_CHUNKS and _png_depth(path) == 8):
         return False
@@ -177,12 +189,30 @@ def _shown(image: Image.Image, path: Path, policy: PixelPolicy, notes: Notes) ->
     return compose(pixels, policy.background_rgb())
 
 
+def _reduced(image: Image.Image, least: int) -> Image.Image:
+    """Means of blocks of pixels; transparent pixels do not count, so that their colour stays hidden."""
+    factor = min(image.size) // least
+    if factor < 2:
+        return image
+    info, exif = image.info, image.getexif()
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in info:
+        smaller = image.convert("RGBA").convert("RGBa").reduce(factor).convert("RGBA")
+        info = {key: value for key, value in info.items() if key != "transparency"}
+    else:
+        smaller = (image.convert("RGB") if image.mode in ("1", "P") else image).reduce(factor)
+    smaller.info = info
+    smaller.getexif()[ORIENTATION] = exif.get(ORIENTATION, 1)
+    return smaller
+
+
 def _grey_of_16_bits(image: Image.Image, path: Path, policy: PixelPolicy) -> np.ndarray:
     grey = np.asarray(image)
     if image.mode == "I" and (grey.min() < 0 or grey.max() > 65535):
         raise RejectedInput(path, "mode", "32-bit integers", "it does not say which value is white; convert it to 8 or 16 bits")
-    eight = ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    rgb = np.repeat(eight[..., None], 3, 2)
+    eight = np.empty(grey.shape, np.uint8)
+    for i in range(0, len(grey), 256):
+        eight[i : i + 256] = (grey[i : i + 256].astype(np.uint32) * 255 + 32767) // 65535
+    rgb = np.broadcast_to(eight[..., None], (*grey.shape, 3))
     if isinstance(image.info.get("transparency"), int):
         alpha = np.where(grey == image.info["transparency"], 0, 255).astype(np.uint8)
         rgb = compose(np.concatenate([rgb, alpha[..., None]], 2), policy.background_rgb())
