@@ -73,7 +73,7 @@ def _make_weights(rng: random.Random, valid: Path, folder: Path) -> Input:
     file = next(iter(sorted(place.glob("*.safetensors"))))
     how = rng.choice((_header, _header, _header, _renamed, _index, _other_file, _pickle))
     what, must_see, canary = how(rng, file, folder)
-    names = (file.name, _SPLIT, part)
+    names = (file.name, _SPLIT, part, "the codec overflows")
     return Input(f"{family} {part}: {what}", names, must_see, canary, {"family": family, "part": part})
 
 
@@ -89,7 +89,7 @@ def _renamed(rng: random.Random, file: Path, folder: Path) -> tuple[str, bool, N
     prefix = rng.choice(("model.", "diffusion_model.", "module.", "_orig_mod.", "model.diffusion_model.", "x.", "lora_unet_"))
     suffix = rng.choice(("", "", ".lora_A.weight", ".lora_down.weight"))
     file.write_bytes(joined({f"{prefix}{name}{suffix}" if name != "__metadata__" else name: entry for name, entry in header.items()}, numbers))
-    return f"names with {prefix}...{suffix}", prefix in ("x.", "lora_unet_") or bool(suffix), None
+    return f"names with {prefix}...{suffix}", prefix == "lora_unet_" or bool(suffix), None
 
 
 def _index(rng: random.Random, file: Path, folder: Path) -> tuple[str, bool, None]:
