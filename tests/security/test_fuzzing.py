@@ -106,4 +106,4 @@ sys.modules["fuzzing"] = package
 
 
 def test_every_boundary_has_its_share():
-    assert len(BOUNDARIES) == 11 and all(one.share >= 6 for one in BOUNDARIES.values())
+    assert len(BOUNDARIES) == 12 and all(one.share >= 4 for one in BOUNDARIES.values())

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -121,7 +122,8 @@ def _paths() -> str:
 
 def _stack(log: Path) -> str:
     """Where the process was: the end of what faulthandler wrote."""
-    lines = log.read_bytes()[-30_000:].decode(errors="replace").splitlines()
+    last = re.split(r"Timeout \(|Fatal Python error|Traceback \(", log.read_bytes()[-30_000:].decode(errors="replace"))[-1]
+    lines = last.partition("Thread 0x")[2].rpartition("Thread 0x")[2].splitlines() if "Thread 0x" in last else last.splitlines()
     frames = [line.strip() for line in lines if line.strip().startswith("File ")]
     ours = [line for line in frames if "megatron_apt" in line and "cli.py" not in line] or frames
     return " < ".join(line.split("/")[-1].replace('"', "") for line in ours[:4])
