@@ -11,6 +11,6 @@ def worker(tmp_path_factory):
     """The process that takes hostile inputs, for all campaigns, with valid ones in a folder of its own."""
     from fuzzing.worker import Worker
 
-    worker = Worker(tmp_path_factory.mktemp("fuzz"), seed=0, limit=60.0)
+    worker = Worker(tmp_path_factory.mktemp("fuzz"), seed=0, limit=30.0)
     yield worker
     worker.stop()
