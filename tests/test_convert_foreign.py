@@ -114,6 +114,7 @@ ADAPTERS = {
     "ControlNet": ("controlnet_blocks.0.weight", "control_model.input_hint_block.0.weight"),
     "Wan VACE": ("vace_blocks.0.proj_out.weight", "model.diffusion_model.vace_patch_embedding.weight"),
     "IP-Adapter": ("ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"),
+    "state of an optimiser": ("exp_avg.blocks.0.attn1.to_q.weight", "state.blocks.0.attn1.to_q.weight.exp_avg_sq"),
     "T2I": ("adapter.body.0.in_conv.weight",),
     "a VAE": (
         "encoder.conv_in.weight",

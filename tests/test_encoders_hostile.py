@@ -58,6 +58,7 @@ def encoded(folder):
         ({"num_labels": 10**9}, "num_labels=1000000000"),
         ({"relative_attention_num_buckets": 10**12}, "relative_attention_num_buckets=1000000000000"),
         ({"nested": {"num_hidden_layers": 10**10}}, r"nested\.num_hidden_layers=10000000000"),
+        ({"extra": json.loads("[" * 900 + "]" * 900)}, r"config\.json: nested too deeply"),
         ({"id2label": 5}, r"UMT5EncoderModel cannot be read \(AttributeError"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config; take weights in bf16"),
     ],

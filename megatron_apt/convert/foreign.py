@@ -42,6 +42,11 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ("a textual inversion (embeddings of new words)", r"^(emb_params|string_to_param|string_to_token|<[^>]*>|clip_[lg]|t5xxl)$", _WHOLE),
     ("a ControlNet", r"(^|\.)(controlnet_\w+|control_model|input_hint_block|zero_convs|lllite_\w+|control_\w*blocks)(\.|$)", _WHOLE),
     ("a Wan VACE (a transformer with controls beside the video)", r"(^|\.)vace_(blocks|patch_embedding)\.", _WHOLE),
+    (
+        "the state of an optimiser",
+        r"(^|\.)(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg)(\.|$)",
+        _WHOLE,
+    ),
     ("a T2I adapter", r"^adapter\.(body|conv_in)\.", _WHOLE),
     ("an IP-Adapter", r"(^|\.)(ip_adapter|image_proj)\.|\.(to_[kv]_ip|add_[kv]_proj_ip)\.|_ip\.(weight|bias)$", _WHOLE),
 )
@@ -95,7 +100,14 @@ ROOTS: dict[str, frozenset[str]] = {
     "FluxTransformer2DModel": frozenset({"x_embedder", "single_transformer_blocks", *_AROUND}),
     "HunyuanVideoTransformer3DModel": frozenset({"x_embedder", "single_transformer_blocks", *_AROUND}),
 }
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module")  # may stand anywhere in a name
+_WRAPPERS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "base_layer",
+    "module",
+)  # may stand anywhere in a name
 # Prefixes that are taken off before a file's kind is looked for, whatever its family.
 _OUTER = re.compile(
     r"^(model\.diffusion_model|diffusion_model|first_stage_model|cond_stage_model|vae|model|module|_orig_mod|transformer|net|dit|base_model)\."

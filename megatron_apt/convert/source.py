@@ -8,11 +8,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_apt import schema
 from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.weights import Mapped
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.weight_files import Announced, WeightFileError, announced, printable, weight_files
+from megatron_apt.models.weight_files import Announced, WeightFileError, announced, printable, read_settings, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that published checkpoints hold and diffusers' class leaves unread (its _keys_to_ignore_on_load_unexpected).
@@ -219,8 +218,7 @@ def read_json(file: Path) -> dict:
     """
     if not file.exists():
         raise ConvertError(f"{file} does not exist; a checkpoint needs its config.json, or give another with --config")
-    remedy = "it must be a JSON object: download it again"
-    return schema.read_json(file, dict, remedy=remedy, error=ConvertError, most=1 << 20)
+    return read_settings(file, ConvertError)
 
 
 def _some(names: list[str]) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from megatron_apt import schema
 from megatron_apt.convert.foreign import kind_of
-from megatron_apt.models.weight_files import Announced, WeightFileError, Weights, announced, open_regular, printable, weight_files
+from megatron_apt.models.weight_files import Announced, WeightFileError, Weights, announced, open_regular, printable, read_settings, weight_files
 
 # Fields of JSON files by which the libraries would run, fetch or open something else.
 _ACTIVE = re.compile(
@@ -79,7 +79,7 @@ def read_object(file: Path) -> dict:
     Raises:
         ValueError: none in it.
     """
-    return schema.read_json(file, dict, remedy="it must be a JSON object: download it again", most=4 << 20)
+    return read_settings(file)
 
 
 def checked_model_folder(path: str | Path, expected: str) -> Path:

@@ -25,6 +25,7 @@ SIZES = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
 MOST_HEADER = 32 << 20  # bytes of JSON: of the largest published models it has less than one
+_DEEPEST = 64  # objects and lists in one another
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_FORMATS = (*PICKLES, ".msgpack", ".h5", ".gguf", ".onnx", ".npz")
 _STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers look for
@@ -148,7 +149,7 @@ def _chosen(folder: Path, sets: dict[tuple[str, str], _Set]) -> tuple[str, str]:
 def _lacking(names: list[str]) -> str:
     others = [name for name in names if name.lower().endswith(OTHER_FORMATS)]
     if not others:
-        return "no .safetensors file"
+        return "no .safetensors file; give a folder with a model's weights, or download them"
     if others[0].lower().endswith(PICKLES):
         return f"only {others[0]}, a pickle, which could run code: save it as safetensors first"
     return f"only {others[0]}, and weights are read from .safetensors files: save it as such first"
@@ -262,6 +263,22 @@ def _is_pickle(start: bytes) -> bool:
     """A pickle of protocol 2 to 5, or the archive that torch.save makes of one."""
     zipped = start.startswith(b"PK\x03\x04") and (b"data.pkl" in start or b"/byteorder" in start or b"/version" in start)
     return zipped or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
+
+
+def read_settings(file: Path, error: type[ValueError] = ValueError, most: int = 4 << 20) -> dict:
+    """The object in a JSON file of settings, such as a config.json.
+
+    Raises:
+        error: none in it, or one nested more deeply than what reads it could follow.
+    """
+    remedy = "it must be a JSON object: download it again"
+    value = schema.read_json(file, dict, remedy=remedy, error=error, most=most)
+    layer: list = [value]
+    for _ in range(_DEEPEST):
+        layer = [inner for outer in layer for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, dict | list)]
+        if not layer:
+            return value
+    raise error(f"{file}: nested too deeply; {remedy}")
 
 
 def printable(name: str) -> str:
