@@ -14,6 +14,7 @@ import tyro
 from megatron_apt import signals
 from megatron_apt.config import RunConfig
 from megatron_apt.errors import EXPECTED, described
+from megatron_apt.once import say_once
 
 
 def _demo(argv: list[str]) -> None:
@@ -200,4 +201,4 @@ def _readable_errors():
     try:
         yield
     except EXPECTED as error:
-        sys.exit(f"megatron-apt: {described(error)}")
+        sys.exit(say_once(f"megatron-apt: {described(error)}"))

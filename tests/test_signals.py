@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_apt import signals
+from megatron_apt.once import say_once
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"
 
@@ -92,3 +93,16 @@ def test_the_batch_script_retries_a_dead_rank_a_bounded_number_of_times(tmp_path
     assert ends == [(0, "requeue 7\n"), (0, "requeue 7\n"), (137, "")]
     assert submitted(tmp_path, "exit 99") == (0, "requeue 7\n")  # it has got on: the count begins anew
     assert submitted(tmp_path, "exit 70", MAX_RETRIES="1") == (0, "requeue 7\n")
+
+
+def test_one_process_of_a_launch_prints_what_all_would(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert [say_once("a") for _ in range(2)] == ["a", "a"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert [say_once("a") for _ in range(3)] == ["a", 1, 1] and say_once("b") == "b"
+    for restart in ("0", "1"):
+        for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_STEP_ID", "0"), ("SLURM_RESTART_COUNT", restart)):
+            monkeypatch.setenv(name, value)
+        assert [say_once("a") for _ in range(2)] == ["a", 1]

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -75,7 +76,16 @@ class Watch:
         except RuntimeError:
             reason = self._store_gone
         if failed_collective:
-            print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
+            self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        """One of the ranks that stop for the same reason says so, as long as there is a store to agree by."""
+        try:
+            first = self._store.add("said", 1) == 1
+        except RuntimeError:
+            first = True
+        if first:
+            self._print(reason)
 
     @property
     def _store_gone(self) -> str:
@@ -116,7 +126,7 @@ class Watch:
                 elif value != b"done" and time.monotonic() - since > self.timeout:
                     self._store.compare_set("stop", "", f"{self._named(neighbour)} gave no sign of life for {self.timeout:.0f} s")
                 if self._store.check(["stop"]):
-                    self._stop(self._store.get("stop").decode())
+                    self._stop(self._store.get("stop").decode(), self._say)
                     return
             if self._well:
                 self._store.set(f"beat/{self.rank}", "done")
@@ -130,7 +140,10 @@ class Watch:
                 self._stop(f"{self._keeper}, which keeps the rendezvous store, gave no sign of life for {self.timeout:.0f} s")
                 return
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, reason: str, say: Callable[[str], None] | None = None) -> None:
         if not self._ended.wait(GRACE):
-            print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
+            (say or self._print)(reason)
             os._exit(LOST)
+
+    def _print(self, reason: str) -> None:
+        print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
