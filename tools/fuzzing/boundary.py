@@ -19,7 +19,7 @@ from pathlib import Path
 
 GOOD = ("fine", "named", "skipped")
 LONGEST = 4000  # characters of an error: one that repeats a hostile value in full is no help
-_WORDS = "use|set|start|give|must|fetch|download|remove|correct|copy|needs?|known|point|at least|can be|there are|usage|choices|required|expected|save|helptext"
+_WORDS = "use|set|start|give|must|fetch|download|remove|correct|copy|needs?|known|at least|can be|there are|usage|required|expected|save|helptext"
 _REMEDY = re.compile(rf";|\b({_WORDS})\b", re.I)
 
 
