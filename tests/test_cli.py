@@ -10,9 +10,10 @@ import tyro
 from PIL import Image
 from test_train import config
 
-from megatron_apt.cli import load_recipe, main
+from megatron_apt.cli import main
 from megatron_apt.config import ParallelConfig, RunConfig, check_fits
 from megatron_apt.models.config import ModelConfig, wan_5b, wan_5b_i2v
+from megatron_apt.recipe_files import load_recipe
 from megatron_apt.train import train
 
 
@@ -59,7 +60,7 @@ def test_unknown_fields_are_named(recipe, capsys):
     [
         (["fly"], "no command 'fly'"),
         (["train"], "usage: megatron-apt train"),
-        (["train", "nowhere.py:run"], "give FILE.py:FUNCTION"),
+        (["train", "nowhere.py:run"], "there is no file nowhere.py"),
         (["sample", "nowhere"], "no checkpoint there"),
     ],
 )

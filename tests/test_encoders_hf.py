@@ -10,7 +10,7 @@ from pipelines import PROMPTS, change_json, kl_vae, save_sd3, save_wan, sentence
 from problems import model_config
 from safetensors.torch import load_file, save_file
 
-from megatron_apt.cli import SampleConfig, main
+from megatron_apt.cli import main
 from megatron_apt.config import DataConfig, OptimizerConfig, RunConfig
 from megatron_apt.data.batches import Batches
 from megatron_apt.data.digits import write_digit_images
@@ -21,6 +21,7 @@ from megatron_apt.models.codec import KlCodec, WanCodec, load_codec
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.pipeline_text import Sd3TextEncoder, WanTextEncoder, clean_prompt
 from megatron_apt.models.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
+from megatron_apt.sample_config import SampleConfig
 from megatron_apt.train import train
 
 

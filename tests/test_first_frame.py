@@ -16,7 +16,6 @@ from test_convert_models import assert_equal as assert_parity
 from test_convert_pipelines import PROMPT, assert_equal, convert, imported, one_step, trained
 from test_image_to_video import frames_of
 
-from megatron_apt.cli import SampleConfig
 from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.base import _with_a_first_frame
@@ -34,6 +33,7 @@ from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.parallel.mesh import Axis
 from megatron_apt.sample import load_generator, sample_latents, sample_to_files
+from megatron_apt.sample_config import SampleConfig
 from megatron_apt.sampling import sample_noise
 
 SEEDS = range(6)

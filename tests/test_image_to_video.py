@@ -12,7 +12,6 @@ from PIL import Image
 from pipelines import change_json, save_wan_i2v
 from test_convert_pipelines import PROMPT, assert_equal, convert, imported, one_step, trained
 
-from megatron_apt.cli import SampleConfig
 from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.data.batches import Batches, first_frames
 from megatron_apt.data.decode import Clip, decode_clip
@@ -25,6 +24,7 @@ from megatron_apt.models.config import ModelConfig, WanConfig
 from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.pipeline_image import ClipImageEncoder
 from megatron_apt.sample import load_generator, sample_latents, sample_to_files
+from megatron_apt.sample_config import SampleConfig
 from megatron_apt.sampling import sample_noise
 
 KINDS = {"clip": True, "plain": False}  # as Wan2.1 and as Wan2.2

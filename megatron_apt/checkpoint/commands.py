@@ -19,7 +19,7 @@ from megatron_apt.parallel.mesh import Mesh
 class Inspect:
     """Prints what a checkpoint holds."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder (its latest checkpoint) or iteration-* folder."""
     tensors: bool = False
     """Also lists every tensor."""
@@ -31,7 +31,7 @@ class Inspect:
 class Verify:
     """Compares every file with its checksum; exit code 1 if any differs."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Reshard:
     Training loads any checkpoint on any mesh; this lays the files out for one beforehand. Start as many processes as the mesh has ranks.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Run folder (its latest checkpoint) or iteration-* folder."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """Run folder to write to."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 

@@ -29,9 +29,9 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h: larger pieces are 
 class Import:
     """A Hugging Face transformer into a run folder, from which any recipe can start (--init.generator). Killed, it goes on where it was."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder of a transformer or of a whole pipeline, or one .safetensors file."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     subfolder: str = ""
     """Of a pipeline's folder; empty: transformer. Wan2.2 has transformer_2 too."""
     config: str = ""
@@ -46,9 +46,9 @@ class Import:
 class Export:
     """A generator into a folder that diffusers loads, with a scheduler whose one step is our one-step sample."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder (its latest checkpoint) or iteration-* folder."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     base: str = ""
     """Folder of a whole pipeline, whose VAE, text encoders and tokenizers are copied beside; empty: transformer and scheduler alone."""
     part: str = ""
@@ -72,9 +72,9 @@ class Verify:
 
     Under torchrun or srun ours runs on the mesh of --parallel, as it will in training."""
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder or iteration-* folder."""
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The transformer it was imported from or exported to, as for import."""
     subfolder: str = ""
     config: str = ""

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_apt.checkpoint.store import write_atomically
-from megatron_apt.cli import SampleConfig
 from megatron_apt.data.shards import LatentShards, stack_pooled
 from megatron_apt.evaluate.classifier import ClassAccuracy
 from megatron_apt.evaluate.diversity import pairwise_diversity
@@ -29,6 +28,7 @@ from megatron_apt.models.condition import Condition
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.recipes import Place
 from megatron_apt.sample import Loaded, load_generator, sample_latents
+from megatron_apt.sample_config import SampleConfig
 
 SEED = 1234
 SHOWN_SEEDS = 2  # samples of each caption in the report
