@@ -7,6 +7,7 @@ before the first import).
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -51,11 +52,13 @@ def choose(choice: Implementation) -> None:
     """Sets the implementation for the rest of the process.
 
     Raises:
-        RuntimeError: kernels are asked for, and there is no Triton.
+        ValueError: kernels are asked for, and there is no Triton, or nothing that runs them.
     """
     global _implementation
     if choice == "kernels" and triton is None:
-        raise RuntimeError("kernels='kernels': Triton is not installed here; use kernels='auto' or 'reference'")
+        raise ValueError("kernels='kernels': Triton is not installed here; use kernels='auto' or 'reference'")
+    if choice == "kernels" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError("kernels='kernels': Triton's kernels need CUDA, and there is none here; use kernels='auto' or 'reference'")
     _implementation = choice
 
 

@@ -1,7 +1,7 @@
 """Configuration: small frozen dataclasses, each of which checks itself. A run is a function that returns a RunConfig (see examples/)."""
 
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from megatron_apt.models.config import ModelConfig
@@ -121,7 +121,11 @@ class OptimizerConfig:
     def __post_init__(self):
         _check(self.bucket_size is None or self.bucket_size > 0, "optimizer.bucket_size", self.bucket_size, "must be positive")
         _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
-        _check(0 <= self.ema < 1, "optimizer.ema", self.ema, "must be in [0, 1)")
+        for name in ("ema", "alpha"):
+            _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+        _check(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "must be in [0, 1)")
+        for name in ("eps", "weight_decay", "warmup"):
+            _check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,21 @@ class RunConfig:
             _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("global_batch", "micro_batch", "log_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _check(self.seed >= 0, "seed", self.seed, "must not be negative")
+        _check(bool(self.output.strip()) and "\0" not in self.output, "output", self.output, "give the name of a folder")
+        _check_numbers(self)
+
+
+def _check_numbers(config: object, prefix: str = "") -> None:
+    """No field of a configuration, or of one inside it, is infinite, not a number, or larger than any count there is."""
+    for one in fields(config):
+        value, name = getattr(config, one.name), prefix + one.name
+        if is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                _check(abs(number) < 2**63, name, value, "must be a finite number below 2^63")
 
 
 def check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -31,7 +31,7 @@ def load_recipe(spec: str) -> RunConfig:
         raise RecipeError(f"recipe {spec!r}: {file} has no function {name!r}; {_offered(name, _callables(module))}")
     config = _run(spec, file, recipe)
     if not isinstance(config, RunConfig):
-        raise RecipeError(f"recipe {spec!r}: {name} returned {type(config).__name__}, not a RunConfig")
+        raise RecipeError(f"recipe {spec!r}: {name} returned {type(config).__name__}, not a RunConfig; a recipe ends with return RunConfig(...)")
     return config
 
 
@@ -106,7 +106,7 @@ def _needs_nothing(node: ast.FunctionDef) -> bool:
 
 def _syntax(file: Path, error: SyntaxError) -> str:
     line = f": {error.text.strip()}" if error.text else ""
-    return f"{error.filename or file}:{error.lineno or 0}: {error.msg}{line}"
+    return f"{error.filename or file}:{error.lineno or 0}: {error.msg}{line}; correct the line"
 
 
 def _offered(name: str, known: list[str]) -> str:
@@ -143,7 +143,7 @@ def _run(spec: str, file: Path, action):
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise RecipeError(f"recipe {spec!r}: {_place(file, error)}: {type(error).__name__}: {error}") from error
+        raise RecipeError(f"recipe {spec!r}: {_place(file, error)}: {type(error).__name__}: {error}; correct the recipe") from error
 
 
 def _place(file: Path, error: BaseException) -> str:

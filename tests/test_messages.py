@@ -158,3 +158,22 @@ def test_ctrl_c_says_what_is_left(name, monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, name, COMMANDS[name]._replace(run=interrupted))
     assert ended([name]) == 130
     assert COMMANDS[name].interrupted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer.lr", "inf"], "optimizer.lr=inf"),
+        (["--optimizer.betas", "0.9", "nan"], "optimizer.betas=(0.9, nan)"),
+        (["--optimizer.alpha", "nan"], "optimizer.alpha=nan"),
+        (["--apt.ar1-lambda", "inf"], "apt.ar1_lambda=inf"),
+        (["--iterations", str(10**30)], f"iterations={10**30}"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--global-batch", "0"], "global_batch=0"),
+        (["--output", " "], "output=' '"),
+    ],
+)
+def test_settings_of_training_are_numbers_that_mean_something(options, message, tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text("from megatron_apt.config import RunConfig\ndef run():\n    return RunConfig()\n")
+    assert ended(["train", f"{tmp_path / 'recipe.py'}:run", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -1,0 +1,57 @@
+"""Commands that the README and docs/ show are commands that there are: each is parsed as the program parses it, up to where its work would begin."""
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_apt import cli
+from megatron_apt.config import RunConfig
+from megatron_apt.recipe_files import find_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORK = (
+    *("megatron_apt.launch.relaunch", "megatron_apt.demo.run_demo", "megatron_apt.demo.rewrite_report"),
+    *("megatron_apt.data.encode.encode", "megatron_apt.sample.sample_to_files"),
+    *("megatron_apt.train.train", "megatron_apt.parallel.startup.stop"),
+    *("megatron_apt.checkpoint.commands.run", "megatron_apt.convert.command.run"),
+    *("megatron_apt.plan.plan", "megatron_apt.pipeline.command.schedule"),
+)
+
+
+def shown() -> list[tuple[str, str]]:
+    """(page, arguments of megatron-apt) of every line of code that starts it."""
+    found = []
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            command = re.match(r"(?:    |\$ )(?:(?:srun|torchrun|mpirun)\b.*?)?(?:-m megatron_apt|megatron-apt) +(?!\b(?:train\.sbatch)\b)(.*)", line)
+            if command and command[1].split()[0] in cli.COMMANDS:
+                found.append((page.name, re.sub(r"\[([^]]*)\]", r"\1", re.split(r"\s+#", command[1])[0])))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), shown(), ids=lambda value: value)
+def test_commands_of_the_documentation_are_parsed(page, line, monkeypatch, capsys):
+    for name in WORK:
+        monkeypatch.setattr(name, lambda *arguments: None)
+    monkeypatch.setattr("megatron_apt.parallel.startup.start", lambda parallel: SimpleNamespace(is_main=True))
+
+    def recipe(spec: str) -> RunConfig:
+        find_recipe(str(ROOT / spec))  # the file and the function are there; some encode data when they are called
+        return RunConfig(method="apt")
+
+    monkeypatch.setattr(cli, "load_recipe", recipe)
+    monkeypatch.setattr("megatron_apt.progress.training_progress", lambda config, enabled: contextlib.nullcontext())
+    monkeypatch.chdir(ROOT)
+    try:
+        cli.main(shlex.split(line))
+    except SystemExit as ended:
+        assert ended.code in (0, None), f"{page}: megatron-apt {line}: {ended.code}\n{capsys.readouterr().err}"
+
+
+def test_there_are_commands_to_parse():
+    assert {line.split()[0] for page, line in shown() if page == "README.md"} == {*cli.COMMANDS} - {"demo"}  # which make starts
