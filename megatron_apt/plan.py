@@ -8,18 +8,19 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_apt.config import ParallelConfig, RunConfig
+from megatron_apt import outputs
+from megatron_apt.config import ParallelConfig, RunConfig, check_heads
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Role
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.models.stages import Cut
 from megatron_apt.optim.optimizers import STATES
+from megatron_apt.outputs import check_number
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Axis, Mesh
 from megatron_apt.pipeline import calibration
@@ -38,6 +39,11 @@ class PlanConfig:
     """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT: also prints the least time of an iteration by its measured blocks."""
     json: str = ""
     """Also writes the figures to this file."""
+
+    def __post_init__(self) -> None:
+        if not self.memory:
+            raise ValueError("memory=False leaves nothing to plan; leave --memory on")
+        check_number("ranks", self.ranks, 1, 2**20)
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,10 @@ def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[
     """Memory of each role on the one of `ranks` ranks that holds most; `optimizer` counts another one's states.
 
     Raises:
-        ValueError: ranks that the recipe's tp x cp x pp does not divide.
+        ValueError: ranks that the recipe's tp x cp x pp does not divide, or heads that its tp and cp do not.
     """
     parallel = config.parallel
+    check_heads(config.model, parallel)
     model_parallel = parallel.tp * parallel.cp * parallel.pp
     if ranks % model_parallel:
         raise ValueError(f"ranks={ranks} is not a multiple of tp x cp x pp = {model_parallel} of the recipe; use one, or change its parallel")
@@ -132,9 +139,13 @@ def iteration_seconds(config: RunConfig, ranks: int, measured: Calibration) -> f
 
 
 def plan(config: RunConfig, options: PlanConfig) -> None:
-    """Prints the table, and the sum beside that of Adam's two states."""
-    if not options.memory:
-        raise ValueError("memory=False leaves nothing to plan; leave --memory on")
+    """Prints the table, and the sum beside that of Adam's two states.
+
+    Raises:
+        ValueError: a file that cannot be read or written, before anything is counted; ranks that the recipe's tp x cp x pp does not divide.
+    """
+    outputs.check("json", options.json)
+    measured = calibration.read(options.calibration) if options.calibration else None
     kind = config.optimizer.kind
     ours, adam = memory(config, options.ranks), memory(config, options.ranks, optimizer="adamw")
     parallel = config.parallel
@@ -157,8 +168,7 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
         f"{saved / GIB:.3f} GiB saved. Activations come on top."
     )
     seconds = None
-    if options.calibration:
-        measured = calibration.read(options.calibration)
+    if measured:
         seconds = iteration_seconds(config, options.ranks, measured)
         console.print(
             f"An iteration of {config.global_batch} samples of {measured.visual_tokens:,} + {measured.text_tokens} tokens takes at least "
@@ -173,7 +183,7 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
             "bytes_with_adam": other,
             "roles": {role.role: {"weights": role.weights, "shard": role.shard, **role.parts} for role in ours},
         }
-        Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        outputs.write("json", options.json, json.dumps(figures, indent=1))
 
 
 def _sharded(role: RoleMemory) -> float:

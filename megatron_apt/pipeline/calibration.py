@@ -1,11 +1,18 @@
 """What a block costs on a chip, as `tools/benchmarks/gpu.sh` measured it."""
 
-import json
+import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.pipeline.graph import Cost
+from megatron_apt.schema import convert, read_json
+
+Time = Annotated[float, Meta(gt=0, le=1e6)]
+REMEDY = "give a calibration that `bash tools/benchmarks/gpu.sh` has written on a GPU"
+MOST_RATIO = 1e6  # of one measured time to another
 
 
 @dataclass(frozen=True)
@@ -48,27 +55,42 @@ def block_flops(model: ModelConfig, visual: int, text: int) -> float:
     return 2 * d * tokens * (4 * d + mlp) + 4 * d * tokens**2
 
 
+class _Times(TypedDict):
+    F: Time
+    I: Time  # noqa: E741
+    W: Time
+
+
+class _Stored(TypedDict):
+    """What tools/benchmarks/gpu.sh writes, as far as it is read."""
+
+    device: str
+    width: Annotated[int, Meta(ge=1, le=10**6)]
+    mlp_ratio: Annotated[int, Meta(ge=1, le=1000)]
+    visual_tokens: Annotated[int, Meta(ge=1, le=2**40)]
+    text_tokens: Annotated[int, Meta(ge=0, le=2**40)]
+    blocks: dict[str, Any]  # those that are asked for: _Times
+
+
 def read(source: str) -> Calibration:
     """From `FILE` or `FILE:FORMAT` (bf16 if it is left out, or for example `FILE:fp8 current`).
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming the file, the field and what is wrong with it.
     """
-    path, colon, name = (source, "", "") if Path(source).exists() else source.rpartition(":")
+    path, colon, name = (source, "", "") if os.path.exists(source) else source.rpartition(":")
     path, name = (path, name) if colon else (source, "bf16")
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        if name not in stored["blocks"]:
-            raise ValueError(f"has no {name!r}; it has {', '.join(map(repr, stored['blocks'])) or 'nothing: every measurement failed'}")
-        times = [float(stored["blocks"][name][kind]) for kind in "FIW"]
-        tokens = stored["visual_tokens"], stored["text_tokens"]
-        flops = block_flops(ModelConfig(width=stored["width"], heads=1, mlp_ratio=stored["mlp_ratio"]), *tokens)
-        if min(*times, flops) <= 0:
-            raise ValueError(f"{name!r} holds times {times}; all must be above 0")
-    except OSError as error:
-        raise ValueError(f"calibration {source!r}: cannot be read ({error}); `bash tools/benchmarks/gpu.sh` writes one on a GPU") from None
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"calibration {source!r}: no such file as tools/benchmarks/gpu.sh writes ({type(error).__name__}: {error})") from None
-    except ValueError as error:
-        raise ValueError(f"calibration {source!r}: {error}") from None
-    return Calibration(Cost(*times), flops, *tokens, f"{stored['device']}, {name}")
+    stored = read_json(path, _Stored, remedy=REMEDY)
+    if name not in stored["blocks"]:
+        known = ", ".join(map(repr, list(stored["blocks"])[:20])) or "nothing: every measurement failed"
+        raise ValueError(f"calibration={_short(source)}: has no {_short(name)!r}; it has {known}")
+    times = convert(stored["blocks"][name], _Times, f"{path}: blocks, {name}", remedy=REMEDY)
+    tokens = stored["visual_tokens"], stored["text_tokens"]
+    if max(times.values()) > MOST_RATIO * min(times.values()):
+        raise ValueError(f"calibration={_short(source)}: {name!r} holds times {times}, which no block takes; measure it again")
+    flops = block_flops(ModelConfig(width=stored["width"], heads=1, mlp_ratio=stored["mlp_ratio"]), *tokens)
+    return Calibration(Cost(**times), flops, *tokens, f"{_short(stored['device'])}, {name}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -4,15 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_apt import outputs
 from megatron_apt.config import RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Phase, roles_of
+from megatron_apt.outputs import check_number
 from megatron_apt.pipeline import calibration
 from megatron_apt.pipeline.build import Built, NoRoom, Policy, phases_apart, search
 from megatron_apt.pipeline.check import check_program
@@ -21,6 +22,9 @@ from megatron_apt.pipeline.policies import placement, start
 from megatron_apt.pipeline.prepare import memory_of_1f1b
 from megatron_apt.pipeline.program import Program, lower
 
+PICTURES = (".png", ".svg", ".pdf")
+MOST_TASKS = 250_000  # of a window: more take many minutes and gigabytes
+MOST_TRIED = 200_000_000  # tasks times evaluations
 NAMES = {"apart_1f1b": "phases apart, 1F1B", "apart_zb": "phases apart, zero-bubble", "interleaved": "interleaved"}
 
 
@@ -58,14 +62,24 @@ class ScheduleConfig:
     """Search the interleaved schedule for other caps too and show its bubble against memory."""
 
     def __post_init__(self) -> None:
-        for field in ("ranks", "microbatches", "iterations"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
-        for field in ("cap", "message"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field}={getattr(self, field)} must not be negative")
-        if self.discriminator <= 0:
-            raise ValueError(f"discriminator={self.discriminator} must be above 0: its cost as a multiple of the generator's")
+        for name, most in (("ranks", 1024), ("microbatches", 16384), ("iterations", 1024)):
+            check_number(name, getattr(self, name), 1, most)
+        for name, least, most in (("cap", 0, 1e9), ("message", 0, 1e9), ("discriminator", 1e-6, 1e6), ("evaluations", -1, 10_000)):
+            check_number(name, getattr(self, name), least, most)
+        check_number("seed", self.seed, -(2**63), 2**63 - 1)
+        tasks = self.tasks
+        if tasks > MOST_TASKS or self.evaluations * tasks > MOST_TRIED:
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in ("ranks", "microbatches", "iterations", "evaluations"))
+            raise ValueError(
+                f"{given}: a window of up to {tasks:,} tasks; at most {MOST_TASKS:,} are searched, and {MOST_TRIED:,} in all evaluations together; "
+                "lower one of them"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """Of the largest window that is searched, at most."""
+        segments = sum(len(branch.segments) for phase in _phases(self) for branch in phase.branches)
+        return 3 * segments * (self.chunks or 2) * self.ranks * self.microbatches * self.iterations
 
     @property
     def unit(self) -> Cost:
@@ -85,18 +99,26 @@ def parse_cost(text: str) -> Cost:
         ValueError: naming the text.
     """
     try:
-        values = {key.strip(): float(value) for key, value in (part.split("=") for part in text.split(","))}
-        cost = Cost(**values)
-        if not set(values) <= {"F", "I", "W"} or min(values.values()) <= 0:
+        parts = [part.split("=") for part in text.split(",")]
+        values = {key.strip(): float(value) for key, value in parts}
+        if len(values) < len(parts) or not set(values) <= {"F", "I", "W"} or not all(1e-6 <= value <= 1e6 for value in values.values()):
             raise ValueError
-    except (ValueError, TypeError):
-        raise ValueError(f"cost {text!r}: give times above 0 as F=1,I=1.8,W=0.3") from None
-    return cost
+    except ValueError:
+        shown = text if len(text) <= 300 else text[:300] + "..."
+        raise ValueError(f"cost {shown!r}: give times above 0, between 1e-6 and 1e6 and each once, as F=1,I=1.8,W=0.3") from None
+    return Cost(**values)
 
 
 def schedules(options: ScheduleConfig) -> dict[str, Built]:
     """The schedules to show, each checked."""
     cap = options.cap or memory_of_1f1b(_phases(options), options.ranks)
+    try:
+        return _schedules(options, cap)
+    except NoRoom as error:
+        raise NoRoom(f"cap={cap:g}: {error}; allow more, or 0 for the default") from None
+
+
+def _schedules(options: ScheduleConfig, cap: float) -> dict[str, Built]:
     found = {}
     if options.compare:
         found["apart_1f1b"] = phases_apart(_graph(options, 1, split=False, apart=True), cap)
@@ -157,6 +179,14 @@ def bubble_bound(built: Built) -> float:
 
 
 def schedule(options: ScheduleConfig) -> None:
+    """Prints the tables, and writes the files that are asked for.
+
+    Raises:
+        ValueError: a file that cannot be written, before anything is searched; a cap that is too small.
+    """
+    outputs.check("json", options.json)
+    outputs.check("dump", options.dump)
+    outputs.check("picture", options.picture, PICTURES)
     found = schedules(options)
     alone = schedules(replace(options, iterations=1)) if options.iterations > 1 else {}
     by_cap = frontier(options) if options.frontier else {}
@@ -177,13 +207,14 @@ def schedule(options: ScheduleConfig) -> None:
             | ({"one_iteration": figures(alone)} if alone else {})
             | ({"frontier": {f"{cap:g}": built.timeline.bubble for cap, built in by_cap.items()}} if by_cap else {})
         )
-        Path(options.json).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        outputs.write("json", options.json, json.dumps(numbers, indent=1))
     if options.dump:
-        Path(options.dump).write_text(program(found["interleaved"]).text(), encoding="utf-8")
+        outputs.write("dump", options.dump, program(found["interleaved"]).text())
     if options.picture:
         from megatron_apt.pipeline.draw import draw
 
-        draw({NAMES[name]: built for name, built in found.items()}, options.picture)
+        with outputs.named_failure("picture", options.picture):
+            draw({NAMES[name]: built for name, built in found.items()}, options.picture)
 
 
 def table(title: str, first: str, found: Mapping[str, Built]) -> Table:
