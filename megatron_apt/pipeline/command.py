@@ -105,7 +105,7 @@ def parse_cost(text: str) -> Cost:
             raise ValueError
     except ValueError:
         shown = text if len(text) <= 300 else text[:300] + "..."
-        raise ValueError(f"cost {shown!r}: give times above 0, between 1e-6 and 1e6 and each once, as F=1,I=1.8,W=0.3") from None
+        raise ValueError(f"cost {shown!r}: give times above 0 as F=1,I=1.8,W=0.3, each once, from 1e-6 to 1e6") from None
     return Cost(**values)
 
 
