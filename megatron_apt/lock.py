@@ -18,13 +18,16 @@ import getpass
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
 import weakref
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
 
 from megatron_apt.schema import Count, parse_json
 
@@ -35,11 +38,16 @@ NAME = ".lock"
 INTERVAL = 5.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one after which a holder on another machine counts as dead
 _held: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
+_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # whatever is planted under our name, opening it does not wait
 _LENGTH = 1024  # of the file, always: a sign of life overwrites it in place, and needs no space on a full disk
 
 
 class FolderInUse(ValueError):
     """Another process writes to this folder."""
+
+
+class _NoFile(OSError):
+    """`.lock` is a link, a pipe, a folder or a device: of none that writes here."""
 
 
 class LockLost(ValueError):
@@ -63,7 +71,7 @@ class Holder:
     restart: int
     started: str
     flocked: bool
-    interval: float
+    interval: Annotated[float, msgspec.Meta(gt=0, le=60)]
     beat: Count = 0
 
     def __str__(self) -> str:
@@ -128,7 +136,9 @@ class FolderLock:
         if self._file is None or not (self.lost or self._gone()):
             return
         self.lost = True
-        now = _parsed(_bytes(self.file))
+        now = None
+        with contextlib.suppress(OSError):
+            now = _parsed(_bytes(self.file))
         whose = f"belongs to {now} now" if now and now.token != self.me.token else "is gone"
         raise LockLost(
             f"{self.file}: this process's lock {whose}, so it stops writing: it stood still for a while and was taken for dead, "
@@ -172,7 +182,8 @@ class FolderLock:
         while (now := _bytes(self.file)) is not None:
             holder, waited = _parsed(now), time.monotonic() - since
             lives = True if now != seen else _lives(holder, self.me, self.file)
-            patience = max(self.patience, 4 * holder.interval if holder else 0)
+            # A holder that lives makes an unreadable one readable within seconds.
+            patience = max(self.patience, 4 * holder.interval) if holder else min(self.patience, 4 * INTERVAL)
             if lives:
                 self._refuse(holder)
             if lives is False or waited > patience:
@@ -216,10 +227,13 @@ class FolderLock:
         os.fsync(descriptor)
 
     def _gone(self) -> bool:
-        if _mark(_bytes(self.file)) == self.me.token:
-            return False
-        time.sleep(0.2)  # one that took it away by mistake puts it back at once
-        return _mark(_bytes(self.file)) != self.me.token
+        try:
+            if _mark(_bytes(self.file)) == self.me.token:
+                return False
+            time.sleep(0.2)  # one that took it away by mistake puts it back at once
+            return _mark(_bytes(self.file)) != self.me.token
+        except _NoFile:
+            return True
 
     def _close(self) -> None:
         if self._file is not None:
@@ -291,7 +305,7 @@ def _lives(holder: Holder | None, me: Holder, file: Path) -> bool | None:
 
 def _is_flocked(file: Path) -> bool:
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = os.open(file, _READING)
     except OSError:
         return False
     try:
@@ -339,11 +353,30 @@ def _renamed(own: Path, file: Path) -> bool:
 
 
 def _bytes(file: Path) -> bytes | None:
+    """The file's beginning; None if there is none.
+
+    Raises:
+        _NoFile: something else has its name.
+        OSError: it cannot be read.
+    """
     try:
-        with open(file, "rb") as stream:
-            return stream.read(_LENGTH)
+        descriptor = os.open(file, _READING)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise _no_file(file) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _no_file(file)
+        return os.read(descriptor, _LENGTH)
+    finally:
+        os.close(descriptor)
+
+
+def _no_file(file: Path) -> _NoFile:
+    return _NoFile(errno.EEXIST, "it is no plain file; remove it", os.fspath(file))
 
 
 def _parsed(data: bytes | None) -> Holder | None:

@@ -4,10 +4,12 @@ import contextlib
 import json
 import math
 import os
+import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor
 from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.config import RunConfig, to_dict
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.schema import convert
+from megatron_apt.schema import convert, never_waiting
+
+_LONGEST_LINE = 1 << 24  # bytes
 
 
 class LogError(ValueError):
@@ -40,7 +44,7 @@ class RunLog:
         with _named_failure(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _set_aside(self.path, start)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = open(self.path, "a", encoding="utf-8", opener=never_waiting)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -94,19 +98,45 @@ def _named_failure(place: Path) -> Iterator[None]:
 
 def _set_aside(path: Path, start: int) -> None:
     """Moves what does not belong before iteration `start` + 1 from a log to `log.discarded.jsonl` beside it: nothing is lost, each row is once."""
+
+    def belongs(line: bytes) -> bool:
+        return line.endswith(b"\n") and (row := _row(line)) is not None and row["iteration"] <= start
+
+    if all(map(belongs, _lines(path))):
+        return
+    temporary = path.with_name("log.jsonl.tmp")
+    temporary.unlink(missing_ok=True)
+    with open(path.with_name("log.discarded.jsonl"), "ab", opener=never_waiting) as discarded, open(temporary, "xb") as kept:
+        _check_plain(discarded, discarded.name)
+        for line in _lines(path):
+            (kept if belongs(line) else discarded).write(line if line.endswith(b"\n") else line + b"\n")
+        for file in (discarded, kept):
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Of a log, of which there may be none yet.
+
+    Raises:
+        LogError: it is no log, but a pipe, a device, or a file of one endless line.
+        OSError: it cannot be read.
+    """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        with open(path, "rb", opener=never_waiting) as stream:
+            _check_plain(stream, path)
+            while line := stream.readline(_LONGEST_LINE):
+                if len(line) == _LONGEST_LINE:
+                    raise LogError(f"{path}: has a line of {_LONGEST_LINE} bytes and more, so it is no log; move it away")
+                yield line
     except FileNotFoundError:
         return
-    kept = [line for line in lines if line.endswith(b"\n") and (row := _row(line)) is not None and row["iteration"] <= start]
-    if len(kept) == len(lines):
-        return
-    chosen = set(map(id, kept))
-    with open(path.with_name("log.discarded.jsonl"), "ab") as file:
-        file.write(b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines if id(line) not in chosen))
-        file.flush()
-        os.fsync(file.fileno())
-    write_atomically(path, b"".join(kept).decode("utf-8"))
+
+
+def _check_plain(stream: IO, path: str | Path) -> None:
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        raise LogError(f"{path}: is no plain file; move it away")
 
 
 def _row(line: bytes) -> dict[str, float] | None:
@@ -146,10 +176,10 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
         LogError: the file cannot be read.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        os.stat(path)
+        rows = [_row(line) for line in _lines(Path(path))]
     except OSError as error:
         raise LogError(f"{path}: cannot be read ({error.strerror or error}); give a run that has a log") from error
-    rows = [_row(line) for line in lines]
     if None in rows:
         warnings.warn(f"{path}:{rows.index(None) + 1}: not a row of a log; {rows.count(None)} such lines are left out", stacklevel=2)
     return [row for row in rows if row is not None]

@@ -38,7 +38,7 @@ def read_bytes(file: str | os.PathLike, *, remedy: str, error: type[ValueError] 
         error: it cannot be read, or is larger.
     """
     try:
-        with open(file, "rb", opener=_never_waiting) as stream:
+        with open(file, "rb", opener=never_waiting) as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise error(f"{os.fspath(file)}: is no plain file; {remedy}")
             data = stream.read(most + 1)
@@ -49,9 +49,9 @@ def read_bytes(file: str | os.PathLike, *, remedy: str, error: type[ValueError] 
     return data
 
 
-def _never_waiting(path: str, flags: int) -> int:
-    """Opens a pipe, too, without waiting for who writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def never_waiting(path: str, flags: int) -> int:
+    """An opener that opens a pipe, too, without waiting for who is at its other end."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def parse_json(data: bytes | str, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError) -> T:

@@ -139,9 +139,41 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for place in ("file", "file/below"):
         with pytest.raises(ValueError, match=r"file.*cannot be written .*another output folder"), quick(tmp_path / place):
             pytest.fail("entered")
-    (tmp_path / "odd" / lock.NAME).mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(Is a directory\)"), quick(tmp_path / "odd"):
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        os.mkfifo,
+        os.mkdir,
+        lambda place: os.symlink("gone", place),
+        lambda place: os.symlink("/dev/zero", place),
+        lambda place: os.symlink(place, place),
+    ],
+    ids=["pipe", "folder", "dangling link", "device", "circle"],
+)
+def test_what_is_no_file_is_refused_by_name_at_once(tmp_path, monkeypatch, plant):
+    plant(tmp_path / lock.NAME)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is no plain file; remove it\)"), FolderLock(tmp_path, "training"):
         pytest.fail("entered")
+    assert os.listdir(tmp_path) == [lock.NAME]
+
+
+@pytest.mark.parametrize("interval", ["1e18", "1e400", "NaN", "0", "-1", '"1"'])
+def test_a_sign_of_life_once_in_an_age_is_none(tmp_path, interval):
+    text = json.dumps(vars(foreign(tmp_path)))
+    (tmp_path / lock.NAME).write_text(text.replace('"interval": 0.05', f'"interval": {interval}'))
+    assert lock._parsed((tmp_path / lock.NAME).read_bytes()) is None
+    with quick(tmp_path):
+        pass
+
+
+def test_a_lock_replaced_by_something_else_is_lost(tmp_path):
+    with pytest.raises(LockLost, match="is gone"), quick(tmp_path) as mine:
+        (tmp_path / lock.NAME).unlink()
+        os.mkfifo(tmp_path / lock.NAME)
+        mine.check()
 
 
 def test_a_forked_child_does_not_keep_the_folder(tmp_path):

@@ -13,8 +13,10 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """The file has its old contents, or the new ones on disk. What lies under its temporary name, a link or a pipe even, is removed, not opened."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -20,6 +20,7 @@ _FREE = frozenset(
 )
 _SHARDS = "data.shards"
 _MISSING = object()
+_LONGEST = 200  # characters shown of a value
 _UNCOMMITTED = ".uncommitted"  # in an output folder whose run has begun and has no checkpoint yet
 
 
@@ -34,7 +35,9 @@ def begin(config: RunConfig) -> None:
         committed(output)
         return
     checkpoints = output / "checkpoints"
-    found = [name for name in ("log.jsonl", "summary.json") if (output / name).exists()]
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise CheckpointError(f"{checkpoints}: is no folder, so that nothing can be saved there; remove it, or give another --output")
+    found = [name for name in ("log.jsonl", "summary.json") if os.path.lexists(output / name)]
     found += [f"checkpoints/{file.name}" for file in (sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ()) if file.name[0] != "."]
     if found and not config.fresh and not (output / _UNCOMMITTED).exists():
         raise CheckpointError(
@@ -76,11 +79,12 @@ def check_same_run(stored: dict, wanted: dict, folder: os.PathLike, trained_on: 
     """
     stored = _filled(stored, _plain(to_dict(RunConfig())))  # a field that is missing is younger than the checkpoint
     changed = [(name, was, now) for name, was, now in _differences(stored, _plain(wanted)) if name != _SHARDS]
-    found = [f"{name}: {_shown(was)} in the checkpoint, {_shown(now)} asked for" for name, was, now in changed]
+    found = [f"{_short(name)}: {_shown(was)} in the checkpoint, {_shown(now)} asked for" for name, was, now in changed]
     found += _other_data(trained_on, data) if trained_on else _other_paths(stored, wanted)
     if found:
+        more = f"; and {len(found) - 12} more" if len(found) > 12 else ""
         raise CheckpointError(
-            f"{folder}: cannot continue what was trained otherwise: {'; '.join(found)}. "
+            f"{folder}: cannot continue what was trained otherwise: {'; '.join(found[:12])}{more}. "
             "Give the checkpoint's configuration and data to continue, or another --output to train anew"
         )
     if stored["iterations"] != wanted["iterations"] and wanted["optimizer"]["decay"] == "cosine":
@@ -107,7 +111,11 @@ def _differences(stored: object, wanted: object, name: str = "") -> Iterator[tup
 
 
 def _shown(value: object) -> str:
-    return "not there" if value is _MISSING else repr(value)
+    return "not there" if value is _MISSING else _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def _other_data(trained_on: Sequence[Identity], data: Sequence[Identity]) -> list[str]:
@@ -124,7 +132,7 @@ def _other_data(trained_on: Sequence[Identity], data: Sequence[Identity]) -> lis
 
 def _other_paths(stored: dict, wanted: dict) -> list[str]:
     was, now = ([str(Path(path).resolve()) for path in config["data"]["shards"]] for config in (stored, wanted))
-    return [f"{_SHARDS}: {was} in the checkpoint, {now} asked for"] if was != now else []
+    return [f"{_SHARDS}: {_shown(was)} in the checkpoint, {_shown(now)} asked for"] if was != now else []
 
 
 def _plain(value):
