@@ -7,23 +7,28 @@ It runs data-parallel on the processes that launch.py starts.
 import contextlib
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_apt import recipes
+from megatron_apt import demo_files, recipes
 from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.config import ParallelConfig, RunConfig
 from megatron_apt.data import digits
 from megatron_apt.data.encode import EncodeConfig, encode
+from megatron_apt.demo_files import Progress
 from megatron_apt.evaluate import suite
 from megatron_apt.evaluate.report import write_report
+from megatron_apt.interrupts import Interrupts
+from megatron_apt.lock import FolderLock
 from megatron_apt.models.text import train_sentencepiece
 from megatron_apt.parallel import startup
+from megatron_apt.parallel.agree import on_main
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.progress import training_progress
 from megatron_apt.recipes import DemoConfig
@@ -36,6 +41,8 @@ class Stage:
 
     name: str
     run: Callable[[Mesh], None]
+    rows: tuple[suite.Measured, ...] = ()
+    """What it measures."""
 
 
 def place(config: DemoConfig) -> recipes.Place:
@@ -55,11 +62,10 @@ def stages(config: DemoConfig) -> list[Stage]:
         for recipe in runs[section]:
             run = recipe(here)
             name = run.output.removeprefix(here.root + "/")
-            rows = [row for row in suite.SUITES[section] if row.run == name]
+            rows = tuple(row for row in suite.SUITES[section] if row.run == name)
             result.append(Stage(name, lambda mesh, run=run, name=name: _train(run, mesh, name)))
-            result.append(
-                Stage(f"{name}/evaluation", lambda mesh, section=section, rows=rows: suite.evaluate(here, section, rows, mesh, config.quick))
-            )
+            measure = lambda mesh, section=section, rows=rows: suite.evaluate(here, section, rows, mesh, config.quick)  # noqa: E731
+            result.append(Stage(f"{name}/evaluation", measure, rows))
     return result
 
 
@@ -88,8 +94,10 @@ def ensure_digits(here: recipes.Place, section: str) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    with demo_files.named_failure(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644))
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -100,65 +108,84 @@ def _train(run: RunConfig, mesh: Mesh, label: str) -> None:
 
 
 def run_demo(config: DemoConfig) -> None:
-    """Runs what is not done yet, on this rank."""
-    root = Path(config.root)
-    root.mkdir(parents=True, exist_ok=True)
+    """Runs what is not done yet, on this rank.
+
+    Raises:
+        SystemExit: a signal ended it; the same command goes on there.
+        ValueError: the folder is in use, cannot be written to, or holds a demo of another --quick.
+    """
     mesh = startup.start(ParallelConfig())
+    with Interrupts(config, mesh):
+        with FolderLock(config.root, demo_files.WHAT, demo_files.OPTION, mesh):
+            _run_stages(config, mesh)
+        startup.stop()
+
+
+def _run_stages(config: DemoConfig, mesh: Mesh) -> None:
+    root = Path(config.root)
     console = Console(soft_wrap=True, quiet=not mesh.is_main)
-    progress = _load_progress(root, config)
-    dist.barrier()
-    remaining = [stage for stage in stages(config) if stage.name not in progress["done"]]
-    for number, stage in enumerate(remaining, 1):
-        console.rule(f"{stage.name}   ({number} of {len(remaining)})")
+    progress = on_main(mesh, lambda: demo_files.load_progress(config))
+    remaining = on_main(mesh, lambda: [stage.name for stage in _remaining(config, progress)])
+    chosen = {stage.name: stage for stage in stages(config)}
+    for number, name in enumerate(remaining, 1):
+        console.rule(f"{name}   ({number} of {len(remaining)})")
         began = time.perf_counter()
         try:
-            stage.run(mesh)
+            chosen[name].run(mesh)
             dist.barrier()
-            progress["done"].append(stage.name)
+            progress["done"] = [*(done for done in progress["done"] if done != name), name]
         finally:
-            spent = progress["seconds"].get(stage.name, 0.0) + time.perf_counter() - began
-            progress["seconds"][stage.name] = round(spent, 2)
+            spent = progress["seconds"].get(name, 0.0) + time.perf_counter() - began
+            progress["seconds"][name] = round(spent, 2)
             if mesh.is_main:
-                _save_progress(root, progress)
-        if mesh.is_main and (number == len(remaining) or not remaining[number].name.endswith("/evaluation")):
-            rewrite_report(config)
-        console.print(f"{stage.name} took {spent:.1f} s; report: {root / 'report.html'}", highlight=False)
-    if mesh.is_main:
-        console.rule("done")
-        _print_table(console, root)
-        console.print(f"report: {rewrite_report(config)}\nresults: {root / 'results.json'}", highlight=False)
-    startup.stop()
+                demo_files.save_progress(root, progress)
+        if number == len(remaining) or not remaining[number].endswith("/evaluation"):
+            on_main(mesh, lambda: str(rewrite_report(config)))
+        console.print(f"{name} took {spent:.1f} s; report: {root / 'report.html'}", highlight=False)
+    on_main(mesh, lambda: _conclude(config, console))
 
 
-def _load_progress(root: Path, config: DemoConfig) -> dict:
-    file = root / "progress.json"
-    if not file.exists():
-        return {"quick": config.quick, "done": [], "seconds": {}}
-    progress = json.loads(file.read_text(encoding="utf-8"))
-    if progress["quick"] != config.quick:
-        raise ValueError(
-            f"{file}: quick={progress['quick']}, this run asks for quick={config.quick}; give another --root, or remove {root} to start again"
-        )
-    return progress
+def _remaining(config: DemoConfig, progress: Progress) -> list[Stage]:
+    """Stages that are not done, or whose figures are gone or damaged."""
+    here = place(config)
+
+    def is_done(stage: Stage) -> bool:
+        if stage.name not in progress["done"]:
+            return False
+        trouble = next(filter(None, (suite.trouble(here, stage.name.partition("/")[0], row) for row in stage.rows)), "")
+        if trouble:
+            print(f"{trouble}; measured again")
+        return not trouble
+
+    return [stage for stage in stages(config) if not is_done(stage)]
 
 
-def _save_progress(root: Path, progress: dict) -> None:
-    write_atomically(root / "progress.json", json.dumps(progress, indent=1))
+def _conclude(config: DemoConfig, console: Console) -> None:
+    report = rewrite_report(config)
+    console.rule("done")
+    _print_table(console, suite.demo_results(place(config), {}))
+    console.print(f"report: {report}\nresults: {report.with_name('results.json')}", highlight=False)
 
 
 def rewrite_report(config: DemoConfig) -> Path:
-    """Report and results.json from what is done so far."""
+    """Report and results.json from what is done so far.
+
+    Raises:
+        ValueError: no demo there, one of its files is damaged, or the report cannot be written.
+    """
     root = Path(config.root)
-    progress = _load_progress(root, config)
+    progress = demo_files.found_progress(root)
+    config = replace(config, quick=progress["quick"])
     pending = tuple(stage.name for stage in stages(config) if stage.name not in progress["done"])
-    write_atomically(root / "results.json", json.dumps(suite.demo_results(place(config), progress["seconds"]), indent=1))
+    results = json.dumps(suite.demo_results(place(config), progress["seconds"]), indent=1)
     text = json.dumps([asdict(recipe(place(config))) for recipe in (recipes.image_apt, recipes.video_apt)], indent=1)
-    write_report(root / "report.html", suite.demo_report(place(config), progress["seconds"], pending, text))
+    report = suite.demo_report(place(config), progress["seconds"], pending, text)
+    demo_files.write(root / "results.json", lambda file: write_atomically(file, results))
+    demo_files.write(root / "report.html", lambda file: write_report(file, report))
     return root / "report.html"
 
 
-def _print_table(console: Console, root: Path) -> None:
-    results = json.loads((root / "results.json").read_text(encoding="utf-8"))
+def _print_table(console: Console, results: dict) -> None:
     for section in ("images", "videos"):
         for key, distance in results.get(section, {}).get("fd", {}).items():
             console.print(

@@ -36,6 +36,10 @@ class DemoConfig:
     quick: bool = False
     """A twentieth of the training: shows that everything runs, not what it reaches."""
 
+    def __post_init__(self) -> None:
+        if not self.root.strip():
+            raise ValueError(f"root={self.root!r}: give the name of a folder")
+
 
 def image_flow(place: Place = Place()) -> RunConfig:
     """Stage 0 on 8x8 digits."""

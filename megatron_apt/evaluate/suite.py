@@ -10,25 +10,30 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.data.shards import LatentShards, stack_pooled
+from megatron_apt.demo_files import named_failure, write
 from megatron_apt.evaluate.classifier import ClassAccuracy
 from megatron_apt.evaluate.diversity import pairwise_diversity
 from megatron_apt.evaluate.frechet import frechet_distance, pooled_features, real_floor
 from megatron_apt.evaluate.plots import tail_median
 from megatron_apt.evaluate.report import FLOOR, Report, Row, Section
 from megatron_apt.log import read_rows
+from megatron_apt.media import write_atomically as write_bytes
 from megatron_apt.models.condition import Condition
+from megatron_apt.parallel.agree import on_main
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.recipes import Place
 from megatron_apt.sample import Loaded, load_generator, sample_latents
 from megatron_apt.sample_config import SampleConfig
+from megatron_apt.schema import Count, read_bytes, read_json
 
 SEED = 1234
 SHOWN_SEEDS = 2  # samples of each caption in the report
@@ -105,8 +110,9 @@ def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick:
         quick: only as many samples as the report shows.
     """
     real = real_data(here.data(section))
-    folder = Path(here.root) / "evaluation" / section
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(here, section)
+    with named_failure(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     shown = shown_samples(real.shards)
     ids = torch.tensor(shown + [i for i in range(len(real.shards)) if i not in set(shown)])[: QUICK_SAMPLES if quick else SAMPLES]
     for row in rows:
@@ -115,24 +121,31 @@ def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick:
         began = time.perf_counter()
         latents = sample_row(loaded, row, real.shards, mine, mesh)
         seconds = (time.perf_counter() - began) / len(mine)
-        save_file({"latents": latents}, _part(folder, row, mesh.dp.rank))
+        write(_part(folder, row, mesh.dp.rank), lambda file, latents=latents: file.write_bytes(save({"latents": latents})))
         dist.barrier()
-        if mesh.is_main:
-            parts = [_part(folder, row, rank) for rank in range(mesh.dp.size)]
-            latents = torch.cat([load_file(part)["latents"] for part in parts])
-            features = real.of(latents)
-            numbers = {
-                "frechet": frechet_distance(features, real.features),
-                "accuracy": real.classifier.score(features, real.labels[ids]),
-                "diversity": pairwise_diversity(features),
-                "samples": len(ids),
-                "seconds_per_sample": seconds,
-            }
-            save_file({"latents": latents[: len(shown)].contiguous()}, folder / f"{row.key}.safetensors")
-            write_atomically(folder / f"{row.key}.json", json.dumps(numbers))
-            for part in parts:
-                part.unlink()
-        dist.barrier()
+        on_main(mesh, lambda row=row, seconds=seconds: _measure(folder, row, real, ids, len(shown), seconds, mesh.dp.size))
+
+
+def _measure(folder: Path, row: Measured, real: RealData, ids: Tensor, shown: int, seconds: float, ranks: int) -> None:
+    """Numbers of the samples that all ranks have made, and those that are shown."""
+    parts = [_part(folder, row, rank) for rank in range(ranks)]
+    latents = torch.cat([load_file(part)["latents"] for part in parts])
+    features = real.of(latents)
+    numbers = {
+        "frechet": frechet_distance(features, real.features),
+        "accuracy": real.classifier.score(features, real.labels[ids]),
+        "diversity": pairwise_diversity(features),
+        "samples": len(ids),
+        "seconds_per_sample": seconds,
+    }
+    write(_file(folder, row, ".safetensors"), lambda file: write_bytes(file, save({"latents": latents[:shown].contiguous()})))
+    write(_file(folder, row, ".json"), lambda file: write_bytes(file, json.dumps(numbers).encode()))
+    for part in parts:
+        part.unlink()
+
+
+def _file(folder: Path, row: Measured, suffix: str) -> Path:
+    return folder / f"{row.key}{suffix}"
 
 
 def _part(folder: Path, row: Measured, rank: int) -> Path:
@@ -186,14 +199,66 @@ def demo_results(here: Place, seconds: dict[str, float]) -> dict:
     return results
 
 
-def _numbers(here: Place, section: str, row: Measured) -> dict | None:
-    file = Path(here.root) / "evaluation" / section / f"{row.key}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+class Numbers(TypedDict):
+    """What is measured of a row."""
+
+    frechet: float
+    accuracy: float
+    diversity: float
+    samples: Count
+    seconds_per_sample: float
+
+
+def _numbers(here: Place, section: str, row: Measured) -> Numbers | None:
+    """Those of a row; None if it is not measured yet."""
+    file = _file(_folder(here, section), row, ".json")
+    return read_json(file, Numbers, remedy=_again(here)) if file.exists() or file.is_symlink() else None
+
+
+def _latents(here: Place, section: str, row: Measured, shape: tuple[int, ...]) -> Tensor:
+    """The samples of a row that are shown.
+
+    Raises:
+        ValueError: missing, damaged, or of another shape or type.
+    """
+    file = _file(_folder(here, section), row, ".safetensors")
+    try:
+        found = load(read_bytes(file, remedy=_again(here))).get("latents")
+    except (SafetensorError, RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{file}: no readable safetensors file ({error}); {_again(here)}") from None
+    if found is None or found.shape != shape or found.dtype != torch.float32:
+        what = "nothing called latents" if found is None else f"{found.dtype} {tuple(found.shape)}".removeprefix("torch.")
+        raise ValueError(f"{file}: holds {what}, expected float32 {shape}; {_again(here)}")
+    return found
+
+
+def trouble(here: Place, section: str, row: Measured) -> str:
+    """What is wrong with the files of a row that has been measured; empty if nothing is."""
+    try:
+        if _numbers(here, section, row) is None:
+            return f"{_file(_folder(here, section), row, '.json')}: missing"
+        _latents(here, section, row, _shape(real_data(here.data(section))))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _shape(real: RealData) -> tuple[int, ...]:
+    """Of the samples that are shown of each row."""
+    return (len(shown_samples(real.shards)), *real.latents.shape[1:])
+
+
+def _folder(here: Place, section: str) -> Path:
+    return Path(here.root) / "evaluation" / section
+
+
+def _again(here: Place) -> str:
+    return f"`megatron-apt demo --root {here.root}` measures it again"
 
 
 def _curve(here: Place, run: str) -> list[dict]:
     file = Path(here.root) / run / "log.jsonl"
-    return read_rows(file) if file.exists() else []
+    return read_rows(file) if file.exists() or file.is_symlink() else []
 
 
 def _last_d_loss(here: Place, run: str) -> float | None:
@@ -215,12 +280,11 @@ def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...]
 def _section(here: Place, name: str) -> Section:
     real = real_data(here.data(name))
     codec, shown = real.shards.codec(), shown_samples(real.shards)
-    folder = Path(here.root) / "evaluation" / name
     grids = {"real": real.latents[shown]}
     table = [Row(FLOOR, real_floor(real.features, SEED), real.classifier.real_accuracy, pairwise_diversity(real.features), math.nan, math.nan)]
     for row in SUITES[name]:
         if numbers := _numbers(here, name, row):
-            grids[row.title] = load_file(folder / f"{row.key}.safetensors")["latents"]
+            grids[row.title] = _latents(here, name, row, _shape(real))
             table.append(Row(row.title, numbers["frechet"], numbers["accuracy"], numbers["diversity"], row.nfe, numbers["seconds_per_sample"]))
     decoded = {title: torch.stack([codec.decode(latent).clamp(-1, 1) for latent in latents]) for title, latents in grids.items()}
     prompts = tuple(real.shards.captions[i] for i in shown)
