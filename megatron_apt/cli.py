@@ -14,7 +14,7 @@ import tyro
 
 from megatron_apt import signals
 from megatron_apt.config import RunConfig
-from megatron_apt.errors import described, is_expected, standard_output_is_closed
+from megatron_apt.errors import LOST, described, is_expected, is_lost_rank, standard_output_is_closed
 from megatron_apt.once import say_once
 from megatron_apt.recipe_files import find_recipe, load_recipe
 
@@ -189,6 +189,12 @@ def _readable_errors(command: Command) -> Iterator[None]:
     except Exception as error:
         if standard_output_is_closed(error):
             _end_quietly()
+        if is_lost_rank(error):
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:500]}"
+            said = say_once(f"megatron-apt: another rank died or does not answer ({reason}); look for its message, and start all of them again")
+            if isinstance(said, str):
+                print(said, file=sys.stderr, flush=True)
+            sys.exit(LOST)
         if not is_expected(error):
             raise
         sys.exit(say_once(f"megatron-apt: {described(error)}"))

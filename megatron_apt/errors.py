@@ -42,6 +42,9 @@ REMEDIES = {
     errno.ENOMEM: "the machine has too little memory left",
 }
 
+LOST = 70  # exit code of ranks that stop because of another (EX_SOFTWARE)
+_DISTRIBUTED = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
+
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried to allocate", "CUDA out of memory", "std::bad_alloc")
 
 
@@ -53,6 +56,15 @@ def is_expected(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> bool:
     """Python's or torch's, on the CPU (where it is a plain RuntimeError) or a GPU."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY))
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether it is that of a collective, or of the rendezvous store, whose other end died or does not answer."""
+    if not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, BadLoss | BadGradient | Collapse) or out_of_memory(error):
+        return False
+    return type(error).__name__ in _DISTRIBUTED or any(word in str(error).lower() for word in ("gloo", "nccl", "tcpstore"))
 
 
 def described(error: BaseException) -> str:

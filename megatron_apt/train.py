@@ -146,8 +146,8 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
     """
     choose(config.kernels)
     with (
-        FolderLock(config.output, "training", "another --output", mesh) as lock,
         Watch(mesh.world.rank, mesh.world.size, config.guards.rank_timeout) as watch,
+        FolderLock(config.output, "training", "another --output", mesh) as lock,
     ):
         on_main(mesh, lambda: begin(config))
         trainer = Trainer(config, mesh)

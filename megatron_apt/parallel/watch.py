@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_apt.errors import described
+from megatron_apt.errors import LOST, described, is_lost_rank
+from megatron_apt.once import say_once
 
-LOST = 70  # exit code of ranks that stop because of another (EX_SOFTWARE)
 GRACE = 5.0  # seconds in which a rank may end by itself
 
 _watches = itertools.count()
@@ -57,18 +57,22 @@ class Watch:
     def __exit__(self, kind, error, traceback) -> None:
         if not self.active:
             return
+        lost = error is not None and is_lost_rank(error)
         if error is not None and not isinstance(error, KeyboardInterrupt):
-            self._explain(error)
+            self._explain(error, lost)
         self._ended.set()
         self._thread.join(timeout=2 * self.interval)
+        if lost:
+            # Leaving the process group may wait for the lost rank.
+            threading.Thread(target=_end_after, args=(GRACE,), name="watch-end", daemon=True).start()
+            raise SystemExit(LOST) from None
 
     def leave(self) -> None:
         """Says that this rank has finished well: its silence from now on is no sign of death."""
         self._well = True
 
-    def _explain(self, error: BaseException) -> None:
+    def _explain(self, error: BaseException, failed_collective: bool) -> None:
         """Tells the others why this rank ends; if its error may come from a lost rank, says which."""
-        failed_collective = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
         try:
             lost = self._silent() if failed_collective else []
             message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {described(error)}"
@@ -83,7 +87,7 @@ class Watch:
         try:
             first = self._store.add("said", 1) == 1
         except RuntimeError:
-            first = True
+            first = say_once(reason) == reason
         if first:
             self._print(reason)
 
@@ -131,13 +135,14 @@ class Watch:
             if self._well:
                 self._store.set(f"beat/{self.rank}", "done")
         except RuntimeError:  # the store is gone, and with it the rank that kept it
-            self._stop(self._store_gone)
+            self._stop(self._store_gone, self._say)
 
     def _watch_the_watch(self) -> None:
         """A store whose keeper is frozen does not answer, and a question to it has no time limit."""
         while not self._ended.wait(self.interval):
             if time.monotonic() - self._turn > self.timeout:
-                self._stop(f"{self._keeper}, which keeps the rendezvous store, gave no sign of life for {self.timeout:.0f} s")
+                reason = f"{self._keeper}, which keeps the rendezvous store, gave no sign of life for {self.timeout:.0f} s"
+                self._stop(reason, lambda reason: self._print(reason) if say_once(reason) == reason else None)
                 return
 
     def _stop(self, reason: str, say: Callable[[str], None] | None = None) -> None:
@@ -147,3 +152,8 @@ class Watch:
 
     def _print(self, reason: str) -> None:
         print(f"megatron-apt: rank {self.rank}: {reason}; stopping", file=sys.stderr, flush=True)
+
+
+def _end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    os._exit(LOST)
