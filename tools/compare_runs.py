@@ -9,14 +9,13 @@ them has no log (a resharded checkpoint, an iteration-* folder), only tensors ar
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
 
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
+from megatron_apt import scripts
 from megatron_apt.checkpoint import store
-from megatron_apt.errors import EXPECTED
 from megatron_apt.log import read_rows
 
 TIMES = {"seconds"}  # differ between equal runs
@@ -92,17 +91,14 @@ def compare(a: str, b: str, rtol: float = 0.0) -> dict:
     return result
 
 
-def main() -> None:
+def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("a")
     arguments.add_argument("b")
-    arguments.add_argument("--rtol", type=float, default=0.0)
-    arguments.add_argument("--json", metavar="FILE")
+    arguments.add_argument("--rtol", type=scripts.number(0), default=0.0)
+    arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = arguments.parse_args()
-    try:
-        result = compare(options.a, options.b, options.rtol)
-    except EXPECTED as error:
-        sys.exit(f"compare_runs: {type(error).__name__}: {error}")
+    result = compare(options.a, options.b, options.rtol)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(f"iterations  {result['iterations'][0]} and {result['iterations'][1]}")
@@ -115,8 +111,8 @@ def main() -> None:
         if found["first_difference"]:
             print(f"            first: {found['first_difference']}")
     print("equal" if result["equal"] else "DIFFERENT", f"(rtol {options.rtol:g})")
-    sys.exit(not result["equal"])
+    return int(not result["equal"])
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -22,6 +22,8 @@ from pathlib import Path
 from compare_runs import compare
 from small_run import digits_run, free_port, rank_environment, write_digits
 
+from megatron_apt import scripts
+
 HERE = Path(__file__).resolve()
 RANKS = 2
 ITERATIONS = 40
@@ -140,10 +142,10 @@ def main() -> None:
         worker(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
         return
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--kills", type=int, default=50)
-    arguments.add_argument("--kills-per-run", type=int, default=5)
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--json", metavar="FILE")
+    arguments.add_argument("--kills", type=scripts.whole(1), default=50)
+    arguments.add_argument("--kills-per-run", type=scripts.whole(1), default=5)
+    arguments.add_argument("--seed", type=scripts.whole(0, 2**63), default=0)
+    arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = arguments.parse_args()
     rng = random.Random(options.seed)
     kinds = ["between phases", "while saving", "any moment"]
@@ -190,4 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_apt import scripts
 from megatron_apt.config import RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.pipeline.build import Built, priced
@@ -19,12 +20,20 @@ from megatron_apt.pipeline.check import check_program
 from megatron_apt.pipeline.command import costs_of, figures, parse_cost, table
 from megatron_apt.pipeline.draw import draw
 from megatron_apt.pipeline.program import read
+from megatron_apt.schema import read_bytes
+
+REMEDY = "give a file that `megatron-apt schedule --dump` has written"
 
 
 def shown(file: str, options) -> Built:
     phases = METHODS[options.method](RunConfig(method=options.method), None).phases
-    program = read(Path(file).read_text(encoding="utf-8"), phases, costs_of(phases, parse_cost(options.cost), options.discriminator), options.message)
-    check_program(program)
+    costs = costs_of(phases, parse_cost(options.cost), options.discriminator)
+    data = read_bytes(file, remedy=REMEDY)
+    try:
+        program = read(data.decode("utf-8"), phases, costs, options.message)
+        check_program(program)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {REMEDY}") from None
     return priced(program.graph, program.order, float("inf"))
 
 
@@ -33,15 +42,14 @@ def main() -> None:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--method", default="apt", choices=sorted(METHODS))
     parser.add_argument("--cost", default="F=1,I=1,W=1", help="time of a rank's part of a network")
-    parser.add_argument("--discriminator", type=float, default=1.0, help="cost of the discriminator as a multiple of the generator's")
-    parser.add_argument("--message", type=float, default=0.0)
-    parser.add_argument("--picture", default="", help="PNG or SVG file")
-    parser.add_argument("--json", default="")
+    parser.add_argument(
+        "--discriminator", type=scripts.number(1e-6, 1e6), default=1.0, help="cost of the discriminator as a multiple of the generator's"
+    )
+    parser.add_argument("--message", type=scripts.number(0), default=0.0)
+    parser.add_argument("--picture", default="", type=scripts.output_file, help="PNG or SVG file")
+    parser.add_argument("--json", default="", type=scripts.output_file)
     options = parser.parse_args()
-    try:
-        found = {file: shown(file, options) for file in options.files}
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"show_schedule: {error}") from error
+    found = {file: shown(file, options) for file in options.files}
     Console().print(table(f"{options.method}, {options.cost}", "action lists", found))
     if options.json:
         Path(options.json).write_text(json.dumps(figures(found), indent=1), encoding="utf-8")
@@ -50,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

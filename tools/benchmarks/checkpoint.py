@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from small_run import digits_run, write_digits
 
+from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel import startup
@@ -69,10 +70,10 @@ def measure(trainer: Trainer, root: Path, saves: int) -> dict:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--width", type=int, default=512)
-    arguments.add_argument("--saves", type=int, default=5)
-    arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--json", metavar="FILE")
+    arguments.add_argument("--width", type=scripts.whole(1), default=512)
+    arguments.add_argument("--saves", type=scripts.whole(1), default=5)
+    arguments.add_argument("--threads", type=scripts.whole(1), default=2)
+    arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_apt import scripts
 from megatron_apt.convert.wan import WAN
 from megatron_apt.models.config import ModelConfig, wan_1_3b
 from megatron_apt.parallel.mesh import Mesh
@@ -117,10 +118,10 @@ def one_round(root: Path, source: Path) -> dict[str, Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gigabytes", type=scripts.number(1e-3, 1e4), default=2.0)
+    parser.add_argument("--rounds", type=scripts.whole(1), default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure; otherwise where temporary files go")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         root = Path(place)
@@ -145,8 +146,8 @@ def main() -> None:
         above = f"{(most - idle[name].memory) / 1e6:.0f} MB above the program's {idle[name].memory / 1e6:.0f} MB"
         print(f"{'':8} memory {above}: {row['memory_above_idle_of_largest']:.1f} x the largest tensor")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+        Path(options.json).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from small_run import digits_run, on_ranks, write_digits
 
+from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
 from megatron_apt.models.config import ModelConfig
 
@@ -81,9 +82,9 @@ def least(trainer, config, mesh) -> dict[str, int]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--width", type=int, default=256)
-    arguments.add_argument("--steps", type=int, default=8)
-    arguments.add_argument("--json", metavar="FILE")
+    arguments.add_argument("--width", type=scripts.whole(1), default=256)
+    arguments.add_argument("--steps", type=scripts.whole(1), default=8)
+    arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = arguments.parse_args()
     found: dict = {"machine": f"{platform.machine()}, 2 processes of 1 thread, torch {torch.__version__}, gloo"}
     with tempfile.TemporaryDirectory() as folder:
@@ -112,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from megatron_apt import outputs, scripts
 from megatron_apt.data.decode import Clip, decode_clip, decode_clips
 
 
@@ -77,6 +78,7 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
 
 
 def main(args: Args) -> None:
+    outputs.check("json", args.json)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         vp9 = write_moving_noise(Path(folder) / "vp9.webm", "libvpx-vp9", args.frames + 8)
@@ -96,4 +98,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    scripts.run(lambda: main(tyro.cli(Args, description=__doc__)))

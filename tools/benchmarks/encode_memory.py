@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from megatron_apt import outputs, scripts
 from megatron_apt.data.encode import EncodeConfig, encode
 
 MOST_PIXELS = EncodeConfig.most_pixels
@@ -151,6 +152,7 @@ def main(args: Args) -> int:
     if args.measure:
         print(measure(Path(args.measure), args.frames))
         return 0
+    outputs.check("json", args.json)
     known = cases(args.scale)
     if unknown := set(args.only) - set(known):
         raise SystemExit(f"--only {' '.join(sorted(unknown))}: unknown; the cases are {', '.join(known)}")
@@ -172,4 +174,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    scripts.run(lambda: main(tyro.cli(Args, description=__doc__)))

@@ -12,7 +12,6 @@ import gc
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
+from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
 from megatron_apt.kernels.bench import one_line
 from megatron_apt.kernels.launch import implementation
@@ -229,11 +229,11 @@ def row(name: str, found: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", default="")
-    parser.add_argument("--calibration", metavar="FILE", default="")
-    parser.add_argument("--depth", type=int, default=36, help="blocks of the whole model")
+    parser.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
+    parser.add_argument("--calibration", metavar="FILE", default="", type=scripts.output_file)
+    parser.add_argument("--depth", type=scripts.whole(1), default=36, help="blocks of the whole model")
     parser.add_argument("--no-model", action="store_true", help="measure a block only")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after these, begin no other measurement")
+    parser.add_argument("--seconds", type=scripts.number(0, math.inf), default=math.inf, help="after these, begin no other measurement")
     options, begin = parser.parse_args(), time.monotonic()
     if not torch.cuda.is_available():
         print("No CUDA GPU here: nothing is measured.")
@@ -292,4 +292,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    scripts.run(main)

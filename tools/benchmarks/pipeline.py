@@ -40,6 +40,7 @@ from problems import microbatch, model_config, run_config, waken
 from sleepers import Sleep, Sleeper
 from small_run import on_ranks
 
+from megatron_apt import scripts
 from megatron_apt.config import AptConfig, ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Method
@@ -361,14 +362,16 @@ def report(found: dict) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--width", type=int, default=192)
-    arguments.add_argument("--depth", type=int, default=8)
-    arguments.add_argument("--microbatches", type=int, default=8)
-    arguments.add_argument("--repeats", type=int, default=3)
-    arguments.add_argument("--unit", type=float, default=0.008, help="seconds that a sleeping stage stands for")
-    arguments.add_argument("--patience", type=float, default=30.0, help="seconds for repeating runs that other processes disturbed, in each table")
+    arguments.add_argument("--width", type=scripts.whole(1), default=192)
+    arguments.add_argument("--depth", type=scripts.whole(1), default=8)
+    arguments.add_argument("--microbatches", type=scripts.whole(1), default=8)
+    arguments.add_argument("--repeats", type=scripts.whole(1), default=3)
+    arguments.add_argument("--unit", type=scripts.number(1e-6, 1e3), default=0.008, help="seconds that a sleeping stage stands for")
+    arguments.add_argument(
+        "--patience", type=scripts.number(0), default=30.0, help="seconds for repeating runs that other processes disturbed, in each table"
+    )
     arguments.add_argument("--part", type=int, choices=(1, 2), help="only the real networks, or only the stand-ins")
-    arguments.add_argument("--json", metavar="FILE")
+    arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = arguments.parse_args()
     found: dict = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, processes of 1 thread, torch {torch.__version__}, gloo"}
     print(f"{found['machine']}; load average before {os.getloadavg()[0]:.1f}")
@@ -395,4 +398,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

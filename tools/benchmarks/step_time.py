@@ -14,6 +14,7 @@ import time
 
 import torch
 
+from megatron_apt import scripts
 from megatron_apt.config import OptimizerConfig, ParallelConfig
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
@@ -99,9 +100,9 @@ def theirs(dtype: str, mesh) -> Step:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--json", metavar="FILE")
-    arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
+    arguments.add_argument("--threads", type=scripts.whole(1), default=2)
+    arguments.add_argument("--repeats", type=scripts.whole(1), default=7)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     mesh = start(ParallelConfig())
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)
