@@ -33,6 +33,7 @@ DALI_CODECS = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "gpu": frozenset({"vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4"}),
 }
+DALI_CONTAINERS = frozenset({"matroska", "mov"})  # an AVI whose index is damaged makes DALI end the whole program (SIGSEGV)
 BATCH_BYTES = 256 << 20  # decoded frames held at once
 CHUNK_BYTES = 64 << 20  # of one clip, where all its frames would be more than BATCH_BYTES
 DALI_VIDEO_BYTES = 32 << 20  # DALI reads and indexes a file whole; in longer ones PyAV seeks
@@ -140,7 +141,8 @@ def _video_plan(clip: Clip, path: Path, device: str) -> _Plan:
     indices = choose_frames(info, clip.frames, clip.stride, clip.fps, clip.start)
     nbytes = len(indices) * info.frame_bytes
     small = nbytes <= BATCH_BYTES and info.size <= DALI_VIDEO_BYTES
-    by_dali = small and info.codec in DALI_CODECS[device] and info.alone and info.seekable and info.one_size and not info.hidden and is_plain(info)
+    known = info.container in DALI_CONTAINERS and info.codec in DALI_CODECS[device]
+    by_dali = known and small and info.alone and info.seekable and info.one_size and not info.hidden and is_plain(info)
     return _Plan("video", nbytes + info.size, indices, info) if by_dali else _Plan("pyav", nbytes, indices, info)
 
 

@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from megatron_apt.data.colour import dali_converts_it, refuse_dolby_vision, to_rgb
+from megatron_apt.data.container import open_video
 from megatron_apt.data.geometry import UPRIGHT, Orientation, orientation, shown_size
 from megatron_apt.data.notes import Notes
 from megatron_apt.data.policy import PixelPolicy
@@ -68,7 +69,7 @@ def decode_with_pyav(info: VideoInfo, indices: list[int], policy: PixelPolicy | 
 def is_plain(info: VideoInfo) -> bool:
     """Whether the first frame is shown as decoded: upright, square pixels, progressive, opaque, in colours that DALI converts."""
     try:
-        with av.open(f"file:{info.path}") as container:
+        with open_video(info.path) as container:
             stream = container.streams[info.stream]
             frame = next(container.decode(stream))
             upright = _orientation(info, frame) == UPRIGHT and info.aspect in (None, 0, 1)
@@ -189,7 +190,7 @@ def _decoded(info: VideoInfo, first: int) -> Iterator[tuple[int, av.VideoFrame]]
 
 
 def _decoded_from(info: VideoInfo, start: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
-    with av.open(f"file:{info.path}") as container:
+    with open_video(info.path) as container:
         stream = container.streams[info.stream]
         decoder = _decoder(info, stream)
         if start is not None:

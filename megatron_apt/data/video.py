@@ -1,6 +1,7 @@
 """Video files without their pixels: streams, frames and timestamps as the container has them, and the choice of frames."""
 
 import os
+from array import array
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -10,11 +11,13 @@ import av
 import numpy as np
 
 from megatron_apt.data.coded_size import coded_size
+from megatron_apt.data.container import Metered, open_video
 from megatron_apt.data.rejected import RejectedInput
 
 MOST_HEADER = 4096  # bytes of a packet in which a frame's size stands
 COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
 COUNTED_FORMATS = ("mov", "mp4")  # whose headers list every frame; others promise a number that nobody keeps (AVI counts dropped frames)
+MOST_PACKETS = 1 << 22  # of one stream: 46 hours at 25 frames a second
 MISSING = np.iinfo(np.int64).min
 SET_BACK = 0.5  # seconds by which a clock goes back where recordings were joined
 GAP = 10.0  # seconds of silence at which recordings of broadcasts are taken to be joined, as FFmpeg's tools do
@@ -35,6 +38,7 @@ class VideoInfo:
         aspect: width of a pixel over its height, if known. field_order: FFmpeg's number of what the container says of fields.
         alpha: a WebM file with an alpha channel.
         counted: the container does not say which frame is shown when; pts are the frames' numbers in the order the decoder gives them.
+        container: FFmpeg's name of the file's format.
         size: of the file. one_size: whether all frames are of one size, as far as key frames say.
         shifts: (packet, offset) of joined recordings whose clock was set back: what is added to timestamps from that packet on.
     """
@@ -55,6 +59,7 @@ class VideoInfo:
     shifts: tuple[tuple[int, int], ...] = ()
     size: int = 0
     one_size: bool = True
+    container: str = ""
 
     @property
     def seekable(self) -> bool:
@@ -127,10 +132,10 @@ def probe(path: str | Path) -> VideoInfo:
 @lru_cache(maxsize=16)  # many clips of one file follow each other
 def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
     try:
-        with av.open(f"file:{path}") as container:  # a name such as concat:a.mp4 is a name, and asks FFmpeg for nothing
+        with Metered(path) as file, file.ended_named(), open_video(path, file) as container:
             stream = default_stream(path, container)
             header = _header(container, stream)
-            packets = _read_packets(container, stream)
+            packets = _read_packets(path, container, stream, file)
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, RejectedInput):
             raise
@@ -156,6 +161,7 @@ def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
         shifts,
         size,
         packets.one_size,
+        header.format,
     )
     _check_whole(info, header, packets, gaps)
     return info
@@ -204,15 +210,20 @@ def _header(container: av.container.InputContainer, stream: av.VideoStream) -> _
     )
 
 
-def _read_packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Packets:
-    rows, last, sizes = [], 0, set()
-    for packet in container.demux(stream):
+def _read_packets(path: Path, container: av.container.InputContainer, stream: av.VideoStream, file: Metered) -> _Packets:
+    rows, last, sizes = array("q"), 0, set()  # numbers alone: packets hold their bytes
+    for packet in container.demux():  # all streams: hours of sound may lie behind the last frame
+        file.rest()
+        if packet.stream_index != stream.index:
+            continue
         stamps = [MISSING if stamp is None else stamp for stamp in (packet.pts, packet.dts)]
         if not packet.size:
             last = max(last, *stamps)
             continue
-        rows.append((*stamps, not packet.is_discard, packet.is_corrupt, packet.is_keyframe))
-        if packet.is_keyframe:
+        rows.extend((*stamps, not packet.is_discard, packet.is_corrupt, packet.is_keyframe))
+        if len(rows) > 5 * MOST_PACKETS:
+            raise RejectedInput(path, "frames", f"more than {MOST_PACKETS}", "too long for one file; cut it into parts")
+        if packet.is_keyframe and len(sizes) < 4:
             sizes.add(coded_size(stream.codec_context.name, memoryview(packet)[:MOST_HEADER]))
     pts, dts, shown, corrupt, keys = np.array(rows, np.int64).reshape(-1, 5).T
     return _Packets(pts, dts, (shown > 0) & _decodable(pts, keys > 0), corrupt > 0, last, len(sizes - {None}) < 2)
