@@ -17,6 +17,7 @@ from megatron_apt.checkpoint import commands, store
 from megatron_apt.checkpoint import save as saving
 from megatron_apt.checkpoint.commands import Reshard, Verify, run
 from megatron_apt.config import ParallelConfig, RetentionConfig
+from megatron_apt.lock import FolderInUse, FolderLock
 from megatron_apt.parallel import startup
 from megatron_apt.sample import load_generator
 from megatron_apt.train import Trainer, train
@@ -238,6 +239,12 @@ def test_resharding_that_was_killed_is_finished(copied, tmp_path, reshard):
     (root / "iteration-00000002" / "__0_0.distcp").write_bytes(b"half")
     with pytest.raises(store.CheckpointError, match=r"__0_0\.distcp: 4 bytes"):
         reshard(copied.output, tmp_path / "a")
+
+
+def test_resharding_does_not_meet_another_writer(copied, tmp_path, reshard):
+    with FolderLock(tmp_path / "a", "training"), pytest.raises(FolderInUse, match=r"a: in use for training by process .*another target folder"):
+        reshard(copied.output, tmp_path / "a")
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_resharding_goes_nowhere_it_should_not(copied, tmp_path, reshard):

@@ -29,6 +29,7 @@ from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, ColumnsByHead, Reordered, Rule, Stacked, View, mapped
+from megatron_apt.lock import FolderInUse, FolderLock
 from megatron_apt.models.config import ModelConfig
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -365,7 +366,7 @@ def test_an_import_killed_at_any_of_its_last_steps_goes_on(mesh, wan, tmp_path, 
 
 
 def test_two_imports_do_not_meet(mesh, wan, tmp_path):
-    with store.lock(tmp_path / "run/checkpoints/.import.lock"), pytest.raises(store.CheckpointError, match="another process is writing here"):
+    with FolderLock(tmp_path / "run", "import"), pytest.raises(FolderInUse, match=r"run: in use for import by process .*another target"):
         imported(wan, tmp_path / "run", mesh)
 
 

@@ -57,9 +57,9 @@ def test_only_training_programs_take_signals(argv, training):
     assert signals.starts_training(argv) == training
 
 
-def submitted(folder: Path, code: str, **env: str) -> tuple[int, str]:
-    """Exit code of the batch script, and what it asked of SLURM, where its tasks end with `code`."""
-    for name, body in (("srun", f"trap : TERM\n{code}"), ("scontrol", f'echo "$@" >> {folder}/asked')):
+def submitted(folder: Path, code: str, state: str = "RUNNING None", **env: str) -> tuple[int, str]:
+    """Exit code of the batch script, and what it asked of SLURM, where its tasks end with `code` and the job is in this state then."""
+    for name, body in (("srun", f"trap : TERM\n{code}"), ("scontrol", f'echo "$@" >> {folder}/asked'), ("squeue", f"echo {state}")):
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     shared = dict(os.environ, PATH=f"{folder}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(folder), SLURM_CPUS_PER_TASK="12", **env)
@@ -86,6 +86,12 @@ def submitted(folder: Path, code: str, **env: str) -> tuple[int, str]:
 )
 def test_the_batch_script_requeues_what_was_saved(tmp_path, code, end, asked):
     assert submitted(tmp_path, code) == (end, asked)
+
+
+def test_the_batch_script_leaves_a_cancelled_job_alone(tmp_path):
+    ends = [submitted(tmp_path, "exit 99", state) for state in ("COMPLETING None", "COMPLETING TimeLimit", "RUNNING None")]
+    assert ends == [(99, ""), (0, "requeue 7\n"), (0, "requeue 7\n")]
+    assert submitted(tmp_path, "exit 143", "COMPLETING None") == (143, "")
 
 
 def test_the_batch_script_retries_a_dead_rank_a_bounded_number_of_times(tmp_path):

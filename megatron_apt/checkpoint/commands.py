@@ -12,6 +12,7 @@ import tyro
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.state import from_dict
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
+from megatron_apt.lock import FolderLock
 from megatron_apt.parallel.mesh import Mesh
 
 
@@ -113,10 +114,11 @@ def reshard(command: Reshard) -> None:
         state = store.read_state(folder)
         stored = {key: value for key, value in state.items() if key not in ("format", "iteration")}
         stored["config"] = {**state["config"], "parallel": {**state["config"]["parallel"], **vars(command.parallel)}}
-        if os.path.lexists(target):
-            _finish(target, {"format": store.FORMAT, "iteration": state["iteration"], **stored}, mesh)
-        else:
-            _write_again(folder, state, command, stored, mesh)
+        with FolderLock(command.target, "reshard", "another target folder", mesh) as lock:
+            if os.path.lexists(target):
+                _finish(target, {"format": store.FORMAT, "iteration": state["iteration"], **stored}, mesh)
+            else:
+                _write_again(folder, state, command, stored, mesh, lock)
         if mesh.is_main:
             print(target)
     finally:
@@ -148,7 +150,7 @@ def _finish(target: Path, state: dict, mesh: Mesh) -> None:
         store.write_atomically(target.parent / "latest", target.name)
 
 
-def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh) -> None:
+def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh, lock: FolderLock) -> None:
     from megatron_apt.checkpoint.fits import check_model
     from megatron_apt.checkpoint.save import Checkpoints
     from megatron_apt.methods import METHODS
@@ -168,5 +170,6 @@ def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh
             network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
             tensors |= network.sharded_state()
     checkpoints = Checkpoints(command.target, mesh, RetentionConfig(last=0))
+    checkpoints.fence = lock.check
     checkpoints.save(state["iteration"], tensors, stored)
     checkpoints.commit()

@@ -30,9 +30,10 @@ def lock(file: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: another process holds it.
+        OSError: it is no plain file, or cannot be made.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w", encoding="utf-8") as stream:
+    with open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

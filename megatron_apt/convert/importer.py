@@ -29,6 +29,7 @@ from megatron_apt.config import CAPTIONS, DataConfig, RunConfig, to_dict
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.source import ConvertError, Source
 from megatron_apt.convert.weights import Mapped
+from megatron_apt.lock import FolderLock
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel.mesh import Mesh
 
@@ -89,6 +90,7 @@ def import_checkpoint(
 
     Raises:
         ConvertError: source and model do not fit, or the target holds a run.
+        FolderInUse, LockLost: another process writes to the target.
     """
     model = replace(family.model(source.config, source.path), dtype=_main_dtype(source))
     model = replace(model, wan=replace(model.wan, first_frame=first_frame))
@@ -99,7 +101,8 @@ def import_checkpoint(
         _dtype(mapped, source)
     root = target / "checkpoints"
     final = root / "iteration-00000000"
-    with store.lock(root / ".import.lock"):
+    with FolderLock(target, "import", "another target") as lock:
+        root.mkdir(exist_ok=True)
         parts, plan = _plan(source, tensors, part_bytes)
         plan["first_frame"] = first_frame
         interrupted = not (root / "latest").exists() and _planned(final, plan)  # between its last two steps
@@ -118,6 +121,7 @@ def import_checkpoint(
                 for sealed in list(writing.map(write, range(len(parts)))):
                     sealed.result()
             _finish(work, model, source)
+            lock.check()
             work.folder.rename(final)
             store.sync(root)
         store.write_atomically(root / "latest", final.name)
