@@ -6,6 +6,7 @@ Annotated[int, msgspec.Meta(ge=0)]. Python's parser reads the text, because our 
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ T = TypeVar("T")
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """A number of things: samples, iterations, bytes."""
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
+
+_SURROGATE = (re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"), re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]"))  # or a half of a whole pair
 
 MOST_BYTES = 64 << 20  # of one JSON file: no honest one comes near, and a hostile one must not fill the memory
 
@@ -62,6 +65,8 @@ def parse_json(data: bytes | str, kind: type[T] | Any, where: str, *, remedy: st
     """
     try:
         value = json.loads(data)
+        if _SURROGATE[isinstance(data, str)].search(data):
+            json.dumps(value, ensure_ascii=False).encode()  # what cannot be written again cannot be printed or be the name of a file either
     except RecursionError:
         raise error(f"{where}: nested too deeply; {remedy}") from None
     except ValueError as failure:  # not JSON, not UTF-8, or a number of more digits than Python converts
@@ -95,7 +100,7 @@ def convert(value: object, kind: type[T] | Any, where: str, *, remedy: str, erro
     """
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as failure:
+    except (msgspec.ValidationError, RecursionError, UnicodeError, OverflowError) as failure:
         raise error(f"{where}: {_described(failure)}; {remedy}") from None
 
 

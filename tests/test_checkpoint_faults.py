@@ -66,7 +66,10 @@ def test_a_lost_pointer_does_not_lose_the_run(mesh, copied, how):
         assert store.latest(copied.output).name == "iteration-00000002"
     (root / "iteration-00000002" / "index.json").unlink()
     with pytest.warns(UserWarning, match="going on from iteration-00000001"):
-        assert Trainer(copied, mesh).iteration == 1
+        assert store.latest(copied.output).name == "iteration-00000001"
+    if how in ("missing", "folder"):
+        with pytest.warns(UserWarning, match="going on from iteration-00000001"):
+            assert Trainer(copied, mesh).iteration == 1
     (root / "iteration-00000001" / "state.json").unlink()
     with pytest.raises(store.CheckpointError, match=r"latest: .*no checkpoint beside it is whole: .*iteration-00000009"):
         store.latest(copied.output)
@@ -147,6 +150,10 @@ WRONG = [
     (("format",), 3, "is not of format 2"),
     (("config",), [], "config"),
     (("config", "model"), None, r"config\.model"),
+    (("config", "model"), -1, r"config\.model"),
+    (("config", "model", "fp8"), [], r"config\.model\.fp8"),
+    (("updates",), 1e9, "updates"),
+    (("sources",), {"generator": "\ud800"}, "surrogates not allowed"),
     (("config", "model", "depth"), "x", r"config\.model\.depth"),
     (("config", "model", "depth"), 1e400, r"config\.model\.depth"),
     (("config", "model", "depth"), 10**9, r"config\.model.*depth"),
@@ -159,9 +166,10 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("place", "value", "message"), WRONG)
-def test_a_state_of_wrong_types_names_the_field(copied, place, value, message):
-    folder = store.latest(copied.output)
-    state = json.loads((folder / "state.json").read_text())
+def test_a_state_of_wrong_types_names_the_field(trained, tmp_path, place, value, message):
+    state = json.loads((store.latest(trained.output) / "state.json").read_text())
+    folder = tmp_path / store.latest(trained.output).name
+    folder.mkdir()
     inside = state
     for key in place[:-1]:
         inside = inside[key]
@@ -256,6 +264,7 @@ def test_resharding_goes_nowhere_it_should_not(copied, tmp_path, reshard):
         (folder / "inside", "is where .* lies"),
         (tmp_path / "file", "file: is no folder"),
         (tmp_path / "file" / "deeper", "file: is no folder"),
+        (tmp_path / ("x" * 5000), "File name too long; give another target folder"),
     ):
         with pytest.raises(store.CheckpointError, match=message):
             reshard(copied.output, target)

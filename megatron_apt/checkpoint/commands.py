@@ -126,7 +126,15 @@ def reshard(command: Reshard) -> None:
 
 
 def _check_target(folder: Path, target: Path) -> None:
-    """Raises CheckpointError for a target that is no place of its own, or has the checkpoint already."""
+    """Raises CheckpointError for a target that is no place of its own, has the checkpoint already, or can be none (its name is too long)."""
+    try:
+        _check_place(folder, target)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its links lead back to themselves"
+        raise store.CheckpointError(f"{str(target.parent.parent)[:300]}: {reason}; give another target folder") from None
+
+
+def _check_place(folder: Path, target: Path) -> None:
     run, source = target.parent.parent, folder.resolve()
     if run.resolve().is_relative_to(source) or target.resolve() == source:
         raise store.CheckpointError(f"{run}: is where {folder} lies; give another target folder")

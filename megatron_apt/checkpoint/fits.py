@@ -7,7 +7,7 @@ import torch
 from megatron_apt.checkpoint.files import CheckpointError
 from megatron_apt.checkpoint.state import DAMAGED, STATE
 from megatron_apt.checkpoint.store import Stored
-from megatron_apt.models.config import Fp8Config, ModelConfig
+from megatron_apt.models.config import MOST_BLOCKS, Fp8Config, ModelConfig
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.parallel.mesh import Mesh
@@ -23,6 +23,8 @@ def check_model(stored: Stored, model: ModelConfig, mesh: Mesh) -> None:
     blocks = model.depth + model.hunyuan.refiner_blocks * (model.family == "hunyuan")
     if blocks > len(stored.index):
         raise CheckpointError(f"{file}: config.model: has {blocks} blocks, and the files hold {len(stored.index)} tensors; {DAMAGED}")
+    if blocks > MOST_BLOCKS:
+        raise CheckpointError(f"{file}: config.model: has {blocks} blocks, and no model has more than {MOST_BLOCKS}; {DAMAGED}")
     with torch.device("meta"):
         parameters = build_backbone(replace(model, fp8=Fp8Config()), replace(mesh, device=torch.device("meta"))).named_parameters()
     for name, parameter in parameters:

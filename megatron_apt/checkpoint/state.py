@@ -70,7 +70,7 @@ def read_state(folder: Path) -> State:
     found = schema.read_json(file, dict[str, Any], remedy=DAMAGED, error=CheckpointError)
     if schema.convert(found, _Format, str(file), remedy=DAMAGED, error=CheckpointError)["format"] != FORMAT:
         raise CheckpointError(f"{file}: is not of format {FORMAT}, which this version reads")
-    schema.convert(found, State, str(file), remedy=DAMAGED, error=CheckpointError)
+    found |= schema.convert(found, State, str(file), remedy=DAMAGED, error=CheckpointError)  # where 3.0 has become 3
     if iteration_of(folder.name) not in (None, found["iteration"]):
         raise CheckpointError(f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}")
     _check_known(RunConfig, found["config"], f"{file}: config")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.weights import Mapped
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.models.config import MOST_BLOCKS, ModelConfig
 from megatron_apt.models.weight_files import Announced, WeightFileError, announced, printable, read_settings, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -95,6 +95,8 @@ def beyond(model: ModelConfig, tensors: int, numbers: int) -> str | None:
     blocks = model.depth + model.hunyuan.refiner_blocks * (model.family == "hunyuan")
     if blocks > tensors:
         return f"{blocks} blocks, and the files hold {tensors} tensors"
+    if blocks > MOST_BLOCKS:
+        return f"{blocks} blocks, and no model has more than {MOST_BLOCKS}"
     widths = {
         "width": model.width,
         "MLPs": model.mlp,

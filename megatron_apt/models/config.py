@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
+MOST_BLOCKS = 1000  # of a model that a file describes: ten times those of any published one, and built without memory in seconds
 _DEEPEST, _WIDEST = 10**4, 10**6  # of which no honest model comes near; beyond them shapes overflow, and loops over blocks take for ever
+
+
+def _short(value: object) -> str:
+    """As Python writes it, cut where a damaged file has put a long one."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _whole(config: object, where: str, low: int, high: int, *names: str) -> None:
@@ -12,7 +19,7 @@ def _whole(config: object, where: str, low: int, high: int, *names: str) -> None
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{where}{name}={value!r}: must be a whole number")
+            raise ValueError(f"{where}{name}={_short(value)}: must be a whole number")
         if value < low:
             raise ValueError(f"{where}{name}={value}: must {f'be at least {low}' if low else 'not be negative'}")
         if value > high:
@@ -25,9 +32,11 @@ def _tuples(config: object, where: str, **lengths: int | None) -> None:
         value = getattr(config, name)
         whole = isinstance(value, tuple) and all(isinstance(part, int) and not isinstance(part, bool) for part in value)
         if not whole or (length is not None and len(value) != length):
-            raise ValueError(f"{where}{name}={value!r}: must be {'a list of' if length is None else length} whole numbers")
+            raise ValueError(f"{where}{name}={_short(value)}: must be {'a list of' if length is None else length} whole numbers")
+        if len(value) > _DEEPEST:
+            raise ValueError(f"{where}{name}: has {len(value)} numbers; must have at most {_DEEPEST}")
         if any(not abs(part) <= _WIDEST for part in value):
-            raise ValueError(f"{where}{name}={value if max(value) < 2**64 else 'of many digits'}: must be at most {_WIDEST}")
+            raise ValueError(f"{where}{name}={_short(value) if max(map(abs, value)) < 2**64 else 'of many digits'}: must be at most {_WIDEST}")
 
 
 def _choices(config: object, where: str, *names: str) -> None:
@@ -36,13 +45,13 @@ def _choices(config: object, where: str, *names: str) -> None:
     for name in names:
         value, choices = getattr(config, name), get_args(hints[name]) or (True, False)
         if not isinstance(value, type(choices[0])) or value not in choices:
-            raise ValueError(f"{where}{name}={value!r}: use {', '.join(map(repr, choices))}")
+            raise ValueError(f"{where}{name}={_short(value)}: use {', '.join(map(repr, choices))}")
 
 
 def _number(value: object, name: str, low: float) -> None:
     """Raises ValueError for what is no finite number of at least low."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
-        raise ValueError(f"{name}={value!r}: must be a finite number, {'not negative' if low == 0 else f'at least {low:g}'}")
+        raise ValueError(f"{name}={_short(value)}: must be a finite number, {'not negative' if low == 0 else f'at least {low:g}'}")
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,9 @@ class ModelConfig:
             raise ValueError(f"model.width={self.width}: positions of model.family='sd3' are sine and cosine of row and column; use a multiple of 4")
         beyond = [i for i in self.sd3.dual_layers if not 0 <= i < self.depth]
         if beyond:
-            raise ValueError(f"model.sd3.dual_layers names blocks {beyond} of model.depth={self.depth}")
+            raise ValueError(f"model.sd3.dual_layers names blocks {_short(beyond)} of model.depth={self.depth}")
+        if len(self.sd3.dual_layers) > self.depth:  # each block looks for itself in it
+            raise ValueError(f"model.sd3.dual_layers names {len(self.sd3.dual_layers)} blocks of model.depth={self.depth}; name each once")
 
     def _check_single_stream(self, config: SingleStreamConfig) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:

@@ -26,10 +26,12 @@ _ACTIVE = re.compile(
     r".*_file|(base_model_)?[tpe]p_plan|_name_or_path|_commit_hash|name_or_path"
 )
 _LOOPS = re.compile(r"layers|blocks|depth")  # in names of fields that say how often something is built
+_PER_BLOCK = ("layers_per_block", "num_res_blocks")  # built once for each entry of the longest of these lists
+_BLOCK_LISTS = re.compile(r"block_|mult|channels")
 _NEEDED = ("num_layers", "num_hidden_layers", "layers_per_block", "num_res_blocks")
 _COUNTS = re.compile(r"(^|_)num_")  # in those of other counts, by which lists are made
 _NUMBER = re.compile(r"\d+")
-_MOST = 1024  # of anything counted, where the files hold fewer tensors
+_MOST = 1024  # of anything counted or built again and again
 _FLOATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # whole numbers are positions, and the like
 TOKENIZER_LINKS = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")
 TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -241,6 +243,7 @@ def _bound(model_class: type, staged: Path, config: dict, held: dict[str, Announ
 
 def _bound_counts(config: dict, tensors: int, where: str = "") -> None:
     """Raises ValueError for a count that would keep a loop busy for ever."""
+    longest = max((len(value) for key, value in config.items() if isinstance(value, list) and _BLOCK_LISTS.search(key)), default=1)
     for key, value in config.items():
         if isinstance(value, dict):
             _bound_counts(value, tensors, f"{where}{key}.")
@@ -248,8 +251,8 @@ def _bound_counts(config: dict, tensors: int, where: str = "") -> None:
         values = value if isinstance(value, list) else [value]
         if key in _NEEDED and isinstance(value, int) and value < 1:
             raise ValueError(f"config.json: {where}{key}={value}: must be at least 1")
-        most = tensors if _LOOPS.search(key) else _MOST if _COUNTS.search(key) else None
-        largest = max((v for v in values if isinstance(v, int)), default=0)
+        most = min(tensors, _MOST) if _LOOPS.search(key) else _MOST if _COUNTS.search(key) else None
+        largest = max((v for v in values if isinstance(v, int)), default=0) * (longest if key in _PER_BLOCK else 1)
         if len(values) > max(_MOST, tensors) or (most is not None and largest > max(most, 16)):
             shown = printable(repr(value)) if largest < 2**64 else "a number of many digits"
             raise ValueError(f"config.json: {where}{printable(key)}={shown}, and the files hold {tensors} tensors: they do not belong together")
