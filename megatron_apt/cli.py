@@ -143,6 +143,7 @@ COMMANDS: dict[str, Command] = {
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    _print_anything()
     if not argv or argv[0] in _HELP:
         print("usage: megatron-apt COMMAND [options]\n")
         print("\n".join(f"  {name:10} {command.text}" for name, command in COMMANDS.items()))
@@ -152,13 +153,20 @@ def main(argv: list[str] | None = None) -> None:
         print(f"megatron-apt {importlib.metadata.version('megatron_apt')}")
         return
     if argv[0] not in COMMANDS:
-        close = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        close = difflib.get_close_matches(argv[0].lower(), COMMANDS, 1)
         meant = f"did you mean {close[0]!r}? " if close else ""
         sys.exit(f"megatron-apt: no command {argv[0]!r}; {meant}There are {', '.join(COMMANDS)}")
     _quiet_libraries()
     command = COMMANDS[argv[0]]
     with _readable_errors(command):
         command.run(argv[1:])
+
+
+def _print_anything() -> None:
+    """Names and captions that the terminal's encoding lacks are printed escaped, instead of ending a command whose work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or another's
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:
@@ -182,7 +190,8 @@ def _readable_errors(command: Command) -> Iterator[None]:
     """Expected failures end with one message instead of a traceback."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where it was closed before the start
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
         print(f"megatron-apt: {str(interrupted) or 'interrupted; ' + command.interrupted}", file=sys.stderr)
         sys.exit(_INTERRUPTED)

@@ -12,6 +12,8 @@ def _check(condition: bool, field_name: str, value: object, remedy: str) -> None
         raise ValueError(f"{field_name}={value!r}: {remedy}")
 
 
+_MOST_MINUTES = 366 * 24 * 60
+
 # Tokens that the pipelines of a family of models pad captions to; 0: the model reads no padding.
 CAPTIONS = {"wan": 512, "sd3": 77 + 256, "flux": 512, "hunyuan": 0}
 
@@ -38,6 +40,8 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("tp", "cp", "pp", "row_multiple"):
             _check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+        minutes = self.timeout_minutes
+        _check(0 < minutes <= _MOST_MINUTES, "parallel.timeout_minutes", minutes, f"must be positive, and at most {_MOST_MINUTES:,} (a year)")
         inner, nested = self.context_parallel_inner, self.context_parallel == "a2a+p2p"
         fits = 1 < inner < self.cp and self.cp % inner == 0 if nested else inner == 0
         _check(
@@ -140,6 +144,7 @@ class FlowConfig:
 
     def __post_init__(self):
         _check(0 <= self.condition_dropout <= 1, "flow.condition_dropout", self.condition_dropout, "is a probability")
+        _check(self.logit_std >= 0, "flow.logit_std", self.logit_std, "must not be negative")
         _check(self.shift > 0, "flow.shift", self.shift, "must be positive; 1 leaves t as it is")
 
 
@@ -153,6 +158,7 @@ class ConsistencyConfig:
 
     def __post_init__(self):
         _check(self.shift > 0, "consistency.shift", self.shift, "must be positive; 1 leaves the grid uniform")
+        _check(self.guidance_scale >= 0, "consistency.guidance_scale", self.guidance_scale, "must not be negative; 1 is no guidance")
         _check(self.steps >= 1, "consistency.steps", self.steps, "must be at least 1")
 
 
@@ -238,7 +244,8 @@ class GuardConfig:
     """Exit code of a run that SIGUSR1 or SIGTERM ended before its last iteration, by which a batch script knows to requeue."""
 
     def __post_init__(self):
-        _check(self.rank_timeout >= 0, "guards.rank_timeout", self.rank_timeout, "must not be negative")
+        for name in ("collapse_window", "collapse_d_loss", "collapse_diversity", "rank_timeout"):
+            _check(getattr(self, name) >= 0, f"guards.{name}", getattr(self, name), "must not be negative")
         _check(0 < self.requeue_code < 256, "guards.requeue_code", self.requeue_code, "exit codes lie in 1 .. 255; 0 says that a run is done")
 
 

@@ -1,5 +1,6 @@
 """Natural mistakes on the command line: one message that names what is wrong and what to do, before anything is run."""
 
+import io
 import os
 from dataclasses import replace
 
@@ -45,7 +46,7 @@ def test_help_of_a_recipe_runs_nothing_of_it(tmp_path, capsys):
 def test_version_and_commands_that_are_not(capsys):
     main(["--version"])
     assert capsys.readouterr().out.startswith("megatron-apt 0.")
-    assert "did you mean 'train'?" in ended(["trian"])
+    assert "did you mean 'train'?" in ended(["trian"]) and "did you mean 'encode'?" in ended(["Encode"])
 
 
 @pytest.mark.parametrize(
@@ -171,9 +172,52 @@ def test_ctrl_c_says_what_is_left(name, monkeypatch, capsys):
         (["--seed", "-1"], "seed=-1"),
         (["--global-batch", "0"], "global_batch=0"),
         (["--output", " "], "output=' '"),
+        (["--parallel.timeout-minutes", "-1"], "parallel.timeout_minutes=-1.0"),
+        (["--parallel.timeout-minutes", "nan"], "parallel.timeout_minutes=nan"),
+        (["--flow.logit-std", "-1"], "flow.logit_std=-1.0"),
+        (["--consistency.guidance-scale", "-2"], "consistency.guidance_scale=-2.0"),
+        (["--guards.collapse-window", "-1"], "guards.collapse_window=-1"),
+        (["--guards.collapse-d-loss", "-0.5"], "guards.collapse_d_loss=-0.5"),
     ],
 )
 def test_settings_of_training_are_numbers_that_mean_something(options, message, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text("from megatron_apt.config import RunConfig\ndef run():\n    return RunConfig()\n")
     assert ended(["train", f"{tmp_path / 'recipe.py'}:run", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["checkpoint", "inspect", "nowhere"],
+        ["convert", "import", "nowhere", "target"],
+        ["convert", "export", "nowhere", "target"],
+        ["convert", "verify", "nowhere", "source"],
+    ],
+    ids=lambda argv: argv[1],
+)
+def test_figures_that_cannot_be_written_are_found_before_the_work(argv, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "a.json", "there is no folder"),
+        (tmp_path / "file" / "a.json", "Not a dir"),
+    ):
+        told = ended([*argv, "--json", str(place)])
+        assert f"json={place}: " in told and message in told
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(monkeypatch, mesh):
+    """The name of a file that is not UTF-8, where standard output is; and another letter where it is ASCII."""
+    for encoding, text, shown in (("utf-8", "a\udcff", b"a\\udcff"), ("ascii", "é", b"\\xe9")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=lambda argv, text=text: print(text)))
+        main(["plan"])
+        assert stream.buffer.getvalue() == shown + b"\n"
+
+
+def test_a_closed_standard_output_ends_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=lambda argv: print("lost")))
+    main(["plan"])

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from megatron_apt import outputs
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.state import from_dict
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
@@ -59,6 +60,7 @@ Command = (
 def run(command: Inspect | Verify | Reshard) -> int:
     """Returns the exit code."""
     if isinstance(command, Inspect):
+        outputs.check("json", command.json)
         print("\n".join(inspect(command)))
         return 0
     if isinstance(command, Verify):
@@ -98,7 +100,7 @@ def inspect(command: Inspect) -> Iterator[str]:
         yield from (f"  {key} {tuple(shape)}" for key, (shape, _) in stored.items())
     if command.json:
         summary = {name: {"tensors": t, "numbers": n, "bytes": b} for name, (t, n, b) in groups.items()}
-        Path(command.json).write_text(json.dumps({"folder": str(folder), **state, "groups": summary}, indent=1), encoding="utf-8")
+        outputs.write("json", command.json, json.dumps({"folder": str(folder), **state, "groups": summary}, indent=1))
 
 
 def reshard(command: Reshard) -> None:

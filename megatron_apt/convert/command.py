@@ -16,6 +16,7 @@ import tyro
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 # What works is imported where it is needed, so that options are printed and refused at once, and nothing waits for Megatron-Core but `verify`.
+from megatron_apt import outputs
 from megatron_apt.config import ParallelConfig, check_heads
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def run(command: Import | Export | Verify) -> int:
     from megatron_apt.parallel import startup
     from megatron_apt.parallel.mesh import Mesh
 
+    outputs.check("json", command.json)
     try:
         if isinstance(command, Verify):
             try:
@@ -172,7 +174,7 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     if command.json and mesh.is_main:
         axes = {name: getattr(mesh, name).size for name in ("tp", "cp", "pp")}
         result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture, **axes}
-        Path(command.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        outputs.write("json", command.json, json.dumps(result, indent=1))
     return int(not good)
 
 
@@ -204,5 +206,4 @@ def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
         yield moved
     seconds = time.perf_counter() - start
     print(f"{name}: {done / 1e9:.2f} GB in {seconds:.1f} s, {done / 1e9 / seconds:.2f} GB/s")
-    if file:
-        Path(file).write_text(json.dumps({"bytes": done, "seconds": seconds, "gb_per_second": done / 1e9 / seconds}, indent=1), encoding="utf-8")
+    outputs.write("json", file, json.dumps({"bytes": done, "seconds": seconds, "gb_per_second": done / 1e9 / seconds}, indent=1))
