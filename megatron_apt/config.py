@@ -307,7 +307,7 @@ class RunConfig:
         for name in ("global_batch", "micro_batch", "log_every"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _check(self.seed >= 0, "seed", self.seed, "must not be negative")
-        _check(bool(self.output.strip()) and "\0" not in self.output, "output", self.output, "give the name of a folder")
+        _check((not self.output or bool(self.output.strip())) and "\0" not in self.output, "output", self.output, "give the name of a folder")
         _check_numbers(self)
 
 
