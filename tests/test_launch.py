@@ -55,6 +55,8 @@ def test_whole_environments_give_a_place(environment, variables, place):
     ("variables", "named"),
     [
         ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2 is set, RANK not.*torchrun or srun.*unset"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, r"SLURM_STEP_ID=0, SLURM_PROCID=0 is set, SLURM_STEP_NUM_TASKS not"),
+        ({"SLURM_PROCID": "1"}, r"SLURM_PROCID=1 is set, SLURM_STEP_NUM_TASKS not"),
         ({"RANK": "1"}, r"RANK=1 is set, WORLD_SIZE not"),
         ({"LOCAL_RANK": "0"}, r"LOCAL_RANK=0 is set, RANK and WORLD_SIZE not"),
         (TORCHRUN | {"RANK": "4"}, r"RANK=4 of WORLD_SIZE=4: ranks are 0 \.\. 3"),

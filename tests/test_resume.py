@@ -12,6 +12,7 @@ import pytest
 from test_train import config, rows
 
 from megatron_apt.checkpoint import resume, store
+from megatron_apt.checkpoint.files import point
 from megatron_apt.checkpoint.resume import begin, check_same_run
 from megatron_apt.checkpoint.store import CheckpointError
 from megatron_apt.config import RunConfig, to_dict
@@ -133,6 +134,18 @@ def test_a_lost_latest_is_found_again(short, tmp_path):
         with pytest.warns(UserWarning, match="going on from iteration-00000003"):
             begin(RunConfig(output=str(run)))
     assert not (run / resume._UNCOMMITTED).exists()
+
+
+def test_a_folder_called_latest_is_kept_beside(tmp_path):
+    (tmp_path / "latest" / "inside").mkdir(parents=True)
+    point(tmp_path, "iteration-00000003")
+    assert (tmp_path / "latest").read_text() == "iteration-00000003"
+    (aside,) = tmp_path.glob("latest.*")
+    assert os.listdir(aside) == ["inside"]
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(aside)
+    point(tmp_path, "iteration-00000004")
+    assert (tmp_path / "latest").read_text() == "iteration-00000004" and os.listdir(aside) == ["inside"]
 
 
 def test_the_same_data_goes_on_under_another_path_and_other_data_under_the_same_is_named(mesh, datasets, short, tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from megatron_apt import outputs
-from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint import files, store
 from megatron_apt.checkpoint.state import from_dict
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
 from megatron_apt.lock import FolderLock
@@ -157,7 +157,7 @@ def _finish(target: Path, state: dict, mesh: Mesh) -> None:
     if store.read_state(target) != json.loads(json.dumps(state)):
         raise store.CheckpointError(f"{target} exists already, written from another checkpoint or for another mesh; give another target folder")
     if mesh.is_main:
-        store.write_atomically(target.parent / "latest", target.name)
+        files.point(target.parent, target.name)
 
 
 def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh, lock: FolderLock) -> None:

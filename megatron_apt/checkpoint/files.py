@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,14 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync(path.parent)
+
+
+def point(root: Path, name: str) -> None:
+    """Makes `latest` name a commit. A folder of that name, which nothing of ours makes, is kept beside."""
+    pointer = root / "latest"
+    if pointer.is_dir() and not pointer.is_symlink():
+        pointer.rename(root / f"latest.{uuid.uuid4().hex[:8]}.folder")
+    write_atomically(pointer, name)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_apt.checkpoint import describe, index
-from megatron_apt.checkpoint.files import CheckpointError, sync, write_atomically
+from megatron_apt.checkpoint.files import CheckpointError, point, sync, write_atomically
 from megatron_apt.checkpoint.state import FORMAT, iteration_of, name, read_values
 from megatron_apt.checkpoint.sums import Sum, checksum, seal
 from megatron_apt.config import RetentionConfig
@@ -155,7 +155,7 @@ class Checkpoints:
             final.rename(self.root / f".{final.name}.replaced.tmp")
         temporary.rename(final)
         sync(self.root)
-        write_atomically(self.root / "latest", final.name)
+        point(self.root, final.name)
         # First out of sight: a kill halfway must not leave half a checkpoint under a whole one's name.
         old = superseded(self.root, final.name, self.retention) if pending.prune else []
         doomed = [folder.rename(self.root / f".{folder.name}.tmp") for folder in old]

@@ -56,7 +56,14 @@ def _torch(step: tuple[int, int, int] | None, mpi: tuple[int, int, int] | None) 
 
 def _step() -> tuple[int, int, int] | None:
     """Place in an srun step. A batch script also has SLURM_PROCID; only inside a step do the other tasks exist."""
-    if "SLURM_STEP_ID" not in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" not in env:
+        step, tasks, task = (int(env[name]) if env.get(name, "").isdecimal() else 0 for name in ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID"))
+        in_step = "SLURM_STEP_ID" in env and step < 2**31  # above are SLURM's own steps, a batch script's among them
+        if task > 0 or (in_step and tasks > 1):
+            given = ", ".join(f"{name}={env[name]}" for name in ("SLURM_STEP_ID", "SLURM_PROCID") if name in env)
+            raise ValueError(f"{given} is set, SLURM_STEP_NUM_TASKS not: half of srun's environment; {_START}, or unset it to run alone")
+    if "SLURM_STEP_ID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
         return None
     return _complete("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "srun's")
 
