@@ -8,6 +8,7 @@ from PIL import Image
 from megatron_apt.data import hdr
 from megatron_apt.data.decode import Clip, decode_clip
 from megatron_apt.data.notes import Notes
+from megatron_apt.data.pictures import _reduced_by_bands
 from megatron_apt.data.policy import PixelPolicy
 from megatron_apt.data.rejected import RejectedInput
 
@@ -143,3 +144,12 @@ def test_pictures_are_refused_by_their_header_alone(tmp_path):
 def test_policies_name_what_is_wrong(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         PixelPolicy(**change)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_large_transparent_pictures_are_reduced_in_bands_as_they_would_be_whole(mode):
+    draw = np.random.default_rng(0)
+    picture = Image.fromarray(draw.integers(0, 256, (400, 37, 4), dtype=np.uint8), "RGBA")
+    picture = picture.quantize(16, Image.Quantize.FASTOCTREE) if mode == "P" else picture.convert(mode)
+    whole = picture.convert("RGBA").convert("RGBa").reduce(3).convert("RGBA")
+    assert np.array_equal(np.asarray(_reduced_by_bands(picture, 3)), np.asarray(whole))

@@ -221,3 +221,15 @@ def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
     broken.write_text("\n".join(line for line in a.read_text().splitlines() if line.strip() != "SEND 1 F generator.0 i0 g/fake.0 m1"))
     done = tool(TOOLS / "show_schedule.py", broken)
     assert done.returncode == 1 and "rank 0 never sends F generator.0 i0 g/fake.0 m1 to rank 1" in done.stderr
+
+
+# --- memory of encoding
+
+
+def test_the_peak_of_encoding_is_measured_beside_its_bound(tmp_path):
+    """At toy size, by the same code, with a bound that nothing keeps."""
+    result = tmp_path / "peak.json"
+    done = tool(TOOLS / "benchmarks" / "encode_memory.py", "--scale", "0.02", "--only", "picture_rgba", "--bound", "0.01", "--json", result)
+    assert done.returncode == 1 and "above 0.01 GiB" in done.stdout, done.stdout + done.stderr
+    written = json.loads(result.read_text())
+    assert written["bound_gib"] == 0.01 and 2**26 < written["peak_bytes"]["picture_rgba"] < 2**31

@@ -196,13 +196,26 @@ def _reduced(image: Image.Image, least: int) -> Image.Image:
         return image
     info, exif = image.info, image.getexif()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in info:
-        smaller = image.convert("RGBA").convert("RGBa").reduce(factor).convert("RGBA")
+        smaller = _reduced_by_bands(image, factor)
         info = {key: value for key, value in info.items() if key != "transparency"}
     else:
         smaller = (image.convert("RGB") if image.mode in ("1", "P") else image).reduce(factor)
     smaller.info = info
     smaller.getexif()[ORIENTATION] = exif.get(ORIENTATION, 1)
     return smaller
+
+
+def _reduced_by_bands(image: Image.Image, factor: int) -> Image.Image:
+    """RGBA, band by band: weighted by transparency, a whole picture would be held three times."""
+    height = 64 * factor
+    bands = (
+        image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA").convert("RGBa").reduce(factor)
+        for top in range(0, image.height, height)
+    )
+    whole = Image.new("RGBA", (-(-image.width // factor), -(-image.height // factor)))
+    for number, band in enumerate(bands):
+        whole.paste(band.convert("RGBA"), (0, 64 * number))
+    return whole
 
 
 def _grey_of_16_bits(image: Image.Image, path: Path, policy: PixelPolicy) -> np.ndarray:

@@ -16,10 +16,11 @@
 While encoding, encode.json holds the settings and shard-*.done the index lines, rejected inputs and notes of each finished shard.
 """
 
+import contextlib
 import io
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +132,8 @@ class LatentShards:
 
     def codec(self, device: str = "cpu", tiling: int | None = None):
         """The codec the latents were made with; `tiling` replaces the side of its tiles (see VaeCodec), 0 for none."""
-        return load_codec(self.info["codec"] if tiling is None else {**self.info["codec"], "tiling": tiling}, device)
+        with self._named():
+            return load_codec(self.info["codec"] if tiling is None else {**self.info["codec"], "tiling": tiling}, device)
 
     def text_encoder(self, device: str = "cpu"):
         """The text encoder the embeddings were made with."""
@@ -140,7 +142,16 @@ class LatentShards:
             if config["tokenizer"] != TOKENIZER:
                 raise ValueError(f"{self.path}/dataset.json: text_encoder.tokenizer={config['tokenizer']!r}, but it is {TOKENIZER!r}; {AGAIN}")
             config["tokenizer"] = str(self.path / TOKENIZER)
-        return load_text_encoder(config, device)
+        with self._named():
+            return load_text_encoder(config, device)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Settings that no encoder has are said to be dataset.json's."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.path}/dataset.json: {error}") from None
 
     def image_encoder(self, device: str = "cpu") -> ClipImageEncoder | None:
         """The image encoder of the first frames, or None without."""

@@ -6,9 +6,6 @@ from fuzzing import BOUNDARIES
 SHORT = {"pictures": 12, "videos": 12, "folders": 12, "datasets": 10, "encodings": 5, "checkpoints": 12, "configs": 8, "weights": 6, "tokenizers": 4}
 SHORT |= {"bases": 5, "commands": 10, "records": 6}
 LONG = 60
-# Known faults: a lock or a log that is a pipe, recipe files that are none, figures of an evaluation that are damaged. tools/fuzz.py lists them.
-FAULTS = ("encodings", "commands", "records")
-KNOWN = [pytest.param(name, marks=pytest.mark.xfail(reason="known faults", strict=False) if name in FAULTS else ()) for name in BOUNDARIES]
 
 
 def campaign(worker, name: str, numbers: range) -> None:
@@ -17,12 +14,12 @@ def campaign(worker, name: str, numbers: range) -> None:
         pytest.fail("\n".join(f"{one.boundary}:{one.number} {one.kind}: {one.what}\n  {one.message}" for one in faults), pytrace=False)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", BOUNDARIES)
 def test_a_short_campaign(worker, name):
     campaign(worker, name, range(SHORT[name]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", BOUNDARIES)
 def test_a_long_campaign(worker, name):
     campaign(worker, name, range(SHORT[name], SHORT[name] + LONG))
