@@ -181,7 +181,8 @@ class _Loop:
         """The number of the signal that ended training early; 0 if it is done."""
         config, trainer = self.config, self.trainer
         if self.mesh.is_main and trainer.iteration >= config.iterations:
-            print(f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again")
+            done = f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again"
+            print(done if config.iterations else "iterations=0: there is nothing to train; give --iterations of at least 1")
         self._noting(self._open_log)
         signalled, _ = self._agree()
         try:

@@ -221,3 +221,8 @@ def test_a_closed_standard_output_ends_nothing(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=lambda argv: print("lost")))
     main(["plan"])
+
+
+def test_no_iterations_are_nothing_to_train(mesh, datasets, tmp_path, capsys):
+    train(config(datasets, tmp_path / "none", "flow", iterations=0), mesh)
+    assert "iterations=0: there is nothing to train" in capsys.readouterr().out
