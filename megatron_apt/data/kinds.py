@@ -24,7 +24,7 @@ VIDEO_SUFFIXES = _suffixes(
 
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | PICTURE_SUFFIXES | VIDEO_SUFFIXES
 
-_EXPORT = "nothing here decodes this kind; convert it to PNG or JPEG"
+_EXPORT = "pictures of this kind are not taken; convert it to PNG or JPEG"
 _RAW_PHOTOS = "dng cr2 cr3 crw nef nrw arw srf sr2 orf rw2 raf pef srw x3f 3fr fff iiq mrw kdc dcr erf mos gpr rwl raw"
 _DESIGNS = "psd psb xcf kra ora ai eps ps pdf svg svgz djvu cdr wmf emf indd sketch afphoto clip procreate"
 _OTHERS = "ico cur icns jxr hdp wdp bpg flif jbig jbig2 fits fit fts dcm dicom pcd pict pct fli flc jng mng xpm xbm"
