@@ -1,10 +1,8 @@
 """Failures a user can act on: shown as one message, without a traceback."""
 
-import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
 
 
 class BadLoss(RuntimeError):
@@ -97,40 +95,6 @@ def _shown(name: object) -> str:
 
 def _unprintable(text: str) -> bool:
     return not text.replace(" ", "").isprintable()
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Errors of the operating system that do not say of which file they are (a full disk's, of an open file) say that they are of this one."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = os.fspath(path)
-        raise
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a whole file; whatever goes wrong names it."""
-    with naming(path), open(path, "w", encoding="utf-8") as stream:
-        stream.write(text)
-
-
-def check_output_file(field: str, path: str) -> None:
-    """Finds before the work begins that a file cannot be written after it; an empty path asks for none.
-
-    Raises:
-        ValueError: naming field and path.
-    """
-    if not path:
-        return
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path):
-        raise ValueError(f"{field}={path!r}: is a folder; give a file")
-    if not os.path.isdir(folder):
-        raise ValueError(f"{field}={path!r}: there is no folder {folder!r}; make it, or give another file")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ValueError(f"{field}={path!r}: cannot be written; check its permissions, or give another file")
 
 
 def check_input_file(field: str, path: str) -> None:
