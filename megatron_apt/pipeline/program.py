@@ -71,10 +71,10 @@ def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message:
         split = bool(sizes.pop("split"))
         if (
             sizes["shared"] < 0
-            or not 1 <= sizes["microbatches"] * sizes["iterations"] <= len(lines)
+            or not 1 <= sizes["microbatches"] * sizes["iterations"] <= max(1000, len(lines))
             or min(sizes["microbatches"], sizes["iterations"]) < 1
         ):
-            raise ValueError  # each microbatch has an action at least
+            raise ValueError  # each microbatch has an action at least; shorter lists are told where they end
     except ValueError:
         raise ValueError(f"{head!r} does not begin an action list; one begins `microbatches 16 iterations 4 shared 0 split 1`") from None
     lists: list[list[Action]] = []
