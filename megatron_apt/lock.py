@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # torch is not needed to lock a folder
 NAME = ".lock"
 INTERVAL = 5.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one after which a holder on another machine counts as dead
+CLAIM = ".lock.claim"  # whose maker may remove `.lock`
+CLAIM_PATIENCE = 10.0  # seconds, of the milliseconds that it is needed for
 _held: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
 _READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # whatever is planted under our name, opening it does not wait
 _LENGTH = 1024  # of the file, always: a sign of life overwrites it in place, and needs no space on a full disk
@@ -201,16 +203,19 @@ class FolderLock:
         )
 
     def _take_away(self, mark: str) -> None:
-        """Removes `.lock` if it is the marked one. Renaming makes sure that it is looked at where nobody else removes or replaces it."""
-        aside = self.folder / f"{NAME}.{uuid.uuid4().hex}"
+        """Removes `.lock` if it is the marked one. The claim lets one process at a time look and remove, so none removes its successor's."""
+        claim, seen, since = self.folder / CLAIM, None, 0.0
+        while not _made(claim):
+            if (now := _identity(claim)) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > CLAIM_PATIENCE:  # its maker died in the moment between looking and removing
+                claim.unlink(missing_ok=True)
+            time.sleep(0.01)
         try:
-            self.file.rename(aside)
-        except FileNotFoundError:
-            return
-        if _mark(_bytes(aside)) != mark:  # another was faster: this one is alive
-            with contextlib.suppress(FileExistsError), open(aside, "rb") as stream:
-                _linked(aside, self.file, stream.fileno())
-        aside.unlink(missing_ok=True)
+            if _mark(_bytes(self.file)) == mark:
+                self.file.unlink(missing_ok=True)
+        finally:
+            claim.unlink(missing_ok=True)
 
     def _live(self) -> None:
         """Raises the count in `.lock`, in place, until released or lost."""
@@ -228,9 +233,6 @@ class FolderLock:
 
     def _gone(self) -> bool:
         try:
-            if _mark(_bytes(self.file)) == self.me.token:
-                return False
-            time.sleep(0.2)  # one that took it away by mistake puts it back at once
             return _mark(_bytes(self.file)) != self.me.token
         except _NoFile:
             return True
@@ -344,12 +346,28 @@ def _linked(own: Path, file: Path, descriptor: int) -> bool:
 
 def _renamed(own: Path, file: Path) -> bool:
     """As _linked, by two steps: a name is taken, then given its contents."""
+    if not _made(file):
+        return False
+    own.rename(file)
+    return True
+
+
+def _made(file: Path) -> bool:
+    """Whether an empty file could be made where none was; of several that try, one makes it."""
     try:
         os.close(os.open(file, os.O_CREAT | os.O_EXCL, 0o644))
     except FileExistsError:
         return False
-    own.rename(file)
     return True
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What tells a file from a later one of the same name."""
+    try:
+        entry = os.lstat(file)
+    except FileNotFoundError:
+        return None
+    return entry.st_ino, entry.st_mtime_ns
 
 
 def _bytes(file: Path) -> bytes | None:

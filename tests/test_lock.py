@@ -41,25 +41,38 @@ def test_a_second_holder_is_refused_by_name_and_leaves_nothing(tmp_path):
 
 
 def test_many_at_once_one_gets_it(tmp_path):
-    foreign(tmp_path)  # a dead one, which all of them find
-    held, refused, all_in = [], [], threading.Barrier(8)
+    for turn in range(20):
+        folder = tmp_path / str(turn)
+        foreign(folder, interval=0.01)  # a dead one, which all of them find
+        held, refused, lost, all_in = [], [], [], threading.Barrier(8)
 
-    def enter():
-        try:
-            with quick(tmp_path) as mine:
-                held.append(mine.me.token)
-                all_in.wait(20)
-                mine.check()
-        except FolderInUse:
-            refused.append(1)
-            all_in.wait(20)
+        def enter(folder=folder, held=held, refused=refused, lost=lost, all_in=all_in):
+            try:
+                with FolderLock(folder, "training", interval=0.01, patience=0.04) as mine:
+                    held.append(mine.me.token)
+                    all_in.wait(60)
+                    mine.check()
+            except FolderInUse:
+                refused.append(1)
+                all_in.wait(60)
+            except LockLost:
+                lost.append(1)
 
-    threads = [threading.Thread(target=enter) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(held), len(refused)) == (1, 7) and os.listdir(tmp_path) == []
+        threads = [threading.Thread(target=enter) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(held), len(refused), len(lost)) == (1, 7, 0) and os.listdir(folder) == []
+
+
+def test_one_that_died_while_it_removed_a_dead_lock_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "CLAIM_PATIENCE", 0.2)
+    foreign(tmp_path)
+    (tmp_path / lock.CLAIM).touch()
+    with quick(tmp_path) as mine:
+        mine.check()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("flocked", [True, False], ids=["flock", "without flock"])
