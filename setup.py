@@ -11,7 +11,7 @@ setup(
     packages=[*find_packages(include=["megatron_apt", "megatron_apt.*"]), "megatron_apt.kernels"],
     # A top-level import name `kernels` would shadow Hugging Face's package of that name.
     package_dir={"megatron_apt.kernels": "kernels"},
-    package_data={"megatron_apt.evaluate": ["*.template"]},
+    package_data={"megatron_apt.demo": ["*.template"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.16.1",

@@ -11,9 +11,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_apt import recipes
 from megatron_apt.config import InitConfig, RunConfig
-from megatron_apt.demo import ensure_digits
+from megatron_apt.demo import recipes
+from megatron_apt.demo.command import ensure_digits
 
 PLACE = recipes.Place("runs/demo")
 

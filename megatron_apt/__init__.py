@@ -2,7 +2,7 @@
 
 import sys as _sys
 
-from megatron_apt import signals as _signals
+from megatron_apt.training import signals as _signals
 
 if _signals.starts_training(_sys.argv):  # before the imports that take seconds
     _signals.stand()

@@ -12,11 +12,11 @@ from typing import NamedTuple, NoReturn
 
 import tyro
 
-from megatron_apt import signals
 from megatron_apt.config import RunConfig
 from megatron_apt.errors import LOST, described, is_expected, is_lost_rank, standard_output_is_closed
 from megatron_apt.once import say_once
 from megatron_apt.recipe_files import find_recipe, load_recipe
+from megatron_apt.training import signals
 
 _INTERRUPTED = 128 + signal.SIGINT
 _RECIPE = "FILE.py:FUNCTION"
@@ -24,18 +24,18 @@ _HELP = ("-h", "--help")
 
 
 def _demo(argv: list[str]) -> None:
-    from megatron_apt.launch import relaunch
-    from megatron_apt.recipes import DemoConfig
+    from megatron_apt.demo.processes import relaunch
+    from megatron_apt.demo.recipes import DemoConfig
 
     config = _parsed(DemoConfig, argv, "demo")
     relaunch(config)
-    from megatron_apt.demo import run_demo
+    from megatron_apt.demo.command import run_demo
 
     run_demo(config)
 
 
 def _encode(argv: list[str]) -> None:
-    from megatron_apt.data.encode import EncodeConfig, encode
+    from megatron_apt.encode.command import EncodeConfig, encode
 
     encode(_parsed(EncodeConfig, argv, "encode"))
 
@@ -44,8 +44,8 @@ def _train(argv: list[str]) -> None:
     spec, rest = _recipe(argv, "train", RunConfig)
     config = _parsed(RunConfig, rest, f"train {spec}", default=load_recipe(spec))
     from megatron_apt.parallel import startup
-    from megatron_apt.progress import training_progress
-    from megatron_apt.train import train
+    from megatron_apt.training.progress import training_progress
+    from megatron_apt.training.train import train
 
     signals.requeue_with(config.guards.requeue_code)
     mesh = startup.start(config.parallel)
@@ -57,23 +57,23 @@ def _train(argv: list[str]) -> None:
 
 
 def _sample(argv: list[str]) -> None:
-    from megatron_apt.sample_config import SampleConfig
+    from megatron_apt.sample.config import SampleConfig
 
     config = _parsed(SampleConfig, argv, "sample")
-    from megatron_apt.sample import sample_to_files
+    from megatron_apt.sample.command import sample_to_files
 
     sample_to_files(config)
 
 
 def _report(argv: list[str]) -> None:
-    from megatron_apt.demo import rewrite_report
-    from megatron_apt.recipes import DemoConfig
+    from megatron_apt.demo.command import rewrite_report
+    from megatron_apt.demo.recipes import DemoConfig
 
     print(rewrite_report(_parsed(DemoConfig, argv, "report")))
 
 
 def _checkpoint(argv: list[str]) -> None:
-    from megatron_apt.checkpoint.commands import Command, run
+    from megatron_apt.checkpoint.command import Command, run
 
     sys.exit(run(_parsed(Command, argv, "checkpoint")))
 
@@ -85,7 +85,7 @@ def _convert(argv: list[str]) -> None:
 
 
 def _plan(argv: list[str]) -> None:
-    from megatron_apt.plan import PlanConfig, plan
+    from megatron_apt.plan.memory import PlanConfig, plan
 
     spec, rest = _recipe(argv, "plan", PlanConfig)
     config = _parsed(PlanConfig, rest, f"plan {spec}")
@@ -93,7 +93,7 @@ def _plan(argv: list[str]) -> None:
 
 
 def _schedule(argv: list[str]) -> None:
-    from megatron_apt.pipeline.command import ScheduleConfig, schedule
+    from megatron_apt.plan.schedule import ScheduleConfig, schedule
 
     schedule(_parsed(ScheduleConfig, argv, "schedule"))
 

@@ -43,9 +43,9 @@ def ranks():
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory):
     """Folders of 40 encoded digits and 24 encoded clips, made by the real encoder."""
-    from megatron_apt.data import digits
-    from megatron_apt.data.encode import EncodeConfig, encode
-    from megatron_apt.models.text import train_sentencepiece
+    from megatron_apt.demo import digits
+    from megatron_apt.encode.command import EncodeConfig, encode
+    from megatron_apt.encoders.text import train_sentencepiece
 
     root = tmp_path_factory.mktemp("digits")
     tokenizer = str(root / "tokenizer.model")

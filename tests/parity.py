@@ -10,11 +10,11 @@ from problems import build, microbatch, model_config, run_config, whole
 
 from megatron_apt.config import AptConfig, OptimizerConfig, ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.data.batches import deal
-from megatron_apt.log import Pieces
-from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.actions import Task
-from megatron_apt.pipeline.prepare import Pipeline
+from megatron_apt.schedule.actions import Task
+from megatron_apt.schedule.prepare import Pipeline
+from megatron_apt.training.log import Pieces
+from megatron_apt.training.networks import Network
 
 ITERATIONS = 3
 # Six samples in microbatches of four: a remainder is dealt out on every data-parallel size, and on four ranks some microbatches are single samples.

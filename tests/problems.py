@@ -12,10 +12,10 @@ from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.layout import build_layout
-from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.execute import Executor
-from megatron_apt.pipeline.prepare import Pipeline, one_rank, without_update
+from megatron_apt.schedule.execute import Executor
+from megatron_apt.schedule.prepare import Pipeline, one_rank, without_update
+from megatron_apt.training.networks import Network
 
 IMAGES = ((4, 1, 8, 8),) * 4
 VIDEOS = ((4, 2, 4, 8),) * 4

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_apt.config import RunConfig
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.pipeline.calibration import block_flops, read
-from megatron_apt.pipeline.command import ScheduleConfig
-from megatron_apt.plan import iteration_seconds
+from megatron_apt.plan.memory import iteration_seconds
+from megatron_apt.plan.schedule import ScheduleConfig
+from megatron_apt.schedule.calibration import block_flops, read
 
 STORED = {
     "device": "chip",

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_apt.checkpoint import save as saving
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.commands import Inspect, Reshard, Verify, from_dict, inspect, run
+from megatron_apt.checkpoint.command import Inspect, Reshard, Verify, from_dict, inspect, run
 from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
 from megatron_apt.config import AptConfig, GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
 from megatron_apt.errors import Collapse
-from megatron_apt.train import Trainer, train
+from megatron_apt.training.train import Trainer, train
 
 F64 = {"model": model_config(dtype="float64", latent_channels=4), "optimizer": SMOOTH}
 
@@ -259,7 +259,7 @@ def test_reshard_keeps_every_bit(ranks, mesh, datasets, tmp_path, monkeypatch):
 
 
 def _reshard(mesh, source, target, parallel):
-    from megatron_apt.checkpoint import commands
+    from megatron_apt.checkpoint import command as commands
     from megatron_apt.parallel import startup
 
     kept, startup.stop = startup.stop, lambda: None  # the pool of test processes goes on

@@ -13,14 +13,15 @@ import torch
 from planted import as_before_the_index, committed_again
 from test_train import config
 
-from megatron_apt.checkpoint import commands, store
+from megatron_apt.checkpoint import command as commands
 from megatron_apt.checkpoint import save as saving
-from megatron_apt.checkpoint.commands import Reshard, Verify, run
+from megatron_apt.checkpoint import store
+from megatron_apt.checkpoint.command import Reshard, Verify, run
 from megatron_apt.config import ParallelConfig, RetentionConfig
 from megatron_apt.lock import FolderInUse, FolderLock
 from megatron_apt.parallel import startup
-from megatron_apt.sample import load_generator
-from megatron_apt.train import Trainer, train
+from megatron_apt.sample.command import load_generator
+from megatron_apt.training.train import Trainer, train
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from megatron_apt.cli import main
 from megatron_apt.config import ParallelConfig, RunConfig, check_fits
 from megatron_apt.models.config import ModelConfig, wan_5b, wan_5b_i2v
 from megatron_apt.recipe_files import load_recipe
-from megatron_apt.train import train
+from megatron_apt.training.train import train
 
 
 def fails(argv, capsys=None) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from megatron_apt.models.codec import PixelCodec, PixelCodecConfig, WanCodec, load_codec
+from megatron_apt.encoders.codec import PixelCodec, PixelCodecConfig, WanCodec, load_codec
 
 
 def pixels(*shape: int, grey: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,9 @@ import pytest
 from clips import numbered_frames, write_video
 from PIL import Image
 
-from megatron_apt.data import container, decode, video
-from megatron_apt.data.decode import Clip, decode_clip
-from megatron_apt.data.rejected import RejectedInput
+from megatron_apt.encode import container, decode, video
+from megatron_apt.encode.decode import Clip, decode_clip
+from megatron_apt.encode.rejected import RejectedInput
 
 
 @pytest.mark.parametrize("device", decode.DALI_CODECS)

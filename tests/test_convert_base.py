@@ -17,7 +17,7 @@ from megatron_apt.convert.command import Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
-from megatron_apt.models.text import open_text_encoder
+from megatron_apt.encoders.text import open_text_encoder
 
 
 @pytest.fixture(scope="module")

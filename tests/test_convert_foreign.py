@@ -14,7 +14,7 @@ from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
-from megatron_apt.models.weight_files import WeightFileError, announced, printable, weight_files
+from megatron_apt.encoders.weight_files import WeightFileError, announced, printable, weight_files
 
 SHAPE = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 10, "ffn_dim": 37, "num_layers": 2}
 FLUX = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}

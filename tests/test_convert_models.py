@@ -30,8 +30,8 @@ from megatron_apt.models.config import (
 )
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
-from megatron_apt.sample import load_generator
-from megatron_apt.train import Trainer, train
+from megatron_apt.sample.command import load_generator
+from megatron_apt.training.train import Trainer, train
 
 SEEDS = range(8)
 CASES = [(family, seed) for family in FAMILIES for seed in SEEDS]

@@ -15,14 +15,14 @@ from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitCo
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.command import Command, perform
 from megatron_apt.convert.exporter import Checkpoint
-from megatron_apt.data.digits import write_digit_clips, write_digit_images
-from megatron_apt.data.encode import EncodeConfig, encode
+from megatron_apt.demo.digits import write_digit_clips, write_digit_images
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encoders.text import open_text_encoder
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.text import open_text_encoder
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.sample import load_generator
-from megatron_apt.sampling import Sampler
-from megatron_apt.train import train
+from megatron_apt.sample.command import load_generator
+from megatron_apt.sample.sampler import Sampler
+from megatron_apt.training.train import train
 
 PROMPT = "the quick fox runs"
 

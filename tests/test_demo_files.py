@@ -13,17 +13,16 @@ import torch
 from safetensors.torch import save_file
 from test_report import Page
 
-from megatron_apt import launch
 from megatron_apt.config import GuardConfig
-from megatron_apt.data import digits
-from megatron_apt.data.encode import EncodeConfig, encode
-from megatron_apt.demo import _remaining, rewrite_report
-from megatron_apt.demo_files import load_progress, prepare
-from megatron_apt.evaluate import suite
-from megatron_apt.guards import Stopped
-from megatron_apt.interrupts import Interrupts
+from megatron_apt.demo import digits, suite
+from megatron_apt.demo import processes as launch
+from megatron_apt.demo.command import _remaining, rewrite_report
+from megatron_apt.demo.files import load_progress, prepare
+from megatron_apt.demo.interrupts import Interrupts
+from megatron_apt.demo.recipes import DemoConfig, Place
+from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.lock import FolderInUse, FolderLock
-from megatron_apt.recipes import DemoConfig, Place
+from megatron_apt.training.guards import Stopped
 
 NUMBERS = {"frechet": 1.5, "accuracy": 0.9, "diversity": 0.4, "samples": 160, "seconds_per_sample": 0.01}
 PROGRESS = {"quick": True, "done": ["images/encode", "images/flow", "images/flow/evaluation"], "seconds": {"images/flow": 1.0}}

@@ -15,11 +15,11 @@ from megatron_apt.recipe_files import find_recipe
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORK = (
-    *("megatron_apt.launch.relaunch", "megatron_apt.demo.run_demo", "megatron_apt.demo.rewrite_report"),
-    *("megatron_apt.data.encode.encode", "megatron_apt.sample.sample_to_files"),
-    *("megatron_apt.train.train", "megatron_apt.parallel.startup.stop"),
-    *("megatron_apt.checkpoint.commands.run", "megatron_apt.convert.command.run"),
-    *("megatron_apt.plan.plan", "megatron_apt.pipeline.command.schedule"),
+    *("megatron_apt.demo.processes.relaunch", "megatron_apt.demo.command.run_demo", "megatron_apt.demo.command.rewrite_report"),
+    *("megatron_apt.encode.command.encode", "megatron_apt.sample.command.sample_to_files"),
+    *("megatron_apt.training.train.train", "megatron_apt.parallel.startup.stop"),
+    *("megatron_apt.checkpoint.command.run", "megatron_apt.convert.command.run"),
+    *("megatron_apt.plan.memory.plan", "megatron_apt.plan.schedule.schedule"),
 )
 
 
@@ -45,7 +45,7 @@ def test_commands_of_the_documentation_are_parsed(page, line, monkeypatch, capsy
         return RunConfig(method="apt")
 
     monkeypatch.setattr(cli, "load_recipe", recipe)
-    monkeypatch.setattr("megatron_apt.progress.training_progress", lambda config, enabled: contextlib.nullcontext())
+    monkeypatch.setattr("megatron_apt.training.progress.training_progress", lambda config, enabled: contextlib.nullcontext())
     monkeypatch.chdir(ROOT)
     try:
         cli.main(shlex.split(line))

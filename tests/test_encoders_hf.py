@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from megatron_apt.cli import main
 from megatron_apt.config import DataConfig, OptimizerConfig, RunConfig
 from megatron_apt.data.batches import Batches
-from megatron_apt.data.digits import write_digit_images
-from megatron_apt.data.encode import EncodeConfig, encode
 from megatron_apt.data.microbatch import choose, rolled
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.models.codec import KlCodec, WanCodec, load_codec
+from megatron_apt.demo.digits import write_digit_images
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encoders.codec import KlCodec, WanCodec, load_codec
+from megatron_apt.encoders.pipeline_text import Sd3TextEncoder, WanTextEncoder, clean_prompt
+from megatron_apt.encoders.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.pipeline_text import Sd3TextEncoder, WanTextEncoder, clean_prompt
-from megatron_apt.models.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
-from megatron_apt.sample_config import SampleConfig
-from megatron_apt.train import train
+from megatron_apt.sample.config import SampleConfig
+from megatron_apt.training.train import train
 
 
 def through_json(config: dict) -> dict:
@@ -382,9 +382,9 @@ def test_pooled_text_reaches_training(encoded, pictures, mesh, tmp_path):
 
 def test_pooled_text_reaches_samples(sd3, encoded, mesh, tmp_path, monkeypatch):
     """Trains a run, samples by the command line, and compares with the model fed by hand."""
-    from megatron_apt import sample
-    from megatron_apt.models.codec import VaeCodec
-    from megatron_apt.sampling import Sampler, sample_noise
+    from megatron_apt.encoders.codec import VaeCodec
+    from megatron_apt.sample import command as sample
+    from megatron_apt.sample.sampler import Sampler, sample_noise
 
     train(run(encoded, tmp_path / "run"), mesh)
     opened, decode = [], VaeCodec.decode

@@ -9,9 +9,9 @@ import torch
 from pipelines import change_json, kl_vae, save_wan, save_wan_i2v, sentencepiece_folder, t5
 from safetensors.torch import load_file, save_file
 
-from megatron_apt.models.codec import KlCodec, WanCodec, load_codec
-from megatron_apt.models.pipeline_image import ClipImageEncoder, load_image_encoder
-from megatron_apt.models.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
+from megatron_apt.encoders.codec import KlCodec, WanCodec, load_codec
+from megatron_apt.encoders.image import ClipImageEncoder, load_image_encoder
+from megatron_apt.encoders.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
 
 CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
 

@@ -10,13 +10,13 @@ from problems import model_config
 from test_encoders_hf import DIRTY, copy, run, through_json
 
 from megatron_apt.cli import main
-from megatron_apt.data.digits import write_digit_clips, write_digit_images
-from megatron_apt.data.encode import EncodeConfig, encode
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.models.codec import HunyuanCodec, WanCodec, load_codec
-from megatron_apt.models.pipeline_text import HunyuanTextEncoder
-from megatron_apt.models.text import load_text_encoder, open_text_encoder
-from megatron_apt.train import train
+from megatron_apt.demo.digits import write_digit_clips, write_digit_images
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encoders.codec import HunyuanCodec, WanCodec, load_codec
+from megatron_apt.encoders.pipeline_text import HunyuanTextEncoder
+from megatron_apt.encoders.text import load_text_encoder, open_text_encoder
+from megatron_apt.training.train import train
 
 
 @pytest.fixture(scope="module")

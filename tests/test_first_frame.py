@@ -20,21 +20,21 @@ from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConf
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.base import _with_a_first_frame
 from megatron_apt.data.batches import Batches, first_frames
-from megatron_apt.data.digits import write_digit_clips
-from megatron_apt.data.encode import EncodeConfig, encode
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.demo.digits import write_digit_clips
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encoders.codec import WanCodec
 from megatron_apt.methods.losses import squared_error
-from megatron_apt.models.codec import WanCodec
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, WanConfig
 from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.parallel.mesh import Axis
-from megatron_apt.sample import load_generator, sample_latents, sample_to_files
-from megatron_apt.sample_config import SampleConfig
-from megatron_apt.sampling import sample_noise
+from megatron_apt.sample.command import load_generator, sample_latents, sample_to_files
+from megatron_apt.sample.config import SampleConfig
+from megatron_apt.sample.sampler import sample_noise
 
 SEEDS = range(6)
 UNIFORM = [(3, 3, 5)] * 3, [5] * 3

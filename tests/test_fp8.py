@@ -14,7 +14,7 @@ from megatron_apt.models import fp8
 from megatron_apt.models.config import Fp8Config
 from megatron_apt.models.fp8 import Fp8Blocks, Fp8State
 from megatron_apt.models.layout import build_layout
-from megatron_apt.train import Trainer
+from megatron_apt.training.train import Trainer
 
 
 def fp8_run(recipe="current", row_multiple=16, tp=1, sequence_parallel=False, **model):

@@ -16,10 +16,10 @@ from test_train import config
 from megatron_apt.checkpoint import store
 from megatron_apt.config import GuardConfig, ParallelConfig
 from megatron_apt.errors import BadGradient, BadLoss
-from megatron_apt.guards import Stopped
 from megatron_apt.parallel.watch import LOST
-from megatron_apt.pipeline import execute
-from megatron_apt.train import Trainer, train
+from megatron_apt.schedule import execute
+from megatron_apt.training.guards import Stopped
+from megatron_apt.training.train import Trainer, train
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGUSR1, 42), (signal.SIGINT, 130)])
@@ -134,8 +134,8 @@ from pathlib import Path
 import megatron_apt
 from megatron_apt.config import GuardConfig, ParallelConfig
 from megatron_apt.parallel import startup
-from megatron_apt.pipeline.execute import Executor
-from megatron_apt.train import train
+from megatron_apt.schedule.execute import Executor
+from megatron_apt.training.train import train
 from test_train import config
 
 mesh = startup.start(PARALLEL)

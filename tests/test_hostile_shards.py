@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_apt.data.encode import EncodeConfig, encode
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.encode.command import EncodeConfig, encode
 
 COUNT = 6
 
@@ -296,7 +296,7 @@ def test_ours_are_plain_files_in_order(encoded):
 
 
 def test_a_damaged_done_file_is_named_and_a_lost_shard_is_encoded_again(encoded, tmp_path, monkeypatch):
-    from megatron_apt.data import encode as encode_module
+    from megatron_apt.encode import command as encode_module
 
     settings = json.loads((encoded / "dataset.json").read_text())["settings"]
     config = EncodeConfig(settings["source"], str(tmp_path / "out"), height=8, width=8, text_width=8, samples_per_shard=4)

@@ -14,18 +14,18 @@ from test_convert_pipelines import PROMPT, assert_equal, convert, imported, one_
 
 from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.data.batches import Batches, first_frames
-from megatron_apt.data.decode import Clip, decode_clip
-from megatron_apt.data.digits import write_digit_clips
-from megatron_apt.data.encode import EncodeConfig, encode
 from megatron_apt.data.microbatch import choose, rolled
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.demo.digits import write_digit_clips
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.decode import Clip, decode_clip
+from megatron_apt.encoders.image import ClipImageEncoder
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, WanConfig
 from megatron_apt.models.embeddings import patchify
-from megatron_apt.models.pipeline_image import ClipImageEncoder
-from megatron_apt.sample import load_generator, sample_latents, sample_to_files
-from megatron_apt.sample_config import SampleConfig
-from megatron_apt.sampling import sample_noise
+from megatron_apt.sample.command import load_generator, sample_latents, sample_to_files
+from megatron_apt.sample.config import SampleConfig
+from megatron_apt.sample.sampler import sample_noise
 
 KINDS = {"clip": True, "plain": False}  # as Wan2.1 and as Wan2.2
 SIZE = {"height": 32, "width": 48}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from megatron_apt import media
+from megatron_apt.sample import media
 
 
 def random_pixels(*shape: int, levels: int = 256) -> torch.Tensor:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_train import config
 
-from megatron_apt import sample
 from megatron_apt.cli import COMMANDS, main
 from megatron_apt.models.condition import Condition
-from megatron_apt.sample import _file_name, load_generator
-from megatron_apt.sample_config import SampleConfig
-from megatron_apt.train import train
+from megatron_apt.sample import command as sample
+from megatron_apt.sample.command import _file_name, load_generator
+from megatron_apt.sample.config import SampleConfig
+from megatron_apt.training.train import train
 
 
 def ended(argv: list[str]) -> object:

@@ -15,8 +15,8 @@ from parity import DATA, ITERATIONS, SCHEDULES, TOLERANCE, compare_exactly, comp
 from megatron_apt.config import ParallelConfig, PipelineConfig
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.kernels.keyed_noise import derive_key
-from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel import collectives, context
+from megatron_apt.training.sharded import ShardedParameters
 
 pytestmark = pytest.mark.dist
 
@@ -198,7 +198,7 @@ def test_reused_fakes_in_a_pipeline(ranks, mesh, name, chunks):
 
 
 def with_forwards(mesh, config):
-    from megatron_apt.pipeline import execute
+    from megatron_apt.schedule import execute
 
     count, forward = [0], execute._Run._forward
 
@@ -276,7 +276,7 @@ def seed_by_rank(mesh):
 
 
 def average_only_on_the_main_rank(mesh):
-    from megatron_apt.optim.optimizers import RMSProp
+    from megatron_apt.training.optimizers import RMSProp
 
     original = RMSProp.step
     return replaced(RMSProp, "step", lambda self, lr, ema: original(self, lr, ema if mesh.is_main else None))

@@ -16,10 +16,10 @@ from test_train import SMOOTH, config, model_config, rows
 from megatron_apt.checkpoint import store
 from megatron_apt.config import ParallelConfig, PipelineConfig
 from megatron_apt.errors import BadGradient, BadLoss
-from megatron_apt.pipeline import execute
-from megatron_apt.pipeline.mail import Mail
-from megatron_apt.pipeline.prepare import Pipeline
-from megatron_apt.train import Trainer, train
+from megatron_apt.schedule import execute
+from megatron_apt.schedule.mail import Mail
+from megatron_apt.schedule.prepare import Pipeline
+from megatron_apt.training.train import Trainer, train
 
 pytestmark = pytest.mark.dist
 
@@ -169,8 +169,8 @@ def test_what_is_not_finite_stops_every_stage(ranks, datasets, tmp_path, where, 
 def test_an_error_ends_all_ranks_and_names_rank_and_action(datasets, tmp_path):
     script = """
 from dataclasses import replace
-from megatron_apt.pipeline import execute
-from megatron_apt.pipeline.mail import Mail
+from megatron_apt.schedule import execute
+from megatron_apt.schedule.mail import Mail
 from test_pipeline import deep_run
 
 run = replace(deep_run(Path(sys.argv[1]), sys.argv[2], iterations=3), guards=GuardConfig(rank_timeout=6.0))

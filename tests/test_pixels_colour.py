@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_apt.data import hdr
-from megatron_apt.data.decode import Clip, decode_clip
-from megatron_apt.data.notes import Notes
-from megatron_apt.data.pictures import _reduced_by_bands
-from megatron_apt.data.policy import PixelPolicy
-from megatron_apt.data.rejected import RejectedInput
+from megatron_apt.encode import hdr
+from megatron_apt.encode.decode import Clip, decode_clip
+from megatron_apt.encode.notes import Notes
+from megatron_apt.encode.pictures import _reduced_by_bands
+from megatron_apt.encode.policy import PixelPolicy
+from megatron_apt.encode.rejected import RejectedInput
 
 WEIGHTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}  # red and blue, by H.273's number of the matrix
 COLOUR = np.array([200, 30, 30])

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from clips import frame_number, numbered_frames, write_video
 
-from megatron_apt.data.decode import Clip, decode_clip
-from megatron_apt.data.geometry import Orientation, orientation, shown_size
-from megatron_apt.data.notes import Notes
-from megatron_apt.data.policy import PixelPolicy
-from megatron_apt.data.rejected import RejectedInput
-from megatron_apt.data.video import probe
+from megatron_apt.encode.decode import Clip, decode_clip
+from megatron_apt.encode.geometry import Orientation, orientation, shown_size
+from megatron_apt.encode.notes import Notes
+from megatron_apt.encode.policy import PixelPolicy
+from megatron_apt.encode.rejected import RejectedInput
+from megatron_apt.encode.video import probe
 
 COLOURS = np.array([(200, 30, 30), (30, 200, 30), (30, 30, 200), (220, 220, 40)])
 

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.commands import Inspect, Verify, inspect, run
+from megatron_apt.checkpoint.command import Inspect, Verify, inspect, run
 from megatron_apt.models.families import build_backbone
-from megatron_apt.networks import load_weights
-from megatron_apt.train import train
+from megatron_apt.training.networks import load_weights
+from megatron_apt.training.train import train
 
 MODEL = model_config(latent_channels=4)
 

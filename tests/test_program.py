@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import APT, METHODS_UNDER_TEST, Weights, alternation, assert_harm_is_refused, inputs_of, weights_after, window
 
-from megatron_apt.pipeline.actions import Action
-from megatron_apt.pipeline.build import gpipe, phases_apart, search
-from megatron_apt.pipeline.check import BadSchedule, check_program
-from megatron_apt.pipeline.graph import Cost, Graph
-from megatron_apt.pipeline.policies import start
-from megatron_apt.pipeline.prepare import one_rank
-from megatron_apt.pipeline.program import Program, lower, messages, read
+from megatron_apt.schedule.actions import Action
+from megatron_apt.schedule.build import gpipe, phases_apart, search
+from megatron_apt.schedule.check import BadSchedule, check_program
+from megatron_apt.schedule.graph import Cost, Graph
+from megatron_apt.schedule.policies import start
+from megatron_apt.schedule.prepare import one_rank
+from megatron_apt.schedule.program import Program, lower, messages, read
 
 
 def program(ranks=3, microbatches=3, phases=APT, cap=30, **options) -> Program:

@@ -13,14 +13,14 @@ from clips import numbered_frames, write_video
 from PIL import Image
 
 from megatron_apt.cli import main
-from megatron_apt.data import each as each_module
-from megatron_apt.data import encode as encode_module
-from megatron_apt.data.encode import EncodeConfig, encode
-from megatron_apt.data.manifest import read_entries
-from megatron_apt.data.rejected import RejectedInput, shown
-from megatron_apt.data.shard_writer import EncodeStopped
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.data.written import UnreadableText, clean, decode_text
+from megatron_apt.encode import command as encode_module
+from megatron_apt.encode import each as each_module
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.manifest import read_entries
+from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.shard_writer import EncodeStopped
+from megatron_apt.encode.written import UnreadableText, clean, decode_text
 from megatron_apt.lock import FolderInUse, FolderLock
 
 

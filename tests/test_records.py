@@ -9,9 +9,9 @@ import pytest
 from megatron_apt import outputs
 from megatron_apt.cli import main
 from megatron_apt.config import ParallelConfig, RunConfig
-from megatron_apt.pipeline import calibration
-from megatron_apt.pipeline.command import ScheduleConfig, parse_cost, schedule
-from megatron_apt.plan import PlanConfig, memory, plan
+from megatron_apt.plan.memory import PlanConfig, memory, plan
+from megatron_apt.plan.schedule import ScheduleConfig, parse_cost, schedule
+from megatron_apt.schedule import calibration
 
 NAN, INF = math.nan, math.inf
 SMALL = {"ranks": 2, "microbatches": 2, "iterations": 1, "evaluations": 0}
@@ -62,7 +62,7 @@ def test_windows_of_too_many_tasks_are_refused_and_counted_right():
 
 
 def schedule_of(**changes):
-    from megatron_apt.pipeline.command import schedules
+    from megatron_apt.plan.schedule import schedules
 
     return schedules(ScheduleConfig(**SMALL, **changes, compare=False))["interleaved"]
 

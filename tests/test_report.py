@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_apt.evaluate.report import FLOOR, Report, Row, Section, render, write_report
+from megatron_apt.demo.report import FLOOR, Report, Row, Section, render, write_report
 
 PROMPTS = ("a handwritten one", "a handwritten one", "a handwritten <two>")
 

@@ -18,8 +18,8 @@ from megatron_apt.checkpoint.store import CheckpointError
 from megatron_apt.config import RunConfig, to_dict
 from megatron_apt.data.identity import identify
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.log import LogError, RunLog, read_rows
-from megatron_apt.train import train
+from megatron_apt.training.log import LogError, RunLog, read_rows
+from megatron_apt.training.train import train
 
 
 def opened(folder, start: int) -> None:

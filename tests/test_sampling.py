@@ -6,7 +6,7 @@ from problems import build, model_config, run_config
 
 from megatron_apt.conventions import shift
 from megatron_apt.models.condition import Condition
-from megatron_apt.sampling import Sampler, sample_noise
+from megatron_apt.sample.sampler import Sampler, sample_noise
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from megatron_apt.config import AptConfig, RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Branch, Phase, Segment, roles_of
-from megatron_apt.pipeline.build import list_schedule, phases_apart, search
-from megatron_apt.pipeline.check import BadSchedule, check
-from megatron_apt.pipeline.command import ScheduleConfig, parse_cost, schedule, schedules
-from megatron_apt.pipeline.graph import Cost, Graph, Task, Window
-from megatron_apt.pipeline.policies import placement, start
-from megatron_apt.pipeline.program import read
-from megatron_apt.pipeline.simulate import Stuck, lower_bound, simulate
+from megatron_apt.plan.schedule import ScheduleConfig, parse_cost, schedule, schedules
+from megatron_apt.schedule.build import list_schedule, phases_apart, search
+from megatron_apt.schedule.check import BadSchedule, check
+from megatron_apt.schedule.graph import Cost, Graph, Task, Window
+from megatron_apt.schedule.policies import placement, start
+from megatron_apt.schedule.program import read
+from megatron_apt.schedule.simulate import Stuck, lower_bound, simulate
 
 APT = METHODS["apt"](RunConfig(method="apt"), None).phases
 

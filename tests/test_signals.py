@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_apt import signals
 from megatron_apt.once import say_once
+from megatron_apt.training import signals
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"
 

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import torch
 
-from megatron_apt.models.text import BuiltinTextEncoder, HuggingFaceTextEncoder, load_text_encoder, train_sentencepiece
+from megatron_apt.encoders.text import BuiltinTextEncoder, HuggingFaceTextEncoder, load_text_encoder, train_sentencepiece
 
 CAPTIONS = [f"a handwritten {digit} moving {way}" for digit in ("zero", "one", "two", "seven") for way in ("left", "right")]
 

@@ -17,8 +17,8 @@ from megatron_apt.models.discriminator import QueryHead
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.spec import choose_backend
 from megatron_apt.parallel.traffic import Traffic
-from megatron_apt.plan import PlanConfig, memory, plan
-from megatron_apt.train import train
+from megatron_apt.plan.memory import PlanConfig, memory, plan
+from megatron_apt.training.train import train
 
 TOOLS = Path(__file__).parents[1] / "tools"
 

@@ -13,9 +13,9 @@ from megatron_apt.checkpoint import store
 from megatron_apt.config import AptConfig, DataConfig, GuardConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
 from megatron_apt.data.batches import Batches, deal
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
-from megatron_apt.log import read_rows
 from megatron_apt.models.discriminator import Discriminator
-from megatron_apt.train import Trainer, train
+from megatron_apt.training.log import read_rows
+from megatron_apt.training.train import Trainer, train
 
 METHODS = ["flow", "consistency", "apt"]
 # The first RMSProp steps are lr * sign(g): a gradient of rounding size would move a weight as far as any other. A large eps makes the step

@@ -11,7 +11,7 @@ from megatron_apt.config import AptConfig
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
 from megatron_apt.kernels.rows import Rows
 from megatron_apt.models.discriminator import head_blocks
-from megatron_apt.pipeline.execute import frozen
+from megatron_apt.schedule.execute import frozen
 
 F64 = model_config(dtype="float64")
 

@@ -16,7 +16,7 @@ import torch
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
 from megatron_apt import scripts
 from megatron_apt.checkpoint import store
-from megatron_apt.log import read_rows
+from megatron_apt.training.log import read_rows
 
 TIMES = {"seconds"}  # differ between equal runs
 

@@ -39,8 +39,8 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
 
     torch.set_num_threads(1)
     from megatron_apt.parallel import startup
-    from megatron_apt.pipeline.execute import Executor
-    from megatron_apt.train import train
+    from megatron_apt.schedule.execute import Executor
+    from megatron_apt.training.train import train
 
     config = digits_run(root, output, iterations=ITERATIONS)
     mesh = startup.start(config.parallel)

@@ -15,11 +15,11 @@ from rich.console import Console
 from megatron_apt import scripts
 from megatron_apt.config import RunConfig
 from megatron_apt.methods import METHODS
-from megatron_apt.pipeline.build import Built, priced
-from megatron_apt.pipeline.check import check_program
-from megatron_apt.pipeline.command import costs_of, figures, parse_cost, table
-from megatron_apt.pipeline.draw import draw
-from megatron_apt.pipeline.program import read
+from megatron_apt.plan.schedule import costs_of, figures, parse_cost, table
+from megatron_apt.schedule.build import Built, priced
+from megatron_apt.schedule.check import check_program
+from megatron_apt.schedule.draw import draw
+from megatron_apt.schedule.program import read
 from megatron_apt.schema import read_bytes
 
 REMEDY = "give a file that `megatron-apt schedule --dump` has written"

@@ -15,9 +15,9 @@ from megatron_apt.models.config import ModelConfig
 
 def write_digits(root: Path) -> None:
     """Encodes 64 digits to root/images."""
-    from megatron_apt.data import digits
-    from megatron_apt.data.encode import EncodeConfig, encode
-    from megatron_apt.models.text import train_sentencepiece
+    from megatron_apt.demo import digits
+    from megatron_apt.encode.command import EncodeConfig, encode
+    from megatron_apt.encoders.text import train_sentencepiece
 
     train_sentencepiece([f"a handwritten {word}" for word in digits.WORDS], str(root / "tokenizer.model"), vocab_size=512)
     manifest = digits.write_digit_images(root / "files", count=64)

@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_apt.checkpoint import store
 from megatron_apt.convert.family import Family
 from megatron_apt.convert.source import PART, ConvertError, read_json
+from megatron_apt.encoders.weight_files import WeightFileError, announced, printable, weight_files
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.weight_files import WeightFileError, announced, printable, weight_files
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 SECOND = "transformer_2"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_apt.checkpoint.commands import from_dict
+from megatron_apt.checkpoint.command import from_dict
 from megatron_apt.convert.family import Family
 from megatron_apt.models.config import ModelConfig
 

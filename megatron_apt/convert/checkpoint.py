@@ -8,7 +8,7 @@ import msgspec
 
 from megatron_apt import schema
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.commands import from_dict
+from megatron_apt.checkpoint.command import from_dict
 from megatron_apt.convert.importer import ROLE
 from megatron_apt.convert.source import part_of
 from megatron_apt.models.config import ModelConfig

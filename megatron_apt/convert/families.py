@@ -6,8 +6,8 @@ from megatron_apt.convert.hunyuan import HUNYUAN
 from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.source import ConvertError
 from megatron_apt.convert.wan import WAN
+from megatron_apt.encoders.weight_files import printable
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.weight_files import printable
 
 FAMILIES: dict[str, Family] = {family.architecture: family for family in (WAN, SD3, FLUX, HUNYUAN)}
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from megatron_apt.convert.source import ConvertError
 from megatron_apt.convert.weights import Mapped, Rule, mapped
+from megatron_apt.encoders.weight_files import printable
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
-from megatron_apt.models.weight_files import printable
 from megatron_apt.parallel.mesh import Mesh
 
 # Fields of config.json whose null means something: as many as in_channels, or none.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_apt.models.weight_files import printable
+from megatron_apt.encoders.weight_files import printable
 
 _MERGE = (
     "merge it into its model with diffusers (load_lora_weights, fuse_lora, unload_lora_weights and save_pretrained of the pipeline) "

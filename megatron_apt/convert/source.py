@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.weights import Mapped
+from megatron_apt.encoders.weight_files import Announced, WeightFileError, announced, printable, read_settings, weight_files
 from megatron_apt.models.config import MOST_BLOCKS, ModelConfig
-from megatron_apt.models.weight_files import Announced, WeightFileError, announced, printable, read_settings, weight_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that published checkpoints hold and diffusers' class leaves unread (its _keys_to_ignore_on_load_unexpected).

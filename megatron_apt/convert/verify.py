@@ -13,9 +13,9 @@ from megatron_apt.models.embeddings import patch_grid, patchify
 from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.stages import Cut, run_line
-from megatron_apt.networks import load_weights
 from megatron_apt.parallel.collectives import max_over
 from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.training.networks import load_weights
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""From video files and captions to latent shards, and from shards to microbatches."""
+"""From latent shards to microbatches."""

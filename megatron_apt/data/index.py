@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from megatron_apt.data.rejected import shown
+from megatron_apt.encode.rejected import shown
 from megatron_apt.schema import Count, Positive, convert, parse_json_lines, read_json
 
 FORMAT, POOLED_FORMAT = 1, 2  # a reader of format 1 alone would take means for the pooled vectors it does not know

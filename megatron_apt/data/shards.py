@@ -32,10 +32,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from megatron_apt.data.index import AGAIN, ARRAYS, BLOCK, IndexLine, Place, read_index, read_info
-from megatron_apt.data.rejected import shown
-from megatron_apt.models.codec import load_codec
-from megatron_apt.models.pipeline_image import ClipImageEncoder, load_image_encoder
-from megatron_apt.models.text import load_text_encoder
+from megatron_apt.encode.rejected import shown
+from megatron_apt.encoders.codec import load_codec
+from megatron_apt.encoders.image import ClipImageEncoder, load_image_encoder
+from megatron_apt.encoders.text import load_text_encoder
 
 TOKENIZER = "tokenizer.model"
 CONDITIONS = "conditions.safetensors"

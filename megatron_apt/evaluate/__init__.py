@@ -1,1 +1,1 @@
-"""How good the samples are (Frechet distance, class accuracy, diversity), and the report a person reads."""
+"""How good samples are: Frechet distance, class accuracy, diversity."""

@@ -1,1 +1,1 @@
-"""Diffusion transformers, their discriminator, codecs and text encoders."""
+"""Diffusion transformers and their discriminator."""

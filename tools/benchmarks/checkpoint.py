@@ -27,7 +27,7 @@ from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel import startup
-from megatron_apt.train import Trainer
+from megatron_apt.training.train import Trainer
 
 
 def blocking_save(tensors: dict, file: Path) -> float:

@@ -31,7 +31,7 @@ from megatron_apt.models.config import ModelConfig
 
 
 def time_steps(mesh, config, steps: int) -> list[float]:
-    from megatron_apt.train import Trainer
+    from megatron_apt.training.train import Trainer
 
     overlapped, plain = (
         Trainer(replace(config, output=f"{config.output}-{name}", optimizer=replace(config.optimizer, overlap=name == "on")), mesh)
@@ -50,7 +50,7 @@ def time_steps(mesh, config, steps: int) -> list[float]:
 def count_bytes(mesh, config) -> tuple[dict[str, int], dict[str, int]]:
     """({axis kind: bytes sent}, {axis: least possible})."""
     from megatron_apt.parallel.traffic import Traffic
-    from megatron_apt.train import Trainer
+    from megatron_apt.training.train import Trainer
 
     trainer = Trainer(config, mesh)
     trainer.step()  # from the second on, reductions overlap

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from megatron_apt import outputs, scripts
-from megatron_apt.data.decode import Clip, decode_clip, decode_clips
+from megatron_apt.encode.decode import Clip, decode_clip, decode_clips
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import tyro
 from PIL import Image
 
 from megatron_apt import outputs, scripts
-from megatron_apt.data.encode import EncodeConfig, encode
+from megatron_apt.encode.command import EncodeConfig, encode
 
 MOST_PIXELS = EncodeConfig.most_pixels
 

@@ -34,7 +34,7 @@ from megatron_apt.models.stages import Cut
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.mesh import Axis, Mesh
 from megatron_apt.parallel.startup import start
-from megatron_apt.pipeline.calibration import block_flops
+from megatron_apt.schedule.calibration import block_flops
 
 GRID = (13, 45, 80)  # 49 frames of 720 x 1280 through a codec of 4 x 8 x 8 and patches of 1 x 2 x 2: 46,800 tokens
 TEXT = 256

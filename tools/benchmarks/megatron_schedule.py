@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Branch, Phase, Segment
 from megatron_apt.models.stages import State
-from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.execute import frozen
+from megatron_apt.schedule.execute import frozen
+from megatron_apt.training.networks import Network
 
 Shape = tuple[int, ...]
 

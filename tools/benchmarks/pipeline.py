@@ -44,15 +44,15 @@ from megatron_apt import scripts
 from megatron_apt.config import AptConfig, ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Method
-from megatron_apt.networks import Network
 from megatron_apt.parallel.mesh import Mesh
-from megatron_apt.pipeline.actions import Action, Task
-from megatron_apt.pipeline.execute import Executor, _Run
-from megatron_apt.pipeline.graph import Graph
-from megatron_apt.pipeline.mail import Mail
-from megatron_apt.pipeline.prepare import Pipeline
-from megatron_apt.pipeline.program import Program
-from megatron_apt.pipeline.simulate import Timeline, simulate
+from megatron_apt.schedule.actions import Action, Task
+from megatron_apt.schedule.execute import Executor, _Run
+from megatron_apt.schedule.graph import Graph
+from megatron_apt.schedule.mail import Mail
+from megatron_apt.schedule.prepare import Pipeline
+from megatron_apt.schedule.program import Program
+from megatron_apt.schedule.simulate import Timeline, simulate
+from megatron_apt.training.networks import Network
 
 # --- one problem on all schedules
 

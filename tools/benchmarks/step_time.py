@@ -22,9 +22,9 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.parts import DTYPES
-from megatron_apt.optim.optimizers import AdamW
-from megatron_apt.optim.sharded import ShardedParameters
 from megatron_apt.parallel.startup import start
+from megatron_apt.training.optimizers import AdamW
+from megatron_apt.training.sharded import ShardedParameters
 
 LAYERS, HEADS, HEAD, CHANNELS, SIDE, TEXT, TEXT_WIDTH = 8, 8, 64, 16, 64, 77, 1024
 

@@ -10,7 +10,7 @@ CONTROL = "whole and sound"  # caption of the picture that nothing may disturb
 
 
 def write_tokenizer(file: Path) -> None:
-    from megatron_apt.models.text import train_sentencepiece
+    from megatron_apt.encoders.text import train_sentencepiece
 
     train_sentencepiece([CONTROL, "a damaged file, of some kind"], file, vocab_size=512)
 

@@ -138,9 +138,9 @@ def json_damage(rng: random.Random, value: object, least: int = 0) -> tuple[byte
     if how < 0.15 and path:
         return json.dumps(_without(value, path)).encode(), f"{shown} missing", name
     if how < 0.20 and path and isinstance(path[-1], str):
-        text = json.dumps(_replaced(value, path, "@@"))
+        text = json.dumps(_replaced(value, path, ""))
         key = json.dumps(path[-1])
-        return text.replace(f'{key}: "@@"', f"{key}: 1, {key}: null", 1).encode(), f"{shown} twice", name
+        return text.replace(f'{key}: ""', f"{key}: 1, {key}: null", 1).encode(), f"{shown} twice", name
     if how < 0.25:
         text, what = bytes_damage(rng, json.dumps(value).encode())
         return text, what, name
@@ -148,7 +148,7 @@ def json_damage(rng: random.Random, value: object, least: int = 0) -> tuple[byte
         return _text_damage(rng, json.dumps(value), name)
     if how < 0.55:
         described, raw = rng.choice(list(_RAW.items()))
-        return json.dumps(_replaced(value, path, "@@")).replace('"@@"', raw, 1).encode(), f"{shown} is {described}", name
+        return json.dumps(_replaced(value, path, "")).replace('""', raw, 1).encode(), f"{shown} is {described}", name
     new = rng.choice(_VALUES)
     return json.dumps(_replaced(value, path, new)).encode(), f"{shown} is {json.dumps(new)[:40]}", name
 

@@ -26,7 +26,7 @@ def write_records(valid: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from megatron_apt.data import digits
+    from megatron_apt.demo import digits
 
     write_run(valid)
     (valid / "calibration.json").write_text(json.dumps(_CALIBRATION))

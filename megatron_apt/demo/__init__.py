@@ -1,0 +1,1 @@
+"""The main job on real data, on a CPU: its recipes, what it measures, and the report a person reads."""

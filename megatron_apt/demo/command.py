@@ -1,0 +1,192 @@
+"""The main job on real data: encode, diffusion, consistency, APT and the aR1 ablation on images, then on clips; a report after every stage.
+
+Every stage leaves a mark when it is done and training checkpoints while it runs, so an interrupted demo continues where it was.
+It runs data-parallel on the processes that launch.py starts.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_apt.checkpoint.store import write_atomically
+from megatron_apt.config import ParallelConfig, RunConfig
+from megatron_apt.demo import digits, recipes, suite
+from megatron_apt.demo import files as demo_files
+from megatron_apt.demo.files import Progress
+from megatron_apt.demo.interrupts import Interrupts
+from megatron_apt.demo.recipes import DemoConfig
+from megatron_apt.demo.report import write_report
+from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encoders.text import train_sentencepiece
+from megatron_apt.lock import FolderLock
+from megatron_apt.parallel import startup
+from megatron_apt.parallel.agree import on_main
+from megatron_apt.parallel.mesh import Mesh
+from megatron_apt.training.progress import training_progress
+from megatron_apt.training.train import train
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named piece of the demo."""
+
+    name: str
+    run: Callable[[Mesh], None]
+    rows: tuple[suite.Measured, ...] = ()
+    """What it measures."""
+
+
+def place(config: DemoConfig) -> recipes.Place:
+    return recipes.Place(config.root, effort=0.05 if config.quick else 1.0)
+
+
+def stages(config: DemoConfig) -> list[Stage]:
+    """Everything the demo does, in order."""
+    here = place(config)
+    runs = {
+        "images": [recipes.image_flow, recipes.image_consistency, recipes.image_apt, recipes.image_apt_without_ar1],
+        "videos": [recipes.video_flow, recipes.video_consistency, recipes.video_apt],
+    }
+    result = []
+    for section in ("images",) if config.stage == "images" else ("images", "videos"):
+        result.append(Stage(f"{section}/encode", lambda mesh, section=section: ensure_digits(here, section)))
+        for recipe in runs[section]:
+            run = recipe(here)
+            name = run.output.removeprefix(here.root + "/")
+            rows = tuple(row for row in suite.SUITES[section] if row.run == name)
+            result.append(Stage(name, lambda mesh, run=run, name=name: _train(run, mesh, name)))
+            measure = lambda mesh, section=section, rows=rows: suite.evaluate(here, section, rows, mesh, config.quick)  # noqa: E731
+            result.append(Stage(f"{name}/evaluation", measure, rows))
+    return result
+
+
+def ensure_digits(here: recipes.Place, section: str) -> None:
+    """Writes the digits as picture or video files and encodes them like anybody's; once, whichever process comes first."""
+    output = here.data(section)
+    with _lock(Path(here.root) / "data"):
+        if (Path(output) / "dataset.json").exists():
+            return
+        tokenizer = here.data("tokenizer.model")
+        if not Path(tokenizer).exists():
+            things = [f"a handwritten {word}" for word in digits.WORDS]
+            train_sentencepiece(things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS], tokenizer, vocab_size=512)
+        source = here.data(f"{section}-files")
+        # Shift and scale bring latents near zero mean and unit variance. Clips are cut into whole groups of four frames: a first frame that
+        # stands alone would leave channels at exactly zero in real data, by which a discriminator knows every generated sample.
+        if section == "images":
+            manifest = digits.write_digit_images(source)
+            bucket = {"frames": 1, "height": 8, "width": 8, "pixel_temporal": 1, "pixel_shift": -0.39, "pixel_scale": 0.75}
+        else:
+            manifest = digits.write_digit_clips(source, frames=8, height=8, width=16, step=1)
+            bucket = {"frames": 8, "height": 8, "width": 16, "pixel_causal": False, "pixel_shift": -0.69, "pixel_scale": 0.6}
+        # The negative prompt is the empty one: a model that has read nothing but these captions knows no other.
+        encode(EncodeConfig(str(manifest), output, **bucket, pixel_channels=1, tokenizer=tokenizer, text_width=32, negative_prompt=""))
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with demo_files.named_failure(folder / ".lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644))
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _train(run: RunConfig, mesh: Mesh, label: str) -> None:
+    with training_progress(run, enabled=mesh.is_main, label=label) as report:
+        train(run, mesh, report)
+
+
+def run_demo(config: DemoConfig) -> None:
+    """Runs what is not done yet, on this rank.
+
+    Raises:
+        SystemExit: a signal ended it; the same command goes on there.
+        ValueError: the folder is in use, cannot be written to, or holds a demo of another --quick.
+    """
+    mesh = startup.start(ParallelConfig())
+    with Interrupts(config, mesh):
+        with FolderLock(config.root, demo_files.WHAT, demo_files.OPTION, mesh):
+            _run_stages(config, mesh)
+        startup.stop()
+
+
+def _run_stages(config: DemoConfig, mesh: Mesh) -> None:
+    root = Path(config.root)
+    console = Console(soft_wrap=True, quiet=not mesh.is_main)
+    progress = on_main(mesh, lambda: demo_files.load_progress(config))
+    remaining = on_main(mesh, lambda: [stage.name for stage in _remaining(config, progress)])
+    chosen = {stage.name: stage for stage in stages(config)}
+    for number, name in enumerate(remaining, 1):
+        console.rule(f"{name}   ({number} of {len(remaining)})")
+        began = time.perf_counter()
+        try:
+            chosen[name].run(mesh)
+            dist.barrier()
+            progress["done"] = [*(done for done in progress["done"] if done != name), name]
+        finally:
+            spent = progress["seconds"].get(name, 0.0) + time.perf_counter() - began
+            progress["seconds"][name] = round(spent, 2)
+            if mesh.is_main:
+                demo_files.save_progress(root, progress)
+        if number == len(remaining) or not remaining[number].endswith("/evaluation"):
+            on_main(mesh, lambda: str(rewrite_report(config)))
+        console.print(f"{name} took {spent:.1f} s; report: {root / 'report.html'}", highlight=False)
+    on_main(mesh, lambda: _conclude(config, console))
+
+
+def _remaining(config: DemoConfig, progress: Progress) -> list[Stage]:
+    """Stages that are not done, or whose figures are gone or damaged."""
+    here = place(config)
+
+    def is_done(stage: Stage) -> bool:
+        if stage.name not in progress["done"]:
+            return False
+        trouble = next(filter(None, (suite.trouble(here, stage.name.partition("/")[0], row) for row in stage.rows)), "")
+        if trouble:
+            print(f"{trouble}; measured again")
+        return not trouble
+
+    return [stage for stage in stages(config) if not is_done(stage)]
+
+
+def _conclude(config: DemoConfig, console: Console) -> None:
+    report = rewrite_report(config)
+    console.rule("done")
+    _print_table(console, suite.demo_results(place(config), {}))
+    console.print(f"report: {report}\nresults: {report.with_name('results.json')}", highlight=False)
+
+
+def rewrite_report(config: DemoConfig) -> Path:
+    """Report and results.json from what is done so far.
+
+    Raises:
+        ValueError: no demo there, one of its files is damaged, or the report cannot be written.
+    """
+    root = Path(config.root)
+    progress = demo_files.found_progress(root)
+    config = replace(config, quick=progress["quick"])
+    pending = tuple(stage.name for stage in stages(config) if stage.name not in progress["done"])
+    results = json.dumps(suite.demo_results(place(config), progress["seconds"]), indent=1)
+    text = json.dumps([asdict(recipe(place(config))) for recipe in (recipes.image_apt, recipes.video_apt)], indent=1)
+    report = suite.demo_report(place(config), progress["seconds"], pending, text)
+    demo_files.write(root / "results.json", lambda file: write_atomically(file, results))
+    demo_files.write(root / "report.html", lambda file: write_report(file, report))
+    return root / "report.html"
+
+
+def _print_table(console: Console, results: dict) -> None:
+    for section in ("images", "videos"):
+        for key, distance in results.get(section, {}).get("fd", {}).items():
+            console.print(
+                f"{section:7} {key:14} Frechet distance {distance:7.3f}   accuracy {results[section]['accuracy'][key]:.3f}", highlight=False
+            )

@@ -1,0 +1,1 @@
+"""The training loop and what surrounds it: networks with their optimisers, logs, progress, and what ends a run early."""
