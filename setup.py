@@ -3,7 +3,8 @@ from setuptools import find_packages, setup
 setup(
     name="megatron_apt",
     version="0.1.0",
-    description="Megatron-style adversarial post-training: video diffusion transformers into one-step generators",
+    description="Megatron-style adversarial post-training: video diffusion transformers into one-step "
+    "generators",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -35,7 +36,14 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.8", "nvidia-dali-cuda130>=2.4"],
-        "dev": ["accelerate>=1.0", "hypothesis>=6", "pytest>=8", "ruff>=0.9", "scikit-video>=1.1.11", "scipy>=1.14"],
+        "dev": [
+            "accelerate>=1.0",
+            "hypothesis>=6",
+            "pytest>=8",
+            "ruff>=0.9",
+            "scikit-video>=1.1.11",
+            "scipy>=1.14",
+        ],
         "wandb": ["wandb>=0.18"],
     },
     entry_points={"console_scripts": ["megatron-apt=megatron_apt.cli:main"]},

@@ -1,20 +1,31 @@
-"""FLUX.1 dev (12B) into a one-step generator of pictures, on 64 GPUs. Not run at this size; tests build the recipes and run a tiny Flux.
+"""FLUX.1 dev (12B) into a one-step generator of pictures, on 64 GPUs. Not run at this
+size; tests build the recipes and run a tiny Flux.
 
-    megatron-apt convert import FLUX.1-dev runs/flux/pretrained
-    megatron-apt encode --source pictures/ --output data/images --height 1024 --width 1024 \\
+    megatron-apt convert import FLUX.1-dev runs/flux/pretrained megatron-apt encode
+    --source pictures/ --output data/images --height 1024 --width 1024 \\
         --codec kl --codec-path FLUX.1-dev/vae --text FLUX.1-dev
     srun megatron-apt train examples/flux.py:consistency
     srun megatron-apt train examples/flux.py:apt
     megatron-apt convert export runs/flux/apt flux-one-step --base FLUX.1-dev
 
-The published weights hold guidance already: they are told its scale (model.flux.guidance, 3.5 as in the pipeline), in every stage the same, and the
-exported pipeline is called with it as its guidance_scale. Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's for
-images; batches are smaller (see examples/wan.py).
+The published weights hold guidance already: they are told its scale (model.flux.guidance,
+3.5 as in the pipeline), in every stage the same, and the exported pipeline is called with
+it as its guidance_scale. Losses, learning rates, sigma, s, averages and numbers of
+updates are the APT paper's for images; batches are smaller (see examples/wan.py).
 """
 
 from dataclasses import replace
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RetentionConfig,
+    RunConfig,
+)
 from megatron_apt.models.config import flux_dev
 
 PRETRAINED = "runs/flux/pretrained"

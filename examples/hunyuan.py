@@ -1,28 +1,42 @@
-"""HunyuanVideo (13B) into a one-step generator, on 256 GPUs. Not run at this size; tests build the recipes and run a tiny HunyuanVideo.
+"""HunyuanVideo (13B) into a one-step generator, on 256 GPUs. Not run at this size; tests
+build the recipes and run a tiny HunyuanVideo.
 
-    megatron-apt convert import HunyuanVideo runs/hunyuan/pretrained
-    megatron-apt encode --source clips/ --output data/videos --frames 49 --height 544 --width 960 --fps 24 \\
+    megatron-apt convert import HunyuanVideo runs/hunyuan/pretrained megatron-apt encode
+    --source clips/ --output data/videos --frames 49 --height 544 --width 960 --fps 24 \\
         --codec hunyuan --codec-path HunyuanVideo/vae --text HunyuanVideo
     srun megatron-apt train examples/hunyuan.py:consistency
     srun megatron-apt train examples/hunyuan.py:image
     srun megatron-apt train examples/hunyuan.py:video
     megatron-apt convert export runs/hunyuan/video hunyuan-one-step --base HunyuanVideo
 
-The published weights hold guidance already: they are told its scale (model.hunyuan.guidance, 6 as in the pipeline), in every stage the same, and the
-exported pipeline is called with it as its guidance_scale. Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's;
-batches are smaller (see examples/wan.py).
+The published weights hold guidance already: they are told its scale
+(model.hunyuan.guidance, 6 as in the pipeline), in every stage the same, and the exported
+pipeline is called with it as its guidance_scale. Losses, learning rates, sigma, s,
+averages and numbers of updates are the APT paper's; batches are smaller (see
+examples/wan.py).
 """
 
 from dataclasses import replace
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RetentionConfig,
+    RunConfig,
+)
 from megatron_apt.models.config import hunyuan_video
 
 PRETRAINED = "runs/hunyuan/pretrained"
 
 
 def consistency() -> RunConfig:
-    """Stage 1, on pictures and clips: nothing to fold in (guidance 1); shift 7, with which the model is sampled."""
+    """Stage 1, on pictures and clips: nothing to fold in (guidance 1); shift 7, with
+    which the model is sampled.
+    """
     return RunConfig(
         method="consistency",
         output="runs/hunyuan/consistency",

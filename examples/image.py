@@ -1,11 +1,21 @@
-"""The paper's image stage at its own scale: 8B parameters, 1024 x 1024, batch 9062, 128 to 256 H100. Not run here; the tests build it.
+"""The paper's image stage at its own scale: 8B parameters, 1024 x 1024, batch 9062, 128
+to 256 H100. Not run here; the tests build it.
 
-srun megatron-apt train examples/image.py:apt --data.shards DATASET --init.generator DISTILLED --init.diffusion DIFFUSION
+srun megatron-apt train examples/image.py:apt --data.shards DATASET --init.generator
+DISTILLED --init.diffusion DIFFUSION
 """
 
 from dataclasses import replace
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RetentionConfig,
+    RunConfig,
+)
 from megatron_apt.models.config import seaweed_8b
 
 
@@ -39,7 +49,9 @@ def consistency() -> RunConfig:
 
 
 def apt() -> RunConfig:
-    """Stage 2: lr 5e-6, batch 9062 (no multiple of anything: the remainder is dealt out), 350 updates, aR1 sigma 0.01, s = 1."""
+    """Stage 2: lr 5e-6, batch 9062 (no multiple of anything: the remainder is dealt out),
+    350 updates, aR1 sigma 0.01, s = 1.
+    """
     return replace(
         flow(),
         method="apt",

@@ -1,18 +1,31 @@
-"""Stable Diffusion 3.5 into a one-step generator of pictures: medium on 16 GPUs, large on 64. Not run at this size; tests build the recipes.
+"""Stable Diffusion 3.5 into a one-step generator of pictures: medium on 16 GPUs, large on
+64. Not run at this size; tests build the recipes.
 
     megatron-apt convert import stable-diffusion-3.5-medium runs/sd35/pretrained
-    megatron-apt encode --source pictures/ --output data/images --height 1024 --width 1024 \\
-        --codec kl --codec-path stable-diffusion-3.5-medium/vae --text stable-diffusion-3.5-medium
-    srun megatron-apt train examples/sd35.py:consistency
-    srun megatron-apt train examples/sd35.py:apt
-    megatron-apt convert export runs/sd35/apt sd35-one-step --base stable-diffusion-3.5-medium
+    megatron-apt encode --source pictures/ --output data/images --height 1024 --width 1024
+    \\
+        --codec kl --codec-path stable-diffusion-3.5-medium/vae --text
+        stable-diffusion-3.5-medium
+    srun megatron-apt train examples/sd35.py:consistency srun megatron-apt train
+    examples/sd35.py:apt megatron-apt convert export runs/sd35/apt sd35-one-step --base
+    stable-diffusion-3.5-medium
 
-Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's for images; batches are smaller (see examples/wan.py).
+Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's for
+images; batches are smaller (see examples/wan.py).
 """
 
 from dataclasses import replace
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RetentionConfig,
+    RunConfig,
+)
 from megatron_apt.models.config import sd35_large, sd35_medium
 
 PRETRAINED = "runs/sd35/pretrained"
@@ -55,7 +68,12 @@ def apt() -> RunConfig:
 
 def _large(config: RunConfig) -> RunConfig:
     """8B: two tensor-parallel ranks, and a pipeline of 2 stages."""
-    return replace(config, model=sd35_large(), output=f"{config.output}-large", parallel=ParallelConfig(tp=2, pp=2, sequence_parallel=True))
+    return replace(
+        config,
+        model=sd35_large(),
+        output=f"{config.output}-large",
+        parallel=ParallelConfig(tp=2, pp=2, sequence_parallel=True),
+    )
 
 
 def consistency_large() -> RunConfig:
@@ -65,4 +83,6 @@ def consistency_large() -> RunConfig:
 
 def apt_large() -> RunConfig:
     """Stage 2."""
-    return replace(_large(apt()), init=InitConfig(generator="runs/sd35/consistency-large", diffusion=PRETRAINED))
+    return replace(
+        _large(apt()), init=InitConfig(generator="runs/sd35/consistency-large", diffusion=PRETRAINED)
+    )

@@ -1,10 +1,12 @@
-"""The demo's runs, for `megatron-apt train examples/tiny.py:NAME` on a CPU, in one process or several.
+"""The demo's runs, for `megatron-apt train examples/tiny.py:NAME` on a CPU, in one
+process or several.
 
-    megatron-apt train examples/tiny.py:image
-    torchrun --nproc-per-node 2 -m megatron_apt train examples/tiny.py:image --parallel.tp 2
+    megatron-apt train examples/tiny.py:image torchrun --nproc-per-node 2 -m megatron_apt
+    train examples/tiny.py:image --parallel.tp 2
 
-The digits are written and encoded on first use. Later stages start from the demo's checkpoints where there are some (`make demo`), and
-otherwise from weights drawn from the seed, which trains but shows nothing of the method's quality.
+The digits are written and encoded on first use. Later stages start from the demo's
+checkpoints where there are some (`make demo`), and otherwise from weights drawn from the
+seed, which trains but shows nothing of the method's quality.
 """
 
 import warnings
@@ -24,7 +26,11 @@ def _run(recipe, name: str) -> RunConfig:
         ensure_digits(PLACE, Path(folder).name)
     sources = [source for source in (config.init.generator, config.init.diffusion) if source]
     if not all(Path(source, "checkpoints", "latest").exists() for source in sources):
-        warnings.warn(f"no checkpoints in {' and '.join(sources)} (run `make demo` first): starting from random weights", stacklevel=2)
+        warnings.warn(
+            f"no checkpoints in {' and '.join(sources)} (run `make demo` first): starting from random "
+            "weights",
+            stacklevel=2,
+        )
         config = replace(config, init=InitConfig())
     return replace(config, output=f"runs/tiny/{name}")
 

@@ -1,13 +1,22 @@
-"""The paper's video stage at its own scale: 8B parameters, 1280 x 720, 2 s at 24 fps, batch 2048, 1,024 H100. Not run here; the tests build it.
+"""The paper's video stage at its own scale: 8B parameters, 1280 x 720, 2 s at 24 fps,
+batch 2048, 1,024 H100. Not run here; the tests build it.
 
-srun megatron-apt train examples/video.py:apt --data.shards DATASET --init.generator runs/image/apt:ema --init.diffusion DIFFUSION
+srun megatron-apt train examples/video.py:apt --data.shards DATASET --init.generator
+runs/image/apt:ema --init.diffusion DIFFUSION
 """
 
 from dataclasses import replace
 
 import image
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
 
 PARALLEL = ParallelConfig(tp=4, cp=2)
 
@@ -30,7 +39,9 @@ def consistency() -> RunConfig:
 
 
 def apt() -> RunConfig:
-    """Stage 2: G from the image stage's EMA, D again from the diffusion weights; lr 3e-6, batch 2048, 300 updates, sigma 0.1, s = 12."""
+    """Stage 2: G from the image stage's EMA, D again from the diffusion weights; lr 3e-6,
+    batch 2048, 300 updates, sigma 0.1, s = 12.
+    """
     return replace(
         image.apt(),
         output="runs/video/apt",

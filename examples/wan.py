@@ -1,40 +1,59 @@
-"""A pretrained Wan into a one-step generator: 1.3B and 5B on 32 GPUs, 14B on 256. Not run at this size; tests build the recipes and run a tiny Wan.
+"""A pretrained Wan into a one-step generator: 1.3B and 5B on 32 GPUs, 14B on 256. Not run
+at this size; tests build the recipes and run a tiny Wan.
 
-    megatron-apt convert import Wan2.1-T2V-1.3B-Diffusers runs/wan/pretrained
-    megatron-apt encode --source clips/ --output data/videos --frames 49 --height 480 --width 832 --fps 16 \\
-        --codec wan --codec-path Wan2.1-T2V-1.3B-Diffusers/vae --text Wan2.1-T2V-1.3B-Diffusers
-    srun megatron-apt train examples/wan.py:consistency
-    srun megatron-apt train examples/wan.py:image
-    srun megatron-apt train examples/wan.py:video
-    megatron-apt convert export runs/wan/video wan-one-step --base Wan2.1-T2V-1.3B-Diffusers
+    megatron-apt convert import Wan2.1-T2V-1.3B-Diffusers runs/wan/pretrained megatron-apt
+    encode --source clips/ --output data/videos --frames 49 --height 480 --width 832 --fps
+    16 \\
+        --codec wan --codec-path Wan2.1-T2V-1.3B-Diffusers/vae --text
+        Wan2.1-T2V-1.3B-Diffusers
+    srun megatron-apt train examples/wan.py:consistency srun megatron-apt train
+    examples/wan.py:image srun megatron-apt train examples/wan.py:video megatron-apt
+    convert export runs/wan/video wan-one-step --base Wan2.1-T2V-1.3B-Diffusers
 
-Image to video with Wan2.1's 14B (one consistency and one APT stage, both on clips; a sample continues a given first frame):
+Image to video with Wan2.1's 14B (one consistency and one APT stage, both on clips; a
+sample continues a given first frame):
 
     megatron-apt convert import Wan2.1-I2V-14B-480P-Diffusers runs/wan/pretrained-i2v
-    megatron-apt encode --source clips/ --output data/videos-i2v --frames 49 --height 480 --width 832 --fps 16 --image-to-video \\
-        --codec wan --codec-path Wan2.1-I2V-14B-480P-Diffusers/vae --text Wan2.1-I2V-14B-480P-Diffusers
-    srun megatron-apt train examples/wan.py:consistency_i2v_14b
-    srun megatron-apt train examples/wan.py:video_i2v_14b
-    megatron-apt sample runs/wan/video-i2v-14b --image first.png --prompts "the boat leaves the harbour" --format mp4 --fps 16
-    megatron-apt convert export runs/wan/video-i2v-14b wan-i2v-one-step --base Wan2.1-I2V-14B-480P-Diffusers
+    megatron-apt encode --source clips/ --output data/videos-i2v --frames 49 --height 480
+    --width 832 --fps 16 --image-to-video \\
+        --codec wan --codec-path Wan2.1-I2V-14B-480P-Diffusers/vae --text
+        Wan2.1-I2V-14B-480P-Diffusers
+    srun megatron-apt train examples/wan.py:consistency_i2v_14b srun megatron-apt train
+    examples/wan.py:video_i2v_14b megatron-apt sample runs/wan/video-i2v-14b --image
+    first.png --prompts "the boat leaves the harbour" --format mp4 --fps 16 megatron-apt
+    convert export runs/wan/video-i2v-14b wan-i2v-one-step --base
+    Wan2.1-I2V-14B-480P-Diffusers
 
-With Wan2.2's 5B, whose weights and datasets are those of text to video (which `--model.wan.no-first-frame` trains instead):
+With Wan2.2's 5B, whose weights and datasets are those of text to video (which
+`--model.wan.no-first-frame` trains instead):
 
-    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b --first-frame
-    megatron-apt encode --source clips/ --output data/videos-5b --frames 49 --height 704 --width 1280 --fps 24 \\
-        --codec wan --codec-path Wan2.2-TI2V-5B-Diffusers/vae --text Wan2.2-TI2V-5B-Diffusers
-    srun megatron-apt train examples/wan.py:consistency_i2v_5b
-    srun megatron-apt train examples/wan.py:video_i2v_5b
-    megatron-apt sample runs/wan/video-i2v-5b --image first.png --prompts "the boat leaves the harbour" --format mp4 --fps 24
-    megatron-apt convert export runs/wan/video-i2v-5b wan-i2v-one-step --base Wan2.2-TI2V-5B-Diffusers
+    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b
+    --first-frame megatron-apt encode --source clips/ --output data/videos-5b --frames 49
+    --height 704 --width 1280 --fps 24 \\
+        --codec wan --codec-path Wan2.2-TI2V-5B-Diffusers/vae --text
+        Wan2.2-TI2V-5B-Diffusers
+    srun megatron-apt train examples/wan.py:consistency_i2v_5b srun megatron-apt train
+    examples/wan.py:video_i2v_5b megatron-apt sample runs/wan/video-i2v-5b --image
+    first.png --prompts "the boat leaves the harbour" --format mp4 --fps 24 megatron-apt
+    convert export runs/wan/video-i2v-5b wan-i2v-one-step --base Wan2.2-TI2V-5B-Diffusers
 
-Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's. Batches are not: it had 1,024 GPUs. RMSProp's steps hardly
-depend on the size of a gradient, so smaller batches keep the learning rate and take noisier steps.
+Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's.
+Batches are not: it had 1,024 GPUs. RMSProp's steps hardly depend on the size of a
+gradient, so smaller batches keep the learning rate and take noisier steps.
 """
 
 from dataclasses import replace
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RetentionConfig,
+    RunConfig,
+)
 from megatron_apt.models.config import wan_1_3b, wan_5b_i2v, wan_14b, wan_14b_i2v
 
 PRETRAINED = "runs/wan/pretrained"
@@ -44,7 +63,9 @@ LENGTH = 512  # Wan reads captions padded with zeros to this, unmasked
 
 
 def consistency() -> RunConfig:
-    """Stage 1, on pictures and clips: guidance 5 (Wan's own for 480p) folded in; shift 5 for its mostly video grid."""
+    """Stage 1, on pictures and clips: guidance 5 (Wan's own for 480p) folded in; shift 5
+    for its mostly video grid.
+    """
     return RunConfig(
         method="consistency",
         output="runs/wan/consistency",
@@ -94,7 +115,12 @@ def video() -> RunConfig:
 
 def _large(config: RunConfig) -> RunConfig:
     """14B: G and D of 40 blocks in a pipeline of 4 stages, 8 GPUs a stage."""
-    return replace(config, model=wan_14b(), output=f"{config.output}-14b", parallel=ParallelConfig(tp=4, cp=2, pp=4, sequence_parallel=True))
+    return replace(
+        config,
+        model=wan_14b(),
+        output=f"{config.output}-14b",
+        parallel=ParallelConfig(tp=4, cp=2, pp=4, sequence_parallel=True),
+    )
 
 
 def consistency_14b() -> RunConfig:
@@ -104,7 +130,9 @@ def consistency_14b() -> RunConfig:
 
 def image_14b() -> RunConfig:
     """Stage 2 on pictures."""
-    return replace(_large(image()), init=InitConfig(generator="runs/wan/consistency-14b", diffusion=PRETRAINED))
+    return replace(
+        _large(image()), init=InitConfig(generator="runs/wan/consistency-14b", diffusion=PRETRAINED)
+    )
 
 
 def video_14b() -> RunConfig:
@@ -114,12 +142,18 @@ def video_14b() -> RunConfig:
 
 def _image_to_video(config: RunConfig) -> RunConfig:
     """On clips alone: a picture that is its own first frame leaves nothing to generate."""
-    return replace(config, model=wan_14b_i2v(), data=DataConfig(shards=("data/videos-i2v",), text_length=LENGTH))
+    return replace(
+        config, model=wan_14b_i2v(), data=DataConfig(shards=("data/videos-i2v",), text_length=LENGTH)
+    )
 
 
 def consistency_i2v_14b() -> RunConfig:
     """Stage 1."""
-    return replace(_image_to_video(consistency_14b()), output="runs/wan/consistency-i2v-14b", init=InitConfig(diffusion=PRETRAINED_I2V))
+    return replace(
+        _image_to_video(consistency_14b()),
+        output="runs/wan/consistency-i2v-14b",
+        init=InitConfig(diffusion=PRETRAINED_I2V),
+    )
 
 
 def video_i2v_14b() -> RunConfig:
@@ -141,4 +175,6 @@ def consistency_i2v_5b() -> RunConfig:
 
 def video_i2v_5b() -> RunConfig:
     """Stage 2, from the distilled model."""
-    return replace(_five(video()), init=InitConfig(generator="runs/wan/consistency-i2v-5b", diffusion=PRETRAINED_5B))
+    return replace(
+        _five(video()), init=InitConfig(generator="runs/wan/consistency-i2v-5b", diffusion=PRETRAINED_5B)
+    )

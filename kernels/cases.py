@@ -1,6 +1,8 @@
-"""Every kernel with inputs, and what it moves and computes, for the benchmark and the compile check.
+"""Every kernel with inputs, and what it moves and computes, for the benchmark and the
+compile check.
 
-Shapes are those of the 8B model at 1280x720, 2 s: 46,800 visual tokens of width 3,072 in 24 heads of 128.
+Shapes are those of the 8B model at 1280x720, 2 s: 46,800 visual tokens of width 3,072 in
+24 heads of 128.
 """
 
 from collections.abc import Callable
@@ -11,10 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_apt.kernels.gated_residual import gated_residual, gated_residual_reference
-from megatron_apt.kernels.keyed_noise import Tokens, keyed_normal, keyed_normal_reference, keyed_uniform, token_mix
+from megatron_apt.kernels.keyed_noise import (
+    Tokens,
+    keyed_normal,
+    keyed_normal_reference,
+    keyed_uniform,
+    token_mix,
+)
 from megatron_apt.kernels.launch import Launch, recording
-from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, learnable_query_attention_reference
-from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling, learnable_query_pooling_reference
+from megatron_apt.kernels.learnable_query_attention import (
+    learnable_query_attention,
+    learnable_query_attention_reference,
+)
+from megatron_apt.kernels.learnable_query_pooling import (
+    learnable_query_pooling,
+    learnable_query_pooling_reference,
+)
 from megatron_apt.kernels.modulated_norm import modulated_norm, modulated_norm_reference
 from megatron_apt.kernels.projected_scores import projected_query_pooling, projected_query_pooling_reference
 from megatron_apt.kernels.qk_norm_rope import joint_qkv, joint_qkv_reference
@@ -29,7 +43,8 @@ class Case:
     """One kernel at one shape.
 
     Attributes:
-        inputs: makes its tensors on a device; floating-point ones take a gradient where `backward`.
+        inputs: makes its tensors on a device; floating-point ones take a gradient where
+            `backward`.
         ours, eager: the same function of them, by kernels and in torch.
         moved: least bytes between chip and memory, forward and backward.
         flops: of matrix products, forward and backward.
@@ -58,7 +73,10 @@ def pointwise(dtype: torch.dtype, tokens: int = TOKENS, samples: int = 1) -> lis
         return cached.setdefault(device, Rows.uniform(samples, tokens, device))
 
     def norm_inputs(device):
-        return [_normal(device, dtype, samples, tokens, WIDTH), *(_normal(device, dtype, samples, WIDTH) for _ in range(2))]
+        return [
+            _normal(device, dtype, samples, tokens, WIDTH),
+            *(_normal(device, dtype, samples, WIDTH) for _ in range(2)),
+        ]
 
     def residual_inputs(device):
         x, h = (_normal(device, dtype, samples, tokens, WIDTH) for _ in range(2))
@@ -69,7 +87,9 @@ def pointwise(dtype: torch.dtype, tokens: int = TOKENS, samples: int = 1) -> lis
             f"modulated_norm {kind}",
             norm_inputs,
             lambda x, shift, scale, kind=kind: modulated_norm(x, shift, scale, rows(x.device), kind),
-            lambda x, shift, scale, kind=kind: modulated_norm_reference(x, shift, scale, rows(x.device), kind),
+            lambda x, shift, scale, kind=kind: modulated_norm_reference(
+                x, shift, scale, rows(x.device), kind
+            ),
             (2 * size, 3 * size),
         )
         for kind in ("layer", "rms")
@@ -129,13 +149,20 @@ def update(dtype: torch.dtype, weights: int = 2**26) -> Case:
 
 
 def noise(dtype: torch.dtype) -> list[Case]:
-    """One video's latents, 16 x 13 x 90 x 160, and the same as 46,800 tokens of 64 numbers, mixed into samples."""
+    """One video's latents, 16 x 13 x 90 x 160, and the same as 46,800 tokens of 64
+    numbers, mixed into samples.
+    """
     size, grid = (13, 90, 160), (13, 45, 80)
     count = 16 * size[0] * size[1] * size[2]
 
     def tokens(device) -> Tokens:
         positions = torch.cartesian_prod(*(torch.arange(n) for n in grid)).to(device)
-        return Tokens(positions, torch.zeros(TOKENS, dtype=torch.int64, device=device), torch.tensor([size]).to(device), (1, 2, 2))
+        return Tokens(
+            positions,
+            torch.zeros(TOKENS, dtype=torch.int64, device=device),
+            torch.tensor([size]).to(device),
+            (1, 2, 2),
+        )
 
     places: dict[torch.device, Tokens] = {}
 
@@ -146,11 +173,17 @@ def noise(dtype: torch.dtype) -> list[Case]:
 
     def drawn_and_mixed(x, ids, a, b):
         z = keyed_normal_reference(7, ids, count, dtype=x.dtype).view(16, 13, 45, 2, 80, 2)
-        return a.to(x.dtype) * x + b.to(x.dtype) * z.permute(1, 2, 4, 0, 3, 5).reshape(x.shape)  # to tokens, as patchify does
+        # To tokens, as patchify does
+        return a.to(x.dtype) * x + b.to(x.dtype) * z.permute(1, 2, 4, 0, 3, 5).reshape(x.shape)
 
     def tokens_inputs(device):
         number = lambda value: torch.full((1,), value, device=device)  # noqa: E731
-        return [_normal(device, dtype, TOKENS, 64), torch.zeros(1, dtype=torch.int64, device=device), number(0.3), number(0.7)]
+        return [
+            _normal(device, dtype, TOKENS, 64),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            number(0.3),
+            number(0.7),
+        ]
 
     ids = lambda device: [torch.zeros(1, dtype=torch.int64, device=device)]  # noqa: E731
     stream = Case(
@@ -161,12 +194,32 @@ def noise(dtype: torch.dtype) -> list[Case]:
         (count * dtype.itemsize, 0.0),
         backward=False,
     )
-    uniform = Case("keyed_uniform", ids, lambda ids: keyed_uniform(7, ids, count, dtype=dtype), None, (count * dtype.itemsize, 0.0), backward=False)
-    return [stream, uniform, Case("token_mix", tokens_inputs, mixed, drawn_and_mixed, (2 * count * dtype.itemsize, 0.0), backward=False)]
+    uniform = Case(
+        "keyed_uniform",
+        ids,
+        lambda ids: keyed_uniform(7, ids, count, dtype=dtype),
+        None,
+        (count * dtype.itemsize, 0.0),
+        backward=False,
+    )
+    return [
+        stream,
+        uniform,
+        Case(
+            "token_mix",
+            tokens_inputs,
+            mixed,
+            drawn_and_mixed,
+            (2 * count * dtype.itemsize, 0.0),
+            backward=False,
+        ),
+    ]
 
 
 def queries(dtype: torch.dtype, tokens: int = TOKENS) -> list[Case]:
-    """The discriminator's heads; the second and third do without a value projection, the third includes that of keys."""
+    """The discriminator's heads; the second and third do without a value projection, the
+    third includes that of keys.
+    """
     size, product, heads = tokens * WIDTH * dtype.itemsize, 2.0 * tokens * WIDTH * WIDTH, (HEADS, HEAD_SIZE)
     cached: dict[torch.device, Rows] = {}
 
@@ -174,7 +227,9 @@ def queries(dtype: torch.dtype, tokens: int = TOKENS) -> list[Case]:
         return lambda device: [_normal(device, dtype, *shape) for shape in (heads, *wide, (HEAD_SIZE,))]
 
     def on_rows(function: Callable) -> Callable:
-        return lambda *tensors: function(*tensors, cached.setdefault(tensors[0].device, Rows.uniform(1, tokens, tensors[0].device)))
+        return lambda *tensors: function(
+            *tensors, cached.setdefault(tensors[0].device, Rows.uniform(1, tokens, tensors[0].device))
+        )
 
     def case(name, inputs, ours, eager, moved, flops=(0.0, 0.0)):
         return Case(name, inputs, on_rows(ours), on_rows(eager), moved, flops)
@@ -187,7 +242,13 @@ def queries(dtype: torch.dtype, tokens: int = TOKENS) -> list[Case]:
     projection = (WIDTH, WIDTH), (WIDTH,)
     return [
         replace(
-            case("learnable_query_attention", shapes(kv), learnable_query_attention, learnable_query_attention_reference, (2 * size, 4 * size)),
+            case(
+                "learnable_query_attention",
+                shapes(kv),
+                learnable_query_attention,
+                learnable_query_attention_reference,
+                (2 * size, 4 * size),
+            ),
             rival=("SDPA, keys normalised before", sdpa),
         ),
         case(

@@ -1,4 +1,5 @@
-"""Compiles recorded launches for a GPU that need not be there, and reads what they would occupy on it.
+"""Compiles recorded launches for a GPU that need not be there, and reads what they would
+occupy on it.
 
 Not in a process that has TRITON_INTERPRET set: kernels are then no compiler's input.
 """
@@ -17,7 +18,14 @@ from megatron_apt.kernels.launch import Launch, interpreted, triton
 
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on Hopper
 _REGISTERS = 65536  # of a multiprocessor
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,9 @@ class Resources:
 
     @property
     def blocks(self) -> int:
-        """Blocks on a multiprocessor at once, by registers (given out in eights), shared memory and threads."""
+        """Blocks on a multiprocessor at once, by registers (given out in eights), shared
+        memory and threads.
+        """
         by_registers = _REGISTERS // (max(-(-self.registers // 8) * 8, 8) * 32 * self.warps)
         return min(by_registers, SHARED_LIMIT // max(self.shared, 1), 2048 // (32 * self.warps), 32)
 
@@ -43,7 +53,10 @@ class Resources:
         if self.spilled:
             found.append(f"{self.kernel} ({self.types}) spills {self.spilled} bytes a thread")
         if self.shared > SHARED_LIMIT:
-            found.append(f"{self.kernel} ({self.types}) takes {self.shared} bytes of shared memory, {SHARED_LIMIT} are there")
+            found.append(
+                f"{self.kernel} ({self.types}) takes {self.shared} bytes of shared memory, {SHARED_LIMIT} "
+                "are there"
+            )
         return found
 
     def row(self) -> dict[str, object]:
@@ -51,7 +64,9 @@ class Resources:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list]]:
-    """Types, constants and divisibility by 16 of a kernel's parameters, as Triton's own launcher would specialise them."""
+    """Types, constants and divisibility by 16 of a kernel's parameters, as Triton's own
+    launcher would specialise them.
+    """
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     types: dict[str, str] = {}
     constants, attributes = dict(launch.constants), {}
@@ -105,7 +120,9 @@ def _usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
@@ -114,5 +131,8 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     found = {}
     for launch in launches:
         types, constants, attributes = _signature(launch)
-        found.setdefault((launch.kernel, str(types), str(constants), str(attributes), launch.num_warps, launch.num_stages), launch)
+        found.setdefault(
+            (launch.kernel, str(types), str(constants), str(attributes), launch.num_warps, launch.num_stages),
+            launch,
+        )
     return list(found.values())

@@ -1,7 +1,8 @@
 """Residual connection with AdaLN's gate: y = x + gate h, one gate vector per sample.
 
     dx = dy,   dh = gate dy,   dgate = sum over the sample's rows of dy h
-Bytes at e bytes a number: forward 3 R D e (x, h in, y out), backward 3 R D e (dy, h in, dh out; dx is dy itself).
+Bytes at e bytes a number: forward 3 R D e (x, h in, y out), backward 3 R D e (dy, h in,
+dh out; dx is dy itself).
 """
 
 import torch
@@ -23,7 +24,9 @@ def _forward(x_at, gate_at, h_at, y_at, table, width, ROWS: tl.constexpr, TILE: 
     entry = table + 3 * tl.program_id(0)
     sample, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    gate = tl.load(gate_at + sample.to(tl.int64) * width + column, mask=column < width, other=0.0).to(tl.float32)
+    gate = tl.load(gate_at + sample.to(tl.int64) * width + column, mask=column < width, other=0.0).to(
+        tl.float32
+    )
     for first in range(start, stop, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < stop)[:, None] & (column < width)[None, :]
@@ -38,7 +41,9 @@ def _backward(gate_at, h_at, dy_at, dh_at, dgate_at, table, width, ROWS: tl.cons
     entry = table + 3 * tl.program_id(0)
     sample, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    gate = tl.load(gate_at + sample.to(tl.int64) * width + column, mask=column < width, other=0.0).to(tl.float32)
+    gate = tl.load(gate_at + sample.to(tl.int64) * width + column, mask=column < width, other=0.0).to(
+        tl.float32
+    )
     dgate = tl.zeros((ROWS, TILE), tl.float32)
     for first in range(start, stop, ROWS):
         row = first + tl.arange(0, ROWS)

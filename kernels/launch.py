@@ -1,8 +1,10 @@
-"""How this package's Triton kernels are chosen, launched, and, on a machine without a GPU, recorded for compilation.
+"""How this package's Triton kernels are chosen, launched, and, on a machine without a
+GPU, recorded for compilation.
 
-Public calls take a kernel or the reference in torch by one rule (`use_kernels`): kernels on CUDA tensors, references on all others.
-`implementation` overrides it: "reference" everywhere, or "kernels" on CPU tensors too, which needs Triton's interpreter (TRITON_INTERPRET=1 set
-before the first import).
+Public calls take a kernel or the reference in torch by one rule (`use_kernels`): kernels
+on CUDA tensors, references on all others. `implementation` overrides it: "reference"
+everywhere, or "kernels" on CPU tensors too, which needs Triton's interpreter
+(TRITON_INTERPRET=1 set before the first import).
 """
 
 import contextlib
@@ -20,7 +22,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # not on Linux, say; references serve
-    triton, tl = None, SimpleNamespace(constexpr=int)  # of the language, definitions of kernels need its annotation alone
+    # Of the language, definitions of kernels need its annotation alone
+    triton, tl = None, SimpleNamespace(constexpr=int)
 
 Implementation = Literal["auto", "kernels", "reference"]
 
@@ -52,19 +55,27 @@ def choose(choice: Implementation) -> None:
     """Sets the implementation for the rest of the process.
 
     Raises:
-        ValueError: kernels are asked for, and there is no Triton, or nothing that runs them.
+        ValueError: kernels are asked for, and there is no Triton, or nothing that runs
+            them.
     """
     global _implementation
     if choice == "kernels" and triton is None:
         raise ValueError("kernels='kernels': Triton is not installed here; use kernels='auto' or 'reference'")
     if choice == "kernels" and not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError("kernels='kernels': Triton's kernels need CUDA, and there is none here; use kernels='auto' or 'reference'")
+        raise ValueError(
+            "kernels='kernels': Triton's kernels need CUDA, and there is none here; use kernels='auto' or "
+            "'reference'"
+        )
     _implementation = choice
 
 
 def use_kernels(*tensors: Tensor) -> bool:
     """Whether these operands go to a kernel."""
-    if _implementation == "reference" or triton is None or any(t.dtype not in DTYPES for t in tensors if t.is_floating_point()):
+    if (
+        _implementation == "reference"
+        or triton is None
+        or any(t.dtype not in DTYPES for t in tensors if t.is_floating_point())
+    ):
         return False
     return _implementation == "kernels" or tensors[0].is_cuda
 
@@ -83,7 +94,9 @@ class Launch:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Launches inside are written down instead of done, so calls on meta tensors show what they would launch on a GPU."""
+    """Launches inside are written down instead of done, so calls on meta tensors show
+    what they would launch on a GPU.
+    """
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -93,7 +106,14 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
     """Launches a kernel: `arguments` in its order, then its constexpr parameters by name."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, constants, num_warps, num_stages, grid))

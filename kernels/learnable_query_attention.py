@@ -1,18 +1,25 @@
-"""Attention of learned queries over the tokens of each sample: few queries per head (mostly one), no matter how many tokens.
+"""Attention of learned queries over the tokens of each sample: few queries per head
+(mostly one), no matter how many tokens.
 
-For sample i and head h, with n_t = k_t / sqrt(mean(k_t^2) + eps) and scores s_t = (q_h . n_t k_scale) / sqrt(K) over the sample's tokens t:
+For sample i and head h, with n_t = k_t / sqrt(mean(k_t^2) + eps) and scores s_t = (q_h .
+n_t k_scale) / sqrt(K) over the sample's tokens t:
     max = max_t s_t     sum = sum_t e^(s_t - max)     acc = sum_t e^(s_t - max) v_t     output = acc / sum
-The triple (max, sum, acc) of any partition of the tokens merges exactly (log-sum-exp): so do the blocks of a kernel, and context-parallel ranks.
+The triple (max, sum, acc) of any partition of the tokens merges exactly (log-sum-exp): so
+do the blocks of a kernel, and context-parallel ranks.
 
-Backward, with w_t = e^(s_t - max), g = q k_scale / sqrt(K) and max a constant (it cancels in acc / sum):
+Backward, with w_t = e^(s_t - max), g = q k_scale / sqrt(K) and max a constant (it cancels
+in acc / sum):
     dv_t = w_t dacc     ds_t = w_t (dsum + dacc . v_t)     dk_t = (ds_t g - n_t ds_t s_t / K) / rms_t     p_h = sum_t ds_t n_t
     dq_h = p_h k_scale / sqrt(K)     dk_scale = sum_h p_h q_h / sqrt(K)
 since mean(ds g n) = ds s / K: the norm costs the backward no reduction of its own.
 
-Letters: n samples, T tokens, H heads, K head size, Q queries per head. Bytes at e bytes a number: forward 2 T H K e (kv in), backward 4 T H K e
-(kv in, dkv out); the scores are computed again rather than kept. Flops: 8 T H Q K and 20 T H Q K, 2 or 3 a byte of bf16: no work for matrix units.
-A program walks over a block of one sample's tokens for one head. Every row of its tile runs its own online softmax, so that nothing crosses warps in
-the loop; the rows meet once, behind it, and the blocks in a second kernel in a fixed order.
+Letters: n samples, T tokens, H heads, K head size, Q queries per head. Bytes at e bytes a
+number: forward 2 T H K e (kv in), backward 4 T H K e (kv in, dkv out); the scores are
+computed again rather than kept. Flops: 8 T H Q K and 20 T H Q K, 2 or 3 a byte of bf16:
+no work for matrix units. A program walks over a block of one sample's tokens for one
+head. Every row of its tile runs its own online softmax, so that nothing crosses warps in
+the loop; the rows meet once, behind it, and the blocks in a second kernel in a fixed
+order.
 """
 
 import math
@@ -26,7 +33,9 @@ from megatron_apt.kernels.rows import Blocks, Rows
 
 Triple = tuple[Tensor, Tensor, Tensor]  # max, sum, acc
 
-_BLOCK = 256  # tokens: parts are 0.4 % of the bytes of kv, and one video of 46,800 tokens and 24 heads makes 4,392 programs
+# Tokens: parts are 0.4 % of the bytes of kv, and one video of 46,800 tokens and 24 heads
+# makes 4,392 programs
+_BLOCK = 256
 
 
 def learnable_query_attention_reference(q: Tensor, kv: Tensor, k_scale: Tensor, rows: Rows) -> Triple:
@@ -62,7 +71,8 @@ def merge(parts: list[Triple]) -> Triple:
     """The triple of all tokens, from those of the parts of any partition."""
     tops, totals, accs = (torch.stack(kind) for kind in zip(*parts, strict=True))
     top = tops.amax(0)
-    share = torch.exp(tops - top.masked_fill(top == -torch.inf, 0.0))  # no tokens at all: 0, not e^(inf - inf)
+    # No tokens at all: 0, not e^(inf - inf)
+    share = torch.exp(tops - top.masked_fill(top == -torch.inf, 0.0))
     return top, (totals * share).sum(0), (accs * share.unsqueeze(-1)).sum(0)
 
 
@@ -80,8 +90,11 @@ def inverse_rms(k, WIDTH: tl.constexpr):
     return tl.rsqrt(tl.sum(k * k, 1, keep_dims=True) / WIDTH + 1e-6)
 
 
-# Queries are tuples of two-dimensional tiles: a dimension for them would make the compiler lay tiles out across warps and move k and v through shared
-# memory in every step. Tuples grow by `+`, as kernels know no starred expressions.
+# Queries are tuples of two-dimensional tiles: a dimension for them would make the
+# compiler lay tiles out across warps and move k and v through shared memory in every
+# step. Tuples grow by `+`, as kernels know no starred expressions.
+
+
 # ruff: noqa: RUF005
 @jit
 def _forward(
@@ -121,7 +134,8 @@ def _forward(
         for j in tl.static_range(QUERIES):
             score = tl.where(row < stop, tl.sum(k * gains[j], 1, keep_dims=True) * factor, float("-inf"))
             top = tl.maximum(tops[j], score)
-            shift = tl.where(top == float("-inf"), 0.0, top)  # rows that have seen no token: e^(-inf), not e^(inf - inf)
+            # Rows that have seen no token: e^(-inf), not e^(inf - inf)
+            shift = tl.where(top == float("-inf"), 0.0, top)
             fade, weight = tl.exp(tops[j] - shift), tl.exp(score - shift)
             new_tops = new_tops + (top,)
             new_totals = new_totals + (totals[j] * fade + weight,)
@@ -155,7 +169,10 @@ def _merge_blocks(
     highest = tl.full((BLOCKS,), float("-inf"), tl.float32)
     for b in range(begin, end, BLOCKS):
         block = b + tl.arange(0, BLOCKS)
-        highest = tl.maximum(highest, tl.load(tops + block.to(tl.int64) * groups + group, mask=block < end, other=float("-inf")))
+        highest = tl.maximum(
+            highest,
+            tl.load(tops + block.to(tl.int64) * groups + group, mask=block < end, other=float("-inf")),
+        )
     top = tl.max(highest, 0)
     total = tl.zeros((BLOCKS,), tl.float32)
     column = tl.arange(0, TILE)
@@ -167,7 +184,11 @@ def _merge_blocks(
         total += share * tl.load(totals + place, mask=block < end, other=0.0)
         if accs is not None:
             mask = (block < end)[:, None] & (column < WIDTH)[None, :]
-            acc += tl.sum(share[:, None] * tl.load(accs + place[:, None] * WIDTH + column[None, :], mask=mask, other=0.0), 0)
+            acc += tl.sum(
+                share[:, None]
+                * tl.load(accs + place[:, None] * WIDTH + column[None, :], mask=mask, other=0.0),
+                0,
+            )
     place = sample.to(tl.int64) * groups + group
     tl.store(top_at + place, top)
     tl.store(total_at + place, tl.sum(total, 0))
@@ -175,12 +196,31 @@ def _merge_blocks(
         tl.store(acc_at + place * WIDTH + column, acc, mask=column < WIDTH)
 
 
-def merge_blocks(top: Tensor, total: Tensor, acc: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Triples of the blocks, (B, ...) and acc (B, ..., K) -> of the samples (n, ...), in the order of the blocks."""
+def merge_blocks(
+    top: Tensor, total: Tensor, acc: Tensor | None, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Triples of the blocks, (B, ...) and acc (B, ..., K) -> of the samples (n, ...), in
+    the order of the blocks.
+    """
     groups, width = math.prod(top.shape[1:]), acc.shape[-1] if acc is not None else 1
-    out = [None if part is None else part.new_empty(len(blocks.first) - 1, *part.shape[1:]) for part in (top, total, acc)]
+    out = [
+        None if part is None else part.new_empty(len(blocks.first) - 1, *part.shape[1:])
+        for part in (top, total, acc)
+    ]
     grid = (len(out[0]), groups)
-    launch(_merge_blocks, grid, top, total, acc, blocks.first, *out, groups, WIDTH=width, TILE=power_of_2(width), BLOCKS=32)
+    launch(
+        _merge_blocks,
+        grid,
+        top,
+        total,
+        acc,
+        blocks.first,
+        *out,
+        groups,
+        WIDTH=width,
+        TILE=power_of_2(width),
+        BLOCKS=32,
+    )
     return tuple(out)
 
 
@@ -205,7 +245,11 @@ def _backward(
     ROWS: tl.constexpr,
 ):
     head, block = tl.program_id(0), tl.program_id(1)
-    sample, start, stop = tl.load(table + 3 * block), tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
+    sample, start, stop = (
+        tl.load(table + 3 * block),
+        tl.load(table + 3 * block + 1),
+        tl.load(table + 3 * block + 2),
+    )
     column = tl.arange(0, TILE)
     gains, tops, dtotals, daccs, parts = (), (), (), (), ()
     for j in tl.static_range(QUERIES):
@@ -246,15 +290,24 @@ def power_of_2(number: int, least: int = 1) -> int:
 
 
 def _shape(queries: int, width: int) -> dict[str, int]:
-    # 16 numbers a thread of k and of v: two 16-byte loads of each, and registers for several blocks of four warps.
+    # 16 numbers a thread of k and of v: two 16-byte loads of each, and registers for
+    # several blocks of four warps.
     tile = power_of_2(width)
-    return {"QUERIES": queries, "WIDTH": width, "TILE": tile, "ROWS": min(max(2048 // tile, 1), _BLOCK), "num_warps": 4}
+    return {
+        "QUERIES": queries,
+        "WIDTH": width,
+        "TILE": tile,
+        "ROWS": min(max(2048 // tile, 1), _BLOCK),
+        "num_warps": 4,
+    }
 
 
 def query_gradients(part: Tensor, q: Tensor, k_scale: Tensor) -> tuple[Tensor, Tensor]:
     """p (Q, H, K) -> dq, dk_scale."""
     part = part * q.shape[-1] ** -0.5
-    return (part * k_scale).view_as(q).to(q.dtype), (part.view_as(q) * q).flatten(0, -2).sum(0).to(k_scale.dtype)
+    return (part * k_scale).view_as(q).to(q.dtype), (part.view_as(q) * q).flatten(0, -2).sum(0).to(
+        k_scale.dtype
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -264,10 +317,25 @@ class _Attention(torch.autograd.Function):
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         blocks, (heads, width) = rows.blocks(_BLOCK), q.shape[-2:]
         shape = _shape(q.numel() // (heads * width), width)
-        top, total = (torch.empty(len(blocks), *q.shape[:-1], dtype=torch.float32, device=q.device) for _ in range(2))
+        top, total = (
+            torch.empty(len(blocks), *q.shape[:-1], dtype=torch.float32, device=q.device) for _ in range(2)
+        )
         acc = torch.empty(len(blocks), *q.shape, dtype=torch.float32, device=q.device)
         # Heads first: programs that run together read whole rows of kv.
-        launch(_forward, (heads, len(blocks)), q, flat, k_scale, top, total, acc, blocks.table, heads, *flat.stride()[:3], **shape)
+        launch(
+            _forward,
+            (heads, len(blocks)),
+            q,
+            flat,
+            k_scale,
+            top,
+            total,
+            acc,
+            blocks.table,
+            heads,
+            *flat.stride()[:3],
+            **shape,
+        )
         top, total, acc = merge_blocks(top, total, acc, blocks)
         ctx.save_for_backward(q, flat, k_scale, top)
         ctx.rows, ctx.shape, ctx.kv_shape = rows, shape, kv.shape
@@ -281,7 +349,19 @@ class _Attention(torch.autograd.Function):
         blocks, dkv = rows.blocks(_BLOCK), torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
         dkv[rows.total :].zero_()
         part = torch.empty(len(blocks), *q.shape, dtype=torch.float32, device=q.device)
-        arguments = (q, flat, k_scale, top, dtotal.contiguous(), dacc.contiguous(), dkv, part, blocks.table, heads, *flat.stride()[:3])
+        arguments = (
+            q,
+            flat,
+            k_scale,
+            top,
+            dtotal.contiguous(),
+            dacc.contiguous(),
+            dkv,
+            part,
+            blocks.table,
+            heads,
+            *flat.stride()[:3],
+        )
         launch(_backward, (heads, len(blocks)), *arguments, **ctx.shape)
         dq, dk_scale = query_gradients(part.sum(0), q, k_scale)
         return dq, dkv.view(ctx.kv_shape), dk_scale, None
@@ -292,13 +372,14 @@ def learnable_query_attention(q: Tensor, kv: Tensor, k_scale: Tensor, rows: Rows
 
     Args:
         q: (H, K), one learned query per head, or (Q, H, K).
-        kv: (a, b, H, 2, K) keys and values; in the packed form with a * b >= rows.total, the rest being padding.
+        kv: (a, b, H, 2, K) keys and values; in the packed form with a * b >= rows.total,
+            the rest being padding.
         k_scale: (K,) weight of the keys' RMSNorm.
         rows: samples of the tokens.
 
     Returns:
-        max (n, H) or (n, Q, H), without gradient; sum likewise; acc (n, H, K) or (n, Q, H, K); in at least fp32.
-        Samples without tokens have max = -inf, sum = 0, acc = 0.
+        max (n, H) or (n, Q, H), without gradient; sum likewise; acc (n, H, K) or (n, Q,
+        H, K); in at least fp32. Samples without tokens have max = -inf, sum = 0, acc = 0.
     """
     if not use_kernels(q, kv, k_scale):
         return learnable_query_attention_reference(q, kv, k_scale, rows)

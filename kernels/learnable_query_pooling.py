@@ -1,16 +1,19 @@
-"""Attention of one learned query per head that pools the head's input x instead of values: no token needs a value projection.
+"""Attention of one learned query per head that pools the head's input x instead of
+values: no token needs a value projection.
 
 With w_t,h = e^(s_t,h - max_h) and the scores of learnable_query_attention:
     acc_h = sum_t w_t,h x_t  (D,)     and the caller projects once per sample:     output_h = (Wv_h acc_h + sum_h bv_h) / sum_h
 Backward:
     dx_t = sum_h w_t,h dacc_h     ds_t,h = w_t,h (dsum_h + x_t . dacc_h)     and dk, dq, dk_scale from ds as in learnable_query_attention.
 
-Letters: n samples, T tokens, H heads, K head size, D width, e bytes a number. Scores lie as (H, T), in fp32.
+Letters: n samples, T tokens, H heads, K head size, D width, e bytes a number. Scores lie
+as (H, T), in fp32.
                  flops                  bytes                     at T = 46,800, H K = D = 3072, H = 24, bf16
     forward      T H (4 K + 2 D)        T (H K + D) e             7.5 Gflop, 0.58 GB
     backward     T H (12 K + 4 D)       2 T (H K + D) e           16 Gflop, 1.15 GB
-Attention over values moves the same bytes, and its value projection takes 2 T D H K flops forward and 4 T D H K backward: 0.88 and 1.77 Tflop.
-Products over D run on matrix units, with e^(score - max) and dacc in the type of x and sums in fp32.
+Attention over values moves the same bytes, and its value projection takes 2 T D H K flops
+forward and 4 T D H K backward: 0.88 and 1.77 Tflop. Products over D run on matrix units,
+with e^(score - max) and dacc in the type of x and sums in fp32.
 """
 
 import math
@@ -32,7 +35,9 @@ from megatron_apt.kernels.rms_norm import rms_norm
 from megatron_apt.kernels.rows import Rows, sum_blocks
 
 _KEYS = 256  # tokens of a program over keys
-_POOLED = 768  # tokens of a block: its part is H fp32 rows of x, 6 % of the bytes of 768 bf16 rows, and 61 x 12 programs share one video
+# Tokens of a block: its part is H fp32 rows of x, 6 % of the bytes of 768 bf16 rows, and
+# 61 x 12 programs share one video
+_POOLED = 768
 
 
 def learnable_query_pooling_reference(q: Tensor, k: Tensor, x: Tensor, k_scale: Tensor, rows: Rows) -> Triple:
@@ -68,7 +73,9 @@ def _scores(
     for first in range(start, min(start + SIZE, rows), ROWS):
         row = first + tl.arange(0, ROWS)
         place = row[:, None].to(tl.int64) * by_row + head * by_head + column[None, :]
-        k = tl.load(k_at + place, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0).to(tl.float32)
+        k = tl.load(k_at + place, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0).to(
+            tl.float32
+        )
         score = tl.sum(k * gain * inverse_rms(k, WIDTH), 1)
         tl.store(score_at + head.to(tl.int64) * rows + row, score, mask=row < rows)
 
@@ -90,7 +97,9 @@ def _weights(score_at, top_at, sample, row, stop, rows, heads, HEADS: tl.constex
     head = tl.arange(0, HEADS)
     top = tl.load(top_at + sample.to(tl.int64) * heads + head, mask=head < heads, other=0.0)
     mask = (row < stop)[:, None] & (head < heads)[None, :]
-    score = tl.load(score_at + head[None, :].to(tl.int64) * rows + row[:, None], mask=mask, other=float("-inf"))
+    score = tl.load(
+        score_at + head[None, :].to(tl.int64) * rows + row[:, None], mask=mask, other=float("-inf")
+    )
     return tl.exp(score - top[None, :])
 
 
@@ -111,7 +120,11 @@ def _pool(
     UPCAST: tl.constexpr,
 ):
     block = tl.program_id(1)
-    sample, start, stop = tl.load(table + 3 * block), tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
+    sample, start, stop = (
+        tl.load(table + 3 * block),
+        tl.load(table + 3 * block + 1),
+        tl.load(table + 3 * block + 2),
+    )
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     acc = tl.zeros((TILE, HEADS), tl.float32)
     for first in range(start, stop, ROWS):
@@ -147,7 +160,11 @@ def _backward_x(
     UPCAST: tl.constexpr,
 ):
     block = tl.program_id(0)
-    sample, start, stop = tl.load(table + 3 * block), tl.load(table + 3 * block + 1), tl.load(table + 3 * block + 2)
+    sample, start, stop = (
+        tl.load(table + 3 * block),
+        tl.load(table + 3 * block + 1),
+        tl.load(table + 3 * block + 2),
+    )
     row, head = start + tl.arange(0, ROWS), tl.arange(0, HEADS)
     weight = _weights(score_at, top_at, sample, row, stop, rows, heads, HEADS)
     rounded = weight.to(x_at.dtype.element_ty)
@@ -164,10 +181,18 @@ def _backward_x(
             x, dacc = x.to(tl.float32), dacc.to(tl.float32)
         product = tl.dot(x, tl.trans(dacc), product, input_precision="ieee")
         dx = tl.dot(rounded, dacc, input_precision="ieee")
-        tl.store(dx_at + row[:, None].to(tl.int64) * width + column[None, :], dx.to(dx_at.dtype.element_ty), mask=mask)
+        tl.store(
+            dx_at + row[:, None].to(tl.int64) * width + column[None, :],
+            dx.to(dx_at.dtype.element_ty),
+            mask=mask,
+        )
     dtotal = tl.load(dtotal_at + sample.to(tl.int64) * heads + head, mask=head < heads, other=0.0)
     mask = (row < stop)[:, None] & (head < heads)[None, :]
-    tl.store(dscore_at + head[None, :].to(tl.int64) * rows + row[:, None], weight * (dtotal[None, :] + product), mask=mask)
+    tl.store(
+        dscore_at + head[None, :].to(tl.int64) * rows + row[:, None],
+        weight * (dtotal[None, :] + product),
+        mask=mask,
+    )
 
 
 @jit
@@ -195,32 +220,55 @@ def _backward_k(
     for first in range(start, min(start + SIZE, rows), ROWS):
         row = (first + tl.arange(0, ROWS))[:, None]
         mask = (row < rows) & (column < WIDTH)[None, :]
-        k = tl.load(k_at + row.to(tl.int64) * by_row + head * by_head + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(
+            k_at + row.to(tl.int64) * by_row + head * by_head + column[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
         dscore = tl.load(dscore_at + head.to(tl.int64) * by_score + row, mask=row < rows, other=0.0)
         factor = inverse_rms(k, WIDTH)
         n = k * factor
         dk = dscore * factor * (gain - n * (tl.sum(n * gain, 1, keep_dims=True) / WIDTH))
         part += dscore * n
-        tl.store(dk_at + (row.to(tl.int64) * heads + head) * WIDTH + column[None, :], dk.to(dk_at.dtype.element_ty), mask=mask)
-    tl.store(part_at + (block.to(tl.int64) * heads + head) * WIDTH + column, tl.sum(part, 0), mask=column < WIDTH)
+        tl.store(
+            dk_at + (row.to(tl.int64) * heads + head) * WIDTH + column[None, :],
+            dk.to(dk_at.dtype.element_ty),
+            mask=mask,
+        )
+    tl.store(
+        part_at + (block.to(tl.int64) * heads + head) * WIDTH + column, tl.sum(part, 0), mask=column < WIDTH
+    )
 
 
 def _key_shape(width: int) -> dict[str, int]:
     # 32 bytes of bf16 k a thread, in two loads; registers leave room for eight blocks or more.
     tile = power_of_2(width)
-    return {"WIDTH": width, "TILE": tile, "ROWS": min(max(2048 // tile, 1), _KEYS), "SIZE": _KEYS, "num_warps": 4}
+    return {
+        "WIDTH": width,
+        "TILE": tile,
+        "ROWS": min(max(2048 // tile, 1), _KEYS),
+        "SIZE": _KEYS,
+        "num_warps": 4,
+    }
 
 
 def _tiles(heads: int, width: int, dtype: torch.dtype, backward: bool = False) -> dict[str, int]:
-    # Heads are the narrow side of the products. Forward: every slice of columns reads the scores again, from L2, so slices are wide. Backward: each
-    # program reads H rows of dacc from L2 beside ROWS of x, and 64 columns leave registers for three programs. Both keep 48 kB or more of x on its
-    # way to every multiprocessor. fp32 is multiplied without matrix units, from registers: fewer rows.
+    # Heads are the narrow side of the products. Forward: every slice of columns reads the
+    # scores again, from L2, so slices are wide. Backward: each program reads H rows of
+    # dacc from L2 beside ROWS of x, and 64 columns leave registers for three programs.
+    # Both keep 48 kB or more of x on its way to every multiprocessor. fp32 is multiplied
+    # without matrix units, from registers: fewer rows.
     if dtype == torch.float32:
         rows, tile, warps, stages = (32, 64, 8, 2) if backward else (16, 128, 8, 2)
     else:
         rows, tile, warps, stages = (64, 64, 4, 3) if backward else (64, 256, 8, 2)
     tile = min(power_of_2(width, 16), tile)
-    return {"HEADS": power_of_2(heads, 16), "TILE": tile, "ROWS": rows, "UPCAST": interpreted(), "num_warps": warps, "num_stages": stages}
+    return {
+        "HEADS": power_of_2(heads, 16),
+        "TILE": tile,
+        "ROWS": rows,
+        "UPCAST": interpreted(),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def flat(x: Tensor) -> Tensor:
@@ -253,7 +301,17 @@ def pooled(scores: Tensor, x: Tensor, rows: Rows) -> Triple:
     """Scores (H, T) and x (T, D) -> max, sum, acc."""
     (heads, total), width, blocks = scores.shape, x.shape[-1], rows.blocks(_POOLED)
     tops, sums = (scores.new_empty(len(blocks), heads) for _ in range(2))
-    launch(_statistics, (heads, len(blocks)), scores, tops, sums, blocks.table, total, heads, TILE=power_of_2(_POOLED))
+    launch(
+        _statistics,
+        (heads, len(blocks)),
+        scores,
+        tops,
+        sums,
+        blocks.table,
+        total,
+        heads,
+        TILE=power_of_2(_POOLED),
+    )
     top, summed, _ = merge_blocks(tops, sums, None, blocks)
     tiles, parts = _tiles(heads, width, x.dtype), scores.new_empty(len(blocks), heads, width)
     grid = (-(-width // tiles["TILE"]), len(blocks))
@@ -261,13 +319,28 @@ def pooled(scores: Tensor, x: Tensor, rows: Rows) -> Triple:
     return top, summed, sum_blocks(parts, blocks)
 
 
-def pooled_backward(scores: Tensor, top: Tensor, x: Tensor, dtotal: Tensor, dacc: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def pooled_backward(
+    scores: Tensor, top: Tensor, x: Tensor, dtotal: Tensor, dacc: Tensor, rows: Rows
+) -> tuple[Tensor, Tensor]:
     """-> dx (T, D) and dscores (H, T)."""
     (heads, total), width = scores.shape, x.shape[-1]
     tiles = _tiles(heads, width, x.dtype, backward=True)
     blocks = rows.blocks(tiles["ROWS"])
     dx, dscores = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scores)
-    arguments = (scores, top, x, dtotal.contiguous(), dacc.to(x.dtype).contiguous(), dx, dscores, blocks.table, total, heads, width, x.stride(0))
+    arguments = (
+        scores,
+        top,
+        x,
+        dtotal.contiguous(),
+        dacc.to(x.dtype).contiguous(),
+        dx,
+        dscores,
+        blocks.table,
+        total,
+        heads,
+        width,
+        x.stride(0),
+    )
     launch(_backward_x, (len(blocks),), *arguments, **tiles)
     return dx, dscores
 
@@ -294,7 +367,8 @@ class _Pooling(torch.autograd.Function):
 
 
 def learnable_query_pooling(q: Tensor, k: Tensor, x: Tensor, k_scale: Tensor, rows: Rows) -> Triple:
-    """Softmax-weighted sums of x over each sample's tokens, not yet divided by the sum of the weights.
+    """Softmax-weighted sums of x over each sample's tokens, not yet divided by the sum of
+    the weights.
 
     Args:
         q: (H, K), one learned query per head.
@@ -304,7 +378,8 @@ def learnable_query_pooling(q: Tensor, k: Tensor, x: Tensor, k_scale: Tensor, ro
         rows: samples of the tokens.
 
     Returns:
-        max (n, H), without gradient; sum (n, H); acc (n, H, D); in at least fp32. Samples without tokens have max = -inf, sum = 0, acc = 0.
+        max (n, H), without gradient; sum (n, H); acc (n, H, D); in at least fp32. Samples
+        without tokens have max = -inf, sum = 0, acc = 0.
     """
     if not use_kernels(q, k, x, k_scale):
         return learnable_query_pooling_reference(q, k, x, k_scale, rows)

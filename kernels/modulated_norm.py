@@ -1,12 +1,15 @@
-"""Norm without a learned affine part, then AdaLN's scale and shift of each sample: y = norm(x) (1 + scale) + shift.
+"""Norm without a learned affine part, then AdaLN's scale and shift of each sample: y =
+norm(x) (1 + scale) + shift.
 
-LayerNorm: n = (x - mean(x)) / sqrt(var(x) + eps). RMSNorm: n = x / sqrt(mean(x^2) + eps). Over D features, statistics in fp32.
-With h = dy (1 + scale) and r the factor 1 / sqrt(...):
+LayerNorm: n = (x - mean(x)) / sqrt(var(x) + eps). RMSNorm: n = x / sqrt(mean(x^2) + eps).
+Over D features, statistics in fp32. With h = dy (1 + scale) and r the factor 1 /
+sqrt(...):
     dx = r (h - mean(h) - n mean(h n))      (RMSNorm: without mean(h))
     dshift = sum over the sample's rows of dy,   dscale = sum of dy n
 
-Bytes at e bytes a number: forward 2 R D e (x in, y out), backward 3 R D e (x, dy in, dx out); the statistics are computed again rather than kept.
-A program keeps its sample's vectors and both sums in registers while it walks over a block of rows.
+Bytes at e bytes a number: forward 2 R D e (x in, y out), backward 3 R D e (x, dy in, dx
+out); the statistics are computed again rather than kept. A program keeps its sample's
+vectors and both sums in registers while it walks over a block of rows.
 """
 
 from typing import Literal
@@ -22,9 +25,13 @@ EPS = 1e-6
 _ROWS = 32  # of a block: the sums cost D fp32 numbers a block, the vectors as much, beside 32 rows of x
 
 
-def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, kind: str = "layer") -> Tensor:
+def modulated_norm_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, kind: str = "layer"
+) -> Tensor:
     """The definition, differentiated by autograd."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=EPS) if kind == "layer" else F.rms_norm(x, x.shape[-1:], eps=EPS)
+    normed = (
+        F.layer_norm(x, x.shape[-1:], eps=EPS) if kind == "layer" else F.rms_norm(x, x.shape[-1:], eps=EPS)
+    )
     return torch.addcmul(rows.expand(shift), normed, 1 + rows.expand(scale))
 
 
@@ -38,7 +45,9 @@ def _normed(x, mask, width, LAYER: tl.constexpr):
 
 
 @jit
-def _forward(x_at, shift_at, scale_at, y_at, table, width, LAYER: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _forward(
+    x_at, shift_at, scale_at, y_at, table, width, LAYER: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
+):
     entry = table + 3 * tl.program_id(0)
     sample, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     column = tl.arange(0, TILE)
@@ -54,11 +63,28 @@ def _forward(x_at, shift_at, scale_at, y_at, table, width, LAYER: tl.constexpr, 
 
 
 @jit
-def _backward(x_at, scale_at, dy_at, dx_at, dshift_at, dscale_at, table, width, LAYER: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+def _backward(
+    x_at,
+    scale_at,
+    dy_at,
+    dx_at,
+    dshift_at,
+    dscale_at,
+    table,
+    width,
+    LAYER: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
     entry = table + 3 * tl.program_id(0)
     sample, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     column = tl.arange(0, TILE)
-    scale = tl.load(scale_at + sample.to(tl.int64) * width + column, mask=column < width, other=0.0).to(tl.float32) + 1.0
+    scale = (
+        tl.load(scale_at + sample.to(tl.int64) * width + column, mask=column < width, other=0.0).to(
+            tl.float32
+        )
+        + 1.0
+    )
     dshift = tl.zeros((ROWS, TILE), tl.float32)
     dscale = tl.zeros((ROWS, TILE), tl.float32)
     for first in range(start, stop, ROWS):
@@ -90,7 +116,9 @@ class _ModulatedNorm(torch.autograd.Function):
         x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
         width, y = x.shape[-1], torch.empty_like(x)
         blocks = rows.blocks(max(_ROWS, _shape(width)["ROWS"]))
-        launch(_forward, (len(blocks),), x, shift, scale, y, blocks.table, width, LAYER=layer, **_shape(width))
+        launch(
+            _forward, (len(blocks),), x, shift, scale, y, blocks.table, width, LAYER=layer, **_shape(width)
+        )
         ctx.save_for_backward(x, scale)
         ctx.blocks, ctx.layer, ctx.shift_dtype = blocks, layer, shift.dtype
         return y
@@ -101,11 +129,31 @@ class _ModulatedNorm(torch.autograd.Function):
         (x, scale), blocks, width = ctx.saved_tensors, ctx.blocks, dy.shape[-1]
         dy, dx = dy.contiguous(), torch.empty_like(x)
         parts = torch.empty(2, len(blocks), width, dtype=torch.float32, device=x.device)
-        launch(_backward, (len(blocks),), x, scale, dy, dx, *parts, blocks.table, width, LAYER=ctx.layer, **_shape(width))
-        return dx, sum_blocks(parts[0], blocks).to(ctx.shift_dtype), sum_blocks(parts[1], blocks).to(scale.dtype), None, None
+        launch(
+            _backward,
+            (len(blocks),),
+            x,
+            scale,
+            dy,
+            dx,
+            *parts,
+            blocks.table,
+            width,
+            LAYER=ctx.layer,
+            **_shape(width),
+        )
+        return (
+            dx,
+            sum_blocks(parts[0], blocks).to(ctx.shift_dtype),
+            sum_blocks(parts[1], blocks).to(scale.dtype),
+            None,
+            None,
+        )
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, kind: Literal["layer", "rms"] = "layer") -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, rows: Rows, kind: Literal["layer", "rms"] = "layer"
+) -> Tensor:
     """norm(x) (1 + scale) + shift.
 
     Args:

@@ -1,16 +1,20 @@
-"""Queries, keys and values of joint attention out of both streams' projections: RMSNorm of q and k over each head, rotation of the visual ones by
-their place in the video, and text and visual tokens side by side, as the attention or its exchange between ranks takes them.
+"""Queries, keys and values of joint attention out of both streams' projections: RMSNorm
+of q and k over each head, rotation of the visual ones by their place in the video, and
+text and visual tokens side by side, as the attention or its exchange between ranks takes
+them.
 
-With x the K numbers of a head, w the learned scale, n = x r, r = 1 / sqrt(mean(x^2) + eps) and e^{i phase} of consecutive pairs as complex numbers:
+With x the K numbers of a head, w the learned scale, n = x r, r = 1 / sqrt(mean(x^2) +
+eps) and e^{i phase} of consecutive pairs as complex numbers:
     y = (n w) e^{i phase}        (text: phase 0; v: y = x)
     h = dy e^{-i phase},   dx = r (h w - n mean(h w n)),   dw = sum over tokens and heads of h n
 
-Letters: n samples, l tokens of one of them, T tokens of all, H local heads, K head size, G ranks that exchange heads. Statistics, rotation and sums
-in fp32.
-Bytes at e bytes a number, T tokens of both streams: forward 6 T H K e (q, k, v in and out), backward 8 T H K e (their gradients, q and k in, the
-projections' gradients out), and the phases, 4 K for each visual token. Only the projections are kept; r is computed again.
-A program takes a few tokens of one sample: it loads their phases once, walks over heads, and keeps the sums for dw in registers; the sums of
-programs are added in a fixed order.
+Letters: n samples, l tokens of one of them, T tokens of all, H local heads, K head size,
+G ranks that exchange heads. Statistics, rotation and sums in fp32. Bytes at e bytes a
+number, T tokens of both streams: forward 6 T H K e (q, k, v in and out), backward 8 T H K
+e (their gradients, q and k in, the projections' gradients out), and the phases, 4 K for
+each visual token. Only the projections are kept; r is computed again. A program takes a
+few tokens of one sample: it loads their phases once, walks over heads, and keeps the sums
+for dw in registers; the sums of programs are added in a fixed order.
 """
 
 import math
@@ -29,8 +33,12 @@ _PROGRAMS = 2048  # wanted of a launch: a few times what a GPU holds at once; mo
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates consecutive pairs of the last dimension of x (a, b, ..., K) by unit complex numbers (1 or a, b, ..., K / 2)."""
-    pairs = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous())
+    """Rotates consecutive pairs of the last dimension of x (a, b, ..., K) by unit complex
+    numbers (1 or a, b, ..., K / 2).
+    """
+    pairs = torch.view_as_complex(
+        x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous()
+    )
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
@@ -53,7 +61,10 @@ def joint_qkv_reference(
     if tokens is None:
         qk, v = torch.cat((text_qk, visual_qk), dim=1), torch.cat((text_v, visual_v), dim=1)
         return *qk.unbind(3), v.squeeze(3)
-    streams = (torch.cat((text_qk, text_v), dim=3).flatten(0, 1), torch.cat((visual_qk, visual_v), dim=3).flatten(0, 1))
+    streams = (
+        torch.cat((text_qk, text_v), dim=3).flatten(0, 1),
+        torch.cat((visual_qk, visual_v), dim=3).flatten(0, 1),
+    )
     qkv = torch.cat([x[:length] if length < len(x) else x for x, length in zip(streams, tokens, strict=True)])
     if form == "keys_values":
         return qkv[:, :, 0], qkv[:, :, 1:]
@@ -168,7 +179,9 @@ def _backward(
         tl.store(dx_at + place + K, dk.to(dx_at.dtype.element_ty), mask=mask)
         tl.store(dx_at + place + 2 * K, dv, mask=mask)
     if NORM:
-        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(
+            0
+        ) + tl.program_id(0)
         part = dweight_at + program.to(tl.int64) * (2 * K) + column
         tl.store(part, tl.sum(dq_weight, 0), mask=column < K)
         tl.store(part + K, tl.sum(dk_weight, 0), mask=column < K)
@@ -183,7 +196,9 @@ def _views(tensors: tuple[Tensor, ...], form: Form) -> list[Tensor]:
     return [q, *others] if form == "apart" else [q, *others[0].unbind(-2)]
 
 
-def _grid(samples: int, length: int, heads: int, width: int) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+def _grid(
+    samples: int, length: int, heads: int, width: int
+) -> tuple[tuple[int, int, int], int, dict[str, int]]:
     """The grid (tiles of tokens, parts of the heads, samples), heads of a part, and the tile."""
     tile = 1 << (width - 1).bit_length()
     rows = max(_NUMBERS // tile, 1)
@@ -194,7 +209,14 @@ def _grid(samples: int, length: int, heads: int, width: int) -> tuple[tuple[int,
 
 
 def _launch(
-    kernel, joint: list[Tensor], start: int, length: int, x: Tensor, weight: Tensor | None, table: Tensor | None, *results: Tensor | None
+    kernel,
+    joint: list[Tensor],
+    start: int,
+    length: int,
+    x: Tensor,
+    weight: Tensor | None,
+    table: Tensor | None,
+    *results: Tensor | None,
 ) -> None:
     """One stream, whose tokens of a sample are `start` to `start + length` of the joint ones."""
     if not length:
@@ -204,13 +226,28 @@ def _launch(
     grid, each, shape = _grid(samples, length, groups * group, width)
     strides = [stride for t in joint for stride in t.stride()[:-1]]
     numbers = (length, 1 if table is None else len(table), groups * group, group, each)
-    launch(kernel, grid, x, weight, table, *joint, *results, *strides, *numbers, NORM=weight is not None, ROTARY=table is not None, **shape)
+    launch(
+        kernel,
+        grid,
+        x,
+        weight,
+        table,
+        *joint,
+        *results,
+        *strides,
+        *numbers,
+        NORM=weight is not None,
+        ROTARY=table is not None,
+        **shape,
+    )
 
 
 class _JointQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, text, visual, text_weight, visual_weight, table, samples, lengths, form, ranks):
-        text, visual, text_weight, visual_weight = (t if t is None else t.contiguous() for t in (text, visual, text_weight, visual_weight))
+        text, visual, text_weight, visual_weight = (
+            t if t is None else t.contiguous() for t in (text, visual, text_weight, visual_weight)
+        )
         heads, width, tokens = text.shape[-3], text.shape[-1], sum(lengths)
         shapes = {
             "apart": [(samples, tokens, heads, width)] * 3,
@@ -230,7 +267,9 @@ class _JointQkv(torch.autograd.Function):
     def backward(ctx, *gradients):
         text, visual, text_weight, visual_weight, table = ctx.saved_tensors
         joint, start, found = _views(gradients, ctx.form), 0, []
-        for x, weight, phases, length in zip((text, visual), (text_weight, visual_weight), (None, table), ctx.lengths, strict=True):
+        for x, weight, phases, length in zip(
+            (text, visual), (text_weight, visual_weight), (None, table), ctx.lengths, strict=True
+        ):
             dx = torch.empty_like(x)
             dx.flatten(0, 1)[ctx.samples * length :].zero_()  # padding
             parts = None
@@ -254,19 +293,26 @@ def joint_qkv(
     form: Form = "apart",
     ranks: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Normalised and rotated queries and keys, and values, of text and visual tokens together.
+    """Normalised and rotated queries and keys, and values, of text and visual tokens
+    together.
 
     Args:
-        text, visual: (a, b, H, 3, K) projections to q, k and v. Without `tokens`: (n, l_text, ...) and (n, l_visual, ...).
-        text_weight, visual_weight: (2, K) scales of q and of k; None: not normalised (here).
-        rotary: (a or 1, b, 1, 1, K / 2) unit complex numbers for the visual tokens; None: no rotation.
-        tokens: the packed form, in which so many rows of each stream are tokens and the rest, at the end, is padding, whose gradient is zero.
+        text, visual: (a, b, H, 3, K) projections to q, k and v. Without `tokens`: (n,
+            l_text, ...) and (n, l_visual, ...).
+        text_weight, visual_weight: (2, K) scales of q and of k; None: not normalised
+            (here).
+        rotary: (a or 1, b, 1, 1, K / 2) unit complex numbers for the visual tokens; None:
+            no rotation.
+        tokens: the packed form, in which so many rows of each stream are tokens and the
+            rest, at the end, is padding, whose gradient is zero.
         form: how a packed form is laid out.
         ranks: of "by_rank".
 
     Returns:
-        Without `tokens`: q, k and v (n, l_text + l_visual, H, K), text first in each sample. With `tokens`, T = sum(tokens), all text first:
-        "apart" q, k and v (T, H, K); "keys_values" q (T, H, K) and one (T, H, 2, K); "by_rank" one (ranks, T, H / ranks, 3, K).
+        Without `tokens`: q, k and v (n, l_text + l_visual, H, K), text first in each
+            sample. With `tokens`, T = sum(tokens), all text first:
+        "apart" q, k and v (T, H, K); "keys_values" q (T, H, K) and one (T, H, 2, K);
+        "by_rank" one (ranks, T, H / ranks, 3, K).
     """
     if not use_kernels(text, visual, *(w for w in (text_weight, visual_weight) if w is not None)):
         return joint_qkv_reference(text, visual, text_weight, visual_weight, rotary, tokens, form, ranks)

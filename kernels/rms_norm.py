@@ -1,7 +1,9 @@
-"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * w, statistics in at least fp32.
+"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * w, statistics in at
+least fp32.
 
 With n = x / rms and h = dy w:   dx = (h - n mean(h n)) / rms,   dw = sum(dy n).
-Written with its own backward because autograd's takes twice the passes over memory, which for heads of 16 to 128 numbers is all the time.
+Written with its own backward because autograd's takes twice the passes over memory, which
+for heads of 16 to 128 numbers is all the time.
 """
 
 import torch
@@ -26,7 +28,8 @@ class _RmsNorm(torch.autograd.Function):
         return normed.to(x.dtype) * weight
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # a second derivative through saved intermediates would be silently wrong
+    # A second derivative through saved intermediates would be silently wrong
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         normed, inverse, weight = ctx.saved_tensors
         dx = dw = None
@@ -39,5 +42,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm of x (..., *weight.shape) over its last dimension; weight (..., K) broadcasts over the leading ones."""
+    """RMSNorm of x (..., *weight.shape) over its last dimension; weight (..., K)
+    broadcasts over the leading ones.
+    """
     return _RmsNorm.apply(x, weight)

@@ -1,7 +1,9 @@
 """Which rows of a packed tensor belong to which sample, and sums over them.
 
-Letters: R rows, n samples, B blocks. A block is a run of at most `size` rows of one sample; a program of a kernel works on one block, so it loads its
-sample's vectors once, and the parts of a sum over a sample's rows are added in a fixed order: results do not depend on timing.
+Letters: R rows, n samples, B blocks. A block is a run of at most `size` rows of one
+sample; a program of a kernel works on one block, so it loads its sample's vectors once,
+and the parts of a sum over a sample's rows are added in a fixed order: results do not
+depend on timing.
 """
 
 from dataclasses import dataclass, field
@@ -27,9 +29,11 @@ class Rows:
     """Rows of n samples, one sample after another.
 
     Attributes:
-        offsets: n + 1 numbers: the rows of sample i are offsets[i] .. offsets[i + 1], none if they are equal.
-        sample: (a,) sample of each entry of the first dimension of the (a, b, ...) tensors meant, or (a, b) where that differs inside an entry;
-            None: entry i is sample i.
+        offsets: n + 1 numbers: the rows of sample i are offsets[i] .. offsets[i + 1],
+            none if they are equal.
+        sample: (a,) sample of each entry of the first dimension of the (a, b, ...)
+            tensors meant, or (a, b) where that differs inside an entry; None: entry i is
+            sample i.
     """
 
     offsets: tuple[int, ...]
@@ -58,7 +62,9 @@ class Rows:
         return self.offsets[-1]
 
     def expand(self, values: Tensor) -> Tensor:
-        """(n, ...) per-sample values -> (a, 1, ...), which broadcasts over (a, b, ...) tensors, or (a, b, ...)."""
+        """(n, ...) per-sample values -> (a, 1, ...), which broadcasts over (a, b, ...)
+        tensors, or (a, b, ...).
+        """
         if self.sample is None:
             return values.unsqueeze(1)
         if self.sample.dim() == 1:
@@ -73,7 +79,9 @@ class Rows:
                 table += [(i, a, min(a + size, stop)) for a in range(start, stop, size)]
                 first.append(len(table))
             entries = torch.tensor(table, dtype=torch.int32).view(-1, 3)
-            self._blocks[size] = Blocks(entries.to(self.device), torch.tensor(first, dtype=torch.int32).to(self.device), size)
+            self._blocks[size] = Blocks(
+                entries.to(self.device), torch.tensor(first, dtype=torch.int32).to(self.device), size
+            )
         return self._blocks[size]
 
 
@@ -92,7 +100,9 @@ def _sum_blocks(parts, first, out, width, TILE_B: tl.constexpr, TILE_W: tl.const
 
 
 def sum_blocks(parts: Tensor, blocks: Blocks) -> Tensor:
-    """(B, ...) fp32 sums over each block's rows -> (n, ...) over each sample's, in the order of the blocks."""
+    """(B, ...) fp32 sums over each block's rows -> (n, ...) over each sample's, in the
+    order of the blocks.
+    """
     out = parts.new_empty(len(blocks.first) - 1, *parts.shape[1:])
     width = parts[0].numel() if len(parts) else out[0].numel()
     launch(_sum_blocks, (len(out), -(-width // 64)), parts, blocks.first, out, width, TILE_B=64, TILE_W=64)

@@ -11,5 +11,6 @@ from megatron_apt.parallel.megatron_cpu import install as _install_megatron_cpu
 
 __version__ = "0.1.0"
 
-# Must stand before the first import of megatron.core; does nothing until then, and nothing at all where there is CUDA.
+# Must stand before the first import of megatron.core; does nothing until then, and
+# nothing at all where there is CUDA.
 _install_megatron_cpu()

@@ -99,7 +99,8 @@ def _schedule(argv: list[str]) -> None:
 
 
 def _recipe(argv: list[str], command: str, kind: type) -> tuple[str, list[str]]:
-    """The recipe and what follows it. Help is given without running the recipe, which may encode data first.
+    """The recipe and what follows it. Help is given without running the recipe, which may
+    encode data first.
 
     Raises:
         ValueError: the first argument is no recipe.
@@ -111,7 +112,10 @@ def _recipe(argv: list[str], command: str, kind: type) -> tuple[str, list[str]]:
         print(f"Defaults shown are those of {kind.__name__}; a recipe ({_RECIPE}) sets its own.\n")
         _parsed(kind, ["--help"], f"{command} {spec or _RECIPE}")
     if not spec:
-        raise ValueError(f"usage: megatron-apt {command} {_RECIPE} [--field value ...]; megatron-apt {command} --help shows the fields")
+        raise ValueError(
+            f"usage: megatron-apt {command} {_RECIPE} [--field value ...]; megatron-apt {command} --help "
+            "shows the fields"
+        )
     return spec, rest
 
 
@@ -129,14 +133,32 @@ class Command(NamedTuple):
 
 _GOES_ON = "the same command goes on where it was"
 COMMANDS: dict[str, Command] = {
-    "demo": Command(_demo, "diffusion model in, one-step generator out, on real digits and clips, on a CPU", _GOES_ON),
-    "encode": Command(_encode, "videos and images with captions -> shards of latents and text embeddings", _GOES_ON),
-    "train": Command(_train, "train a recipe: FILE.py:FUNCTION [--field value ...]", "the same command goes on from the last checkpoint"),
+    "demo": Command(
+        _demo, "diffusion model in, one-step generator out, on real digits and clips, on a CPU", _GOES_ON
+    ),
+    "encode": Command(
+        _encode, "videos and images with captions -> shards of latents and text embeddings", _GOES_ON
+    ),
+    "train": Command(
+        _train,
+        "train a recipe: FILE.py:FUNCTION [--field value ...]",
+        "the same command goes on from the last checkpoint",
+    ),
     "sample": Command(_sample, "pictures and clips from a checkpoint", "samples written before are whole"),
-    "checkpoint": Command(_checkpoint, "inspect | verify | reshard a checkpoint", "no half checkpoint is left under a whole one's name"),
-    "convert": Command(_convert, "import | export | verify: Hugging Face checkpoints in, diffusers pipelines out", _GOES_ON),
-    "plan": Command(_plan, "what a recipe needs on a cluster: memory of weights, gradients, optimiser and average"),
-    "schedule": Command(_schedule, "what a pipeline of two networks costs: bubbles and memory, interleaved and phase by phase"),
+    "checkpoint": Command(
+        _checkpoint,
+        "inspect | verify | reshard a checkpoint",
+        "no half checkpoint is left under a whole one's name",
+    ),
+    "convert": Command(
+        _convert, "import | export | verify: Hugging Face checkpoints in, diffusers pipelines out", _GOES_ON
+    ),
+    "plan": Command(
+        _plan, "what a recipe needs on a cluster: memory of weights, gradients, optimiser and average"
+    ),
+    "schedule": Command(
+        _schedule, "what a pipeline of two networks costs: bubbles and memory, interleaved and phase by phase"
+    ),
     "report": Command(_report, "write the demo's report again from its results"),
 }
 
@@ -163,14 +185,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_anything() -> None:
-    """Names and captions that the terminal's encoding lacks are printed escaped, instead of ending a command whose work is done."""
+    """Names and captions that the terminal's encoding lacks are printed escaped, instead
+    of ending a command whose work is done.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or another's
             stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:
-    """Hides notices that megatron.core and torch print on every machine without CUDA; everything else stays."""
+    """Hides notices that megatron.core and torch print on every machine without CUDA;
+    everything else stays.
+    """
     for message in (
         "Transformer Engine and Apex are not installed",
         "full scope is deprecated",
@@ -180,7 +206,8 @@ def _quiet_libraries() -> None:
         ".*load_state_dict. is deprecated",
         ".*all_gather_into_tensor. is deprecated",  # newer torch; Megatron-Core calls it by this name
         ".*reduce_scatter_tensor. is deprecated",
-        "torch.distributed is disabled, unavailable or uninitialized, assuming",  # of checkpoints read and written by one process
+        # Of checkpoints read and written by one process
+        "torch.distributed is disabled, unavailable or uninitialized, assuming",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -200,7 +227,10 @@ def _readable_errors(command: Command) -> Iterator[None]:
             _end_quietly()
         if is_lost_rank(error):
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:500]}"
-            said = say_once(f"megatron-apt: another rank died or does not answer ({reason}); look for its message, and start all of them again")
+            said = say_once(
+                f"megatron-apt: another rank died or does not answer ({reason}); look for its message, and "
+                "start all of them again"
+            )
             if isinstance(said, str):
                 print(said, file=sys.stderr, flush=True)
             sys.exit(LOST)
@@ -211,5 +241,6 @@ def _readable_errors(command: Command) -> Iterator[None]:
 
 def _end_quietly() -> NoReturn:
     """Whoever read our output (`| head`) has enough of it: ends as other programs do then."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+    # Or the interpreter complains when it flushes
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)

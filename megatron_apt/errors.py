@@ -43,7 +43,12 @@ REMEDIES = {
 LOST = 70  # exit code of ranks that stop because of another (EX_SOFTWARE)
 _DISTRIBUTED = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried to allocate", "CUDA out of memory", "std::bad_alloc")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "CUDA out of memory",
+    "std::bad_alloc",
+)
 
 
 def is_expected(error: BaseException) -> bool:
@@ -53,16 +58,22 @@ def is_expected(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Python's or torch's, on the CPU (where it is a plain RuntimeError) or a GPU."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    )
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether it is that of a collective, or of the rendezvous store, whose other end died or does not answer."""
+    """Whether it is that of a collective, or of the rendezvous store, whose other end
+    died or does not answer.
+    """
     if not isinstance(error, RuntimeError):
         return False
     if isinstance(error, BadLoss | BadGradient | Collapse) or out_of_memory(error):
         return False
-    return type(error).__name__ in _DISTRIBUTED or any(word in str(error).lower() for word in ("gloo", "nccl", "tcpstore"))
+    return type(error).__name__ in _DISTRIBUTED or any(
+        word in str(error).lower() for word in ("gloo", "nccl", "tcpstore")
+    )
 
 
 def described(error: BaseException) -> str:
@@ -89,7 +100,9 @@ def described_os_error(error: OSError) -> str:
 
 def _shown(name: object) -> str:
     if isinstance(name, int):
-        return {0: "standard input", 1: "standard output", 2: "standard error"}.get(name, f"file descriptor {name}")
+        return {0: "standard input", 1: "standard output", 2: "standard error"}.get(
+            name, f"file descriptor {name}"
+        )
     return ascii(os.fspath(name))[1:-1] if _unprintable(os.fsdecode(name)) else os.fsdecode(name)
 
 
@@ -111,7 +124,8 @@ def check_input_file(field: str, path: str) -> None:
 
 
 def check_output_folder(field: str, path: str) -> None:
-    """Finds before the work begins that a folder cannot be made or written to. Makes nothing.
+    """Finds before the work begins that a folder cannot be made or written to. Makes
+    nothing.
 
     Raises:
         ValueError: naming field and path.
@@ -124,7 +138,9 @@ def check_output_folder(field: str, path: str) -> None:
     if not os.path.isdir(place):
         raise ValueError(f"{field}={path!r}: {place} is not a folder; give another")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{field}={path!r}: {place} cannot be written to; check its permissions, or give another")
+        raise ValueError(
+            f"{field}={path!r}: {place} cannot be written to; check its permissions, or give another"
+        )
 
 
 def standard_output_is_closed(error: BaseException) -> bool:

@@ -1,13 +1,17 @@
-"""One writer to a folder: a lock file that says who writes there, proves that it lives, and loses the folder when it does not.
+"""One writer to a folder: a lock file that says who writes there, proves that it lives,
+and loses the folder when it does not.
 
     with FolderLock(output, "training") as lock:      # refuses by name if another process writes there
         ...
         lock.check()                                  # before each commit: raises LockLost if another has taken the folder over
 
-`.lock` is made with link(), which is atomic on NFS and Lustre too, and holds host, process, job and a count that a thread raises every few
-seconds. Whether the holder lives is asked of the kernel where it can know (a flock, on the same machine: containers share it), of SLURM (a
-requeued job's earlier start is over), and else found by watching the count over a while of our own clock: no two clocks are compared.
-A holder that was frozen for longer than that, and has lost its lock, sees so at its next sign of life and at every `check`.
+`.lock` is made with link(), which is atomic on NFS and Lustre too, and holds host,
+process, job and a count that a thread raises every few seconds. Whether the holder lives
+is asked of the kernel where it can know (a flock, on the same machine: containers share
+it), of SLURM (a requeued job's earlier start is over), and else found by watching the
+count over a while of our own clock: no two clocks are compared. A holder that was frozen
+for longer than that, and has lost its lock, sees so at its next sign of life and at every
+`check`.
 """
 
 import contextlib
@@ -40,8 +44,11 @@ PATIENCE = 60.0  # seconds without one after which a holder on another machine c
 CLAIM = ".lock.claim"  # whose maker may remove `.lock`
 CLAIM_PATIENCE = 10.0  # seconds, of the milliseconds that it is needed for
 _held: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
-_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # whatever is planted under our name, opening it does not wait
-_LENGTH = 1024  # of the file, always: a sign of life overwrites it in place, and needs no space on a full disk
+# Whatever is planted under our name, opening it does not wait
+_READING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+# Of the file, always: a sign of life overwrites it in place, and needs no space on a full
+# disk
+_LENGTH = 1024
 
 
 class FolderInUse(ValueError):
@@ -53,7 +60,9 @@ class _NoFile(OSError):
 
 
 class LockLost(ValueError):
-    """Another process has taken the folder over, or the lock was deleted: nothing more may be written there."""
+    """Another process has taken the folder over, or the lock was deleted: nothing more
+    may be written there.
+    """
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ class Holder:
 
 
 class FolderLock:
-    """Holds a folder, which is made if it is not there; a context manager, to be entered once.
+    """Holds a folder, which is made if it is not there; a context manager, to be entered
+    once.
 
     Args:
         what: what is done there, for the message another process gets.
@@ -130,7 +140,8 @@ class FolderLock:
         self._close()
 
     def check(self) -> None:
-        """To be called before anything is committed. Does nothing on ranks other than the main one.
+        """To be called before anything is committed. Does nothing on ranks other than the
+        main one.
 
         Raises:
             LockLost: naming who holds the folder now.
@@ -143,8 +154,8 @@ class FolderLock:
             now = _parsed(_bytes(self.file))
         whose = f"belongs to {now} now" if now and now.token != self.me.token else "is gone"
         raise LockLost(
-            f"{self.file}: this process's lock {whose}, so it stops writing: it stood still for a while and was taken for dead, "
-            "or somebody removed the file. What was committed before is whole"
+            f"{self.file}: this process's lock {whose}, so it stops writing: it stood still for a while and "
+            "was taken for dead, or somebody removed the file. What was committed before is whole"
         )
 
     def _take(self) -> None:
@@ -154,7 +165,10 @@ class FolderLock:
                 self._outlive()
         except OSError as error:
             place = error.filename or self.folder
-            raise ValueError(f"{place}: cannot be written ({error.strerror or error}); check {self.folder}, or give {self.option}") from error
+            raise ValueError(
+                f"{place}: cannot be written ({error.strerror or error}); check {self.folder}, or give "
+                f"{self.option}"
+            ) from error
         _held.add(self)
         self._thread = threading.Thread(target=self._live, name="lock", daemon=True)
         self._thread.start()
@@ -193,22 +207,30 @@ class FolderLock:
                 return
             if not told and waited > self.interval:
                 told = True
-                print(f"{self.file}: {holder or 'not readable'}; watching it for {patience:.0f} s to see whether that still runs", flush=True)
+                print(
+                    f"{self.file}: {holder or 'not readable'}; watching it for {patience:.0f} s to see "
+                    "whether that still runs",
+                    flush=True,
+                )
             time.sleep(min(0.5, self.interval / 4))
 
     def _refuse(self, holder: Holder | None) -> None:
         raise FolderInUse(
-            f"{self.folder}: in use for {holder or 'something'}. Wait until that has ended, or give {self.option}. "
-            f"(If it has died, starting again finds that out within {self.patience:.0f} s; {self.file} need not be removed)"
+            f"{self.folder}: in use for {holder or 'something'}. Wait until that has ended, or give "
+            f"{self.option}. (If it has died, starting again finds that out within {self.patience:.0f} s; "
+            f"{self.file} need not be removed)"
         )
 
     def _take_away(self, mark: str) -> None:
-        """Removes `.lock` if it is the marked one. The claim lets one process at a time look and remove, so none removes its successor's."""
+        """Removes `.lock` if it is the marked one. The claim lets one process at a time
+        look and remove, so none removes its successor's.
+        """
         claim, seen, since = self.folder / CLAIM, None, 0.0
         while not _made(claim):
             if (now := _identity(claim)) != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > CLAIM_PATIENCE:  # its maker died in the moment between looking and removing
+            # Its maker died in the moment between looking and removing
+            elif time.monotonic() - since > CLAIM_PATIENCE:
                 claim.unlink(missing_ok=True)
             time.sleep(0.01)
         try:
@@ -249,7 +271,9 @@ os.register_at_fork(after_in_child=lambda: [held._close() for held in _held])
 
 def _me(what: str, interval: float) -> Holder:
     env = os.environ
-    job = next((env[name] for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID") if env.get(name)), "")
+    job = next(
+        (env[name] for name in ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID") if env.get(name)), ""
+    )
     restart = env.get("SLURM_RESTART_COUNT", "0")
     return Holder(
         token=uuid.uuid4().hex,
@@ -282,9 +306,13 @@ def _boot() -> str:
 
 
 def _born(pid: int) -> str:
-    """Process namespace and start time of a process; empty where there is none, or the system does not say."""
+    """Process namespace and start time of a process; empty where there is none, or the
+    system does not say.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         return f"{os.readlink('/proc/self/ns/pid')} {fields[19]}"
     except (OSError, IndexError):
         return ""

@@ -11,16 +11,24 @@ _OLD = 86400.0  # seconds after which a claim is swept away
 
 
 def say_once(message: str) -> str | int:
-    """For sys.exit: the message where no other process of this launch on this machine has claimed it, else the code 1 alone.
+    """For sys.exit: the message where no other process of this launch on this machine has
+    claimed it, else the code 1 alone.
 
-    A launch is an srun step, or the children of one process: what cannot be told apart is printed too often rather than never.
+    A launch is an srun step, or the children of one process: what cannot be told apart is
+    printed too often rather than never.
     """
     env = os.environ
     if env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", "1")) == "1":
         return message
-    step = [env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")] if "SLURM_STEP_ID" in env else []
+    step = (
+        [env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
+        if "SLURM_STEP_ID" in env
+        else []
+    )
     launch = step or [str(os.getppid()), _born(os.getppid())]
-    name = hashlib.sha256("\0".join([*launch, env.get("TORCHELASTIC_RESTART_COUNT", ""), message]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(
+        "\0".join([*launch, env.get("TORCHELASTIC_RESTART_COUNT", ""), message]).encode()
+    ).hexdigest()[:32]
     folder = Path(tempfile.gettempdir())
     try:
         _sweep(folder, prefix := f"megatron-apt-said-{os.getuid()}-")
@@ -34,7 +42,12 @@ def say_once(message: str) -> str | int:
 
 def _born(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()[19]
+        )
     except (OSError, IndexError):
         return str(time.time() // 60)
 

@@ -1,4 +1,6 @@
-"""Files that a command writes when its work is done (`--json`, `--picture`, ...): whether they can be written is found before the work."""
+"""Files that a command writes when its work is done (`--json`, `--picture`, ...): whether
+they can be written is found before the work.
+"""
 
 import contextlib
 import os
@@ -8,7 +10,8 @@ from pathlib import Path
 
 
 def check(option: str, file: str | os.PathLike, suffixes: Iterable[str] = ()) -> None:
-    """That `file` can be written; nothing is written yet. An empty name stands for no file.
+    """That `file` can be written; nothing is written yet. An empty name stands for no
+    file.
 
     Args:
         suffixes: the kinds of file that `option` takes, such as `.png`; any if empty.
@@ -22,7 +25,10 @@ def check(option: str, file: str | os.PathLike, suffixes: Iterable[str] = ()) ->
     if trouble := _trouble(Path(name)):
         raise ValueError(f"{_shown(option, name)}: {trouble}")
     if (known := tuple(suffixes)) and not name.lower().endswith(known):
-        raise ValueError(f"{_shown(option, name)}: ends with none of {', '.join(known)}, by which the kind of file is chosen; give such a name")
+        raise ValueError(
+            f"{_shown(option, name)}: ends with none of {', '.join(known)}, by which the kind of file is "
+            "chosen; give such a name"
+        )
 
 
 def _trouble(file: Path) -> str:
@@ -38,13 +44,19 @@ def _trouble(file: Path) -> str:
         return f"is a folder; give the name of a file, for example {file / 'figures.json'}"
     if not (stat.S_ISREG(kind) or stat.S_ISCHR(kind)):
         return "is no plain file; give another name"
-    return "" if os.access(file, os.W_OK) else "may not be written; give another name, or change its permissions"
+    return (
+        "" if os.access(file, os.W_OK) else "may not be written; give another name, or change its permissions"
+    )
 
 
 def _folder_trouble(folder: Path) -> str:
     if not folder.is_dir():
         return f"there is no folder {folder}; make it first (mkdir -p), or give another name"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"the folder {folder} may not be written to; give a name in another"
+    return (
+        ""
+        if os.access(folder, os.W_OK | os.X_OK)
+        else f"the folder {folder} may not be written to; give a name in another"
+    )
 
 
 def write(option: str, file: str | os.PathLike, text: str) -> None:
@@ -66,7 +78,9 @@ def named_failure(option: str, file: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "free disk space, or give another name"
-        raise ValueError(f"{_shown(option, os.fspath(file))}: cannot be written ({error.strerror or error}); {remedy}") from None
+        raise ValueError(
+            f"{_shown(option, os.fspath(file))}: cannot be written ({error.strerror or error}); {remedy}"
+        ) from None
 
 
 def _shown(option: str, name: str) -> str:

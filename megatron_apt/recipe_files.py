@@ -22,16 +22,22 @@ def load_recipe(spec: str) -> RunConfig:
     """RunConfig of `FILE.py:FUNCTION`.
 
     Raises:
-        RecipeError: no such file or function, one that fails (by file and line of the recipe), or returns something else.
+        RecipeError: no such file or function, one that fails (by file and line of the
+            recipe), or returns something else.
     """
     file, name = find_recipe(spec)
     module = _run(spec, file, lambda: _module(file))
     recipe = getattr(module, name, None)
     if not callable(recipe):
-        raise RecipeError(f"recipe {spec!r}: {file} has no function {name!r}; {_offered(name, _callables(module))}")
+        raise RecipeError(
+            f"recipe {spec!r}: {file} has no function {name!r}; {_offered(name, _callables(module))}"
+        )
     config = _run(spec, file, recipe)
     if not isinstance(config, RunConfig):
-        raise RecipeError(f"recipe {spec!r}: {name} returned {type(config).__name__}, not a RunConfig; a recipe ends with return RunConfig(...)")
+        raise RecipeError(
+            f"recipe {spec!r}: {name} returned {type(config).__name__}, not a RunConfig; a recipe ends with "
+            "return RunConfig(...)"
+        )
     return config
 
 
@@ -45,7 +51,9 @@ def find_recipe(spec: str) -> tuple[Path, str]:
     file = _existing(spec, text)
     functions, exact = _functions(spec, file)
     if not name:
-        raise RecipeError(f"recipe {spec!r}: names no function; give {file}:FUNCTION. {_offered('', functions)}")
+        raise RecipeError(
+            f"recipe {spec!r}: names no function; give {file}:FUNCTION. {_offered('', functions)}"
+        )
     if exact and name not in functions:
         raise RecipeError(f"recipe {spec!r}: {file} has no function {name!r}; {_offered(name, functions)}")
     return file, name
@@ -57,7 +65,10 @@ def _existing(spec: str, text: str) -> Path:
         raise RecipeError(f"recipe {spec!r}: give FILE.py:FUNCTION, {_EXAMPLE}")
     if file.is_dir():
         found = sorted(path.name for path in file.glob("*.py"))[:12]
-        raise RecipeError(f"recipe {spec!r}: {file} is a folder; give FILE.py:FUNCTION of a file in it ({', '.join(found) or 'it has none'})")
+        raise RecipeError(
+            f"recipe {spec!r}: {file} is a folder; give FILE.py:FUNCTION of a file in it "
+            f"({', '.join(found) or 'it has none'})"
+        )
     if not file.exists():
         raise RecipeError(f"recipe {spec!r}: there is no file {file}{_neighbours(file)}")
     if file.suffix != ".py":
@@ -72,14 +83,21 @@ def _neighbours(file: Path) -> str:
     if not file.parent.is_dir():
         return f", nor a folder {file.parent}"
     names = sorted(path.name for path in file.parent.glob("*.py"))
-    close = difflib.get_close_matches(file.name, names, 3) or [name for name in names if name.lower() == file.name.lower()]
+    close = difflib.get_close_matches(file.name, names, 3) or [
+        name for name in names if name.lower() == file.name.lower()
+    ]
     if close:
         return f"; there is {' and '.join(str(file.with_name(name)) for name in close)}"
-    return f"; {file.parent if str(file.parent) != '.' else 'this folder'} has {', '.join(names[:12]) if names else 'no .py file'}"
+    return (
+        f"; {file.parent if str(file.parent) != '.' else 'this folder'} has "
+        f"{', '.join(names[:12]) if names else 'no .py file'}"
+    )
 
 
 def _functions(spec: str, file: Path) -> tuple[list[str], bool]:
-    """Names of functions that need no argument, and whether others cannot come from elsewhere (imports, assignments)."""
+    """Names of functions that need no argument, and whether others cannot come from
+    elsewhere (imports, assignments).
+    """
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except SyntaxError as error:
@@ -92,8 +110,19 @@ def _functions(spec: str, file: Path) -> tuple[list[str], bool]:
         raise RecipeError(f"recipe {spec!r}: {file} cannot be read ({error.strerror})") from None
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and _needs_nothing(node)]
     plain = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Expr)
-    others = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.name == "*" or node.module is None]
-    imported = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    others = [
+        alias
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name == "*" or node.module is None
+    ]
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     exact = not others and not imported and all(isinstance(node, plain) for node in tree.body)
     return names, exact
 
@@ -101,7 +130,11 @@ def _functions(spec: str, file: Path) -> tuple[list[str], bool]:
 def _needs_nothing(node: ast.FunctionDef) -> bool:
     arguments = node.args
     positional = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
-    return not node.name.startswith("_") and positional == 0 and all(default is not None for default in arguments.kw_defaults)
+    return (
+        not node.name.startswith("_")
+        and positional == 0
+        and all(default is not None for default in arguments.kw_defaults)
+    )
 
 
 def _syntax(file: Path, error: SyntaxError) -> str:
@@ -118,13 +151,18 @@ def _offered(name: str, known: list[str]) -> str:
 
 
 def _callables(module: ModuleType) -> list[str]:
-    return [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"]
+    return [
+        key
+        for key, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__ and key[0] != "_"
+    ]
 
 
 def _module(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.resolve().parent))  # recipes may build on their neighbours, as with plain python
+    # Recipes may build on their neighbours, as with plain python
+    sys.path.insert(0, str(file.resolve().parent))
     try:
         spec.loader.exec_module(module)
     finally:
@@ -133,17 +171,23 @@ def _module(file: Path) -> ModuleType:
 
 
 def _run(spec: str, file: Path, action):
-    """The recipe's own code, whose failures are its author's: named by the line of theirs in which they arose."""
+    """The recipe's own code, whose failures are its author's: named by the line of theirs
+    in which they arose.
+    """
     try:
         return action()
     except SyntaxError as error:  # of a neighbour
         raise RecipeError(f"recipe {spec!r}: {_syntax(file, error)}") from None
     except SystemExit as error:
-        raise RecipeError(f"recipe {spec!r}: {_place(file, error)}: the recipe ended the program (exit {error.code})") from None
+        raise RecipeError(
+            f"recipe {spec!r}: {_place(file, error)}: the recipe ended the program (exit {error.code})"
+        ) from None
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise RecipeError(f"recipe {spec!r}: {_place(file, error)}: {type(error).__name__}: {error}; correct the recipe") from error
+        raise RecipeError(
+            f"recipe {spec!r}: {_place(file, error)}: {type(error).__name__}: {error}; correct the recipe"
+        ) from error
 
 
 def _place(file: Path, error: BaseException) -> str:

@@ -1,7 +1,9 @@
-"""JSON from outside, parsed by declared types: what does not fit is one message that names file, field, value and remedy.
+"""JSON from outside, parsed by declared types: what does not fit is one message that
+names file, field, value and remedy.
 
-A type is a dataclass, a TypedDict, a msgspec.Struct or a plain annotation such as dict[str, int]; bounds are written as
-Annotated[int, msgspec.Meta(ge=0)]. Python's parser reads the text, because our own files may hold NaN (a mean loss of a diverged run).
+A type is a dataclass, a TypedDict, a msgspec.Struct or a plain annotation such as
+dict[str, int]; bounds are written as Annotated[int, msgspec.Meta(ge=0)]. Python's parser
+reads the text, because our own files may hold NaN (a mean loss of a diverged run).
 """
 
 import json
@@ -20,21 +22,38 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 """A number of things: samples, iterations, bytes."""
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
 
-_SURROGATE = (re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"), re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]"))  # or a half of a whole pair
+# Or a half of a whole pair
+_SURROGATE = (
+    re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"),
+    re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]"),
+)
 
-MOST_BYTES = 64 << 20  # of one JSON file: no honest one comes near, and a hostile one must not fill the memory
+# Of one JSON file: no honest one comes near, and a hostile one must not fill the memory
+MOST_BYTES = 64 << 20
 
 
-def read_json(file: str | os.PathLike, kind: type[T] | Any, *, remedy: str, error: type[ValueError] = ValueError, most: int = MOST_BYTES) -> T:
+def read_json(
+    file: str | os.PathLike,
+    kind: type[T] | Any,
+    *,
+    remedy: str,
+    error: type[ValueError] = ValueError,
+    most: int = MOST_BYTES,
+) -> T:
     """The contents of a JSON file as `kind`.
 
     Raises:
-        error: unreadable, larger than `most` bytes, not JSON, or of another type or range; names file, field and remedy.
+        error: unreadable, larger than `most` bytes, not JSON, or of another type or
+            range; names file, field and remedy.
     """
-    return parse_json(read_bytes(file, remedy=remedy, error=error, most=most), kind, str(file), remedy=remedy, error=error)
+    return parse_json(
+        read_bytes(file, remedy=remedy, error=error, most=most), kind, str(file), remedy=remedy, error=error
+    )
 
 
-def read_bytes(file: str | os.PathLike, *, remedy: str, error: type[ValueError] = ValueError, most: int = MOST_BYTES) -> bytes:
+def read_bytes(
+    file: str | os.PathLike, *, remedy: str, error: type[ValueError] = ValueError, most: int = MOST_BYTES
+) -> bytes:
     """A whole file of at most `most` bytes.
 
     Raises:
@@ -48,7 +67,10 @@ def read_bytes(file: str | os.PathLike, *, remedy: str, error: type[ValueError] 
     except OSError as failure:
         raise error(f"{os.fspath(file)}: {failure.strerror or failure}; {remedy}") from None
     if len(data) > most:
-        raise error(f"{os.fspath(file)}: {os.path.getsize(file)} bytes, more than the {most} that such a file may have; {remedy}")
+        raise error(
+            f"{os.fspath(file)}: {os.path.getsize(file)} bytes, more than the {most} that such a file may "
+            f"have; {remedy}"
+        )
     return data
 
 
@@ -57,7 +79,9 @@ def never_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
-def parse_json(data: bytes | str, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError) -> T:
+def parse_json(
+    data: bytes | str, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError
+) -> T:
     """JSON text as `kind`; `where` (a file, or file:line) begins every message.
 
     Raises:
@@ -66,7 +90,9 @@ def parse_json(data: bytes | str, kind: type[T] | Any, where: str, *, remedy: st
     try:
         value = json.loads(data)
         if _SURROGATE[isinstance(data, str)].search(data):
-            json.dumps(value, ensure_ascii=False).encode()  # what cannot be written again cannot be printed or be the name of a file either
+            # What cannot be written again cannot be printed or be the name of a file
+            # either
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise error(f"{where}: nested too deeply; {remedy}") from None
     except ValueError as failure:  # not JSON, not UTF-8, or a number of more digits than Python converts
@@ -74,7 +100,9 @@ def parse_json(data: bytes | str, kind: type[T] | Any, where: str, *, remedy: st
     return convert(value, kind, where, remedy=remedy, error=error)
 
 
-def parse_json_lines(file: Path, kind: type[T] | Any, *, remedy: str, error: type[ValueError] = ValueError) -> Iterator[T]:
+def parse_json_lines(
+    file: Path, kind: type[T] | Any, *, remedy: str, error: type[ValueError] = ValueError
+) -> Iterator[T]:
     """One object of `kind` for each line of a JSON Lines file of our own writing.
 
     Raises:
@@ -92,7 +120,9 @@ def parse_json_lines(file: Path, kind: type[T] | Any, *, remedy: str, error: typ
         raise error(f"{file}: {failure.strerror or failure}; {remedy}") from None
 
 
-def convert(value: object, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError) -> T:
+def convert(
+    value: object, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError
+) -> T:
     """A value that json.loads gave, as `kind`.
 
     Raises:

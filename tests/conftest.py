@@ -49,18 +49,34 @@ def datasets(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("digits")
     tokenizer = str(root / "tokenizer.model")
-    train_sentencepiece([f"a handwritten {w} moving {d}" for w in digits.WORDS for d in digits.DIRECTIONS], tokenizer, vocab_size=512)
-    codec = {"pixel_channels": 1, "pixel_shift": -0.55, "pixel_scale": 1.3, "tokenizer": tokenizer, "text_width": 8}
+    train_sentencepiece(
+        [f"a handwritten {w} moving {d}" for w in digits.WORDS for d in digits.DIRECTIONS],
+        tokenizer,
+        vocab_size=512,
+    )
+    codec = {
+        "pixel_channels": 1,
+        "pixel_shift": -0.55,
+        "pixel_scale": 1.3,
+        "tokenizer": tokenizer,
+        "text_width": 8,
+    }
     images = digits.write_digit_images(root / "images-files", count=40)
     clips = digits.write_digit_clips(root / "clips-files", count=24)
-    encode(EncodeConfig(str(images), str(root / "images"), frames=1, height=8, width=8, **codec), progress=False)
-    encode(EncodeConfig(str(clips), str(root / "videos"), frames=5, height=8, width=16, **codec), progress=False)
+    encode(
+        EncodeConfig(str(images), str(root / "images"), frames=1, height=8, width=8, **codec), progress=False
+    )
+    encode(
+        EncodeConfig(str(clips), str(root / "videos"), frames=5, height=8, width=16, **codec), progress=False
+    )
     return root
 
 
 @pytest.fixture
 def pipeline_of(monkeypatch):
-    """Folder -> diffusers' image-to-video pipeline of Wan; its module uses ftfy without asking whether it is installed."""
+    """Folder -> diffusers' image-to-video pipeline of Wan; its module uses ftfy without
+    asking whether it is installed.
+    """
     from diffusers import DiffusionPipeline, WanImageToVideoPipeline
     from diffusers.pipelines.wan import pipeline_wan_i2v
 

@@ -1,4 +1,6 @@
-"""Logged values of whole APT iterations on whatever device this process sees: python tests/device_losses.py COUNT prints them as JSON."""
+"""Logged values of whole APT iterations on whatever device this process sees: python
+tests/device_losses.py COUNT prints them as JSON.
+"""
 
 import json
 import sys
@@ -16,7 +18,12 @@ def run(recipe: str = "none") -> RunConfig:
 
     base = problem(dtype="bfloat16")
     model = replace(base.model, width=64, depth=4, fp8=Fp8Config(recipe))
-    return replace(base, model=model, optimizer=replace(base.optimizer, lr=1e-4), parallel=ParallelConfig(row_multiple=32))
+    return replace(
+        base,
+        model=model,
+        optimizer=replace(base.optimizer, lr=1e-4),
+        parallel=ParallelConfig(row_multiple=32),
+    )
 
 
 def losses(mesh: Mesh, count: int, recipe: str = "none") -> list[dict[str, float]]:

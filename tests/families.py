@@ -1,4 +1,6 @@
-"""Published families at toy size: diffusers' model, ours with the same weights, samples for both, and how far the two are apart."""
+"""Published families at toy size: diffusers' model, ours with the same weights, samples
+for both, and how far the two are apart.
+"""
 
 import random
 from collections import Counter
@@ -8,7 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, SD3Transformer2DModel, WanTransformer3DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    SD3Transformer2DModel,
+    WanTransformer3DModel,
+)
 from problems import whole
 from torch import Tensor, nn
 
@@ -61,7 +68,12 @@ def wan_config(seed: int) -> dict:
 def sd3_config(seed: int) -> dict:
     """A random shape; with the seed go norms of queries and keys, and blocks with a second attention."""
     rng = random.Random(seed)
-    heads, size, depth, channels = rng.choice((2, 4)), rng.choice((4, 6, 10, 16)), 1 + (seed + 1) % 3, rng.choice((2, 4))
+    heads, size, depth, channels = (
+        rng.choice((2, 4)),
+        rng.choice((4, 6, 10, 16)),
+        1 + (seed + 1) % 3,
+        rng.choice((2, 4)),
+    )
     return {
         "sample_size": rng.choice((8, 16)),
         "patch_size": rng.choice((1, 2, 3)),
@@ -80,7 +92,9 @@ def sd3_config(seed: int) -> dict:
 
 
 def hunyuan_config(seed: int) -> dict:
-    """A random shape; with the seed go double and single blocks (none of one kind, too) and the input for guidance."""
+    """A random shape; with the seed go double and single blocks (none of one kind, too)
+    and the input for guidance.
+    """
     rng = random.Random(seed)
     heads, axes, channels = rng.choice((2, 4)), [2 * rng.randint(1, 4) for _ in range(3)], rng.choice((2, 3))
     return {
@@ -150,7 +164,9 @@ def shape(family: str, config: dict) -> ModelConfig:
 
 
 def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) -> nn.Module:
-    """Our model, or this rank's stage of it, from diffusers' tensors, every one of which must be used once."""
+    """Our model, or this rank's stage of it, from diffusers' tensors, every one of which
+    must be used once.
+    """
     network = build_backbone(model, mesh, cut=Cut(mesh.pp.size, (mesh.pp.rank,)))
     parameters, used = dict(network.named_parameters()), Counter()
     for one in FAMILIES[family][0].tensors(model, mesh):
@@ -169,8 +185,17 @@ def ours(family: str, model: ModelConfig, mesh: Mesh, state: dict[str, Tensor]) 
     return network
 
 
-def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts: list[int], seed: int, first_frame: bool = False) -> list[Sample]:
-    """One sample for each grid of tokens and each length of text; with `first_frame` that of each clip is given."""
+def samples(
+    family: str,
+    config: dict,
+    sizes: list[tuple[int, int, int]],
+    texts: list[int],
+    seed: int,
+    first_frame: bool = False,
+) -> list[Sample]:
+    """One sample for each grid of tokens and each length of text; with `first_frame` that
+    of each clip is given.
+    """
     generator = torch.Generator().manual_seed(seed)
     model = shape(family, config)
     patch = model.patch
@@ -186,7 +211,9 @@ def samples(family: str, config: dict, sizes: list[tuple[int, int, int]], texts:
                 torch.randn(POOLED, generator=generator),
                 torch.randn(given, *size, generator=generator) if given else None,
                 torch.randn(257, image, generator=generator) if image else None,
-                torch.randn(channels, 1, *size[1:], generator=generator) if first_frame and size[0] > 1 else None,
+                torch.randn(channels, 1, *size[1:], generator=generator)
+                if first_frame and size[0] > 1
+                else None,
                 torch.randn(channels, *size, generator=generator),
             )
         )
@@ -197,30 +224,48 @@ def their_velocities(family: str, model: nn.Module, batch: list[Sample]) -> list
     """(C, F, H, W) for each sample: as one batch where all are of one size, else one by one."""
     if len({(s.latent.shape, s.text.shape) for s in batch}) > 1:
         return [v for one in batch for v in their_velocities(family, model, [one])]
-    fields = ([getattr(s, name) for s in batch] for name in ("latent", "time", "text", "pooled", "given", "image", "first"))
+    fields = (
+        [getattr(s, name) for s in batch]
+        for name in ("latent", "time", "text", "pooled", "given", "image", "first")
+    )
     scale = {"flux": FluxConfig.guidance, "hunyuan": HunyuanConfig.guidance}.get(family)
     guidance = torch.full((len(batch),), scale) if model.config.get("guidance_embeds") else None
-    inputs = Inputs(*(None if values[0] is None else torch.stack(values) for values in fields), guidance=guidance)
+    inputs = Inputs(
+        *(None if values[0] is None else torch.stack(values) for values in fields), guidance=guidance
+    )
     return list(FAMILIES[family][0].forward(model, inputs))
 
 
-def our_inputs(batch: list[Sample], model: ModelConfig, mesh: Mesh) -> tuple[Tensor, Tensor, Condition, Layout]:
+def our_inputs(
+    batch: list[Sample], model: ModelConfig, mesh: Mesh
+) -> tuple[Tensor, Tensor, Condition, Layout]:
     """Arguments of our forward: this rank's tokens, times, conditions, layout."""
     tokens = torch.cat([patchify(s.latent[None], model.patch) for s in batch])
     condition = Condition.pack([s.text for s in batch], pooled=torch.stack([s.pooled for s in batch]))
     if batch[0].given is not None:
-        condition = replace(condition, visual=torch.cat([patchify(s.given[None], model.patch) for s in batch]))
+        condition = replace(
+            condition, visual=torch.cat([patchify(s.given[None], model.patch) for s in batch])
+        )
     if batch[0].image is not None:
         condition = replace(condition, image=torch.stack([s.image for s in batch]))
     if model.wan.first_frame:
         firsts = [patchify(s.first[None], model.patch) for s in batch if s.first is not None]
         condition = replace(condition, first=torch.cat([torch.empty(0, model.patch_width), *firsts]))
-    layout = build_layout(tuple(patch_grid(tuple(s.latent.shape[1:]), model.patch) for s in batch), condition.lengths, mesh)
-    return tokens.index_select(0, layout.visual.index), torch.stack([s.time for s in batch]), condition, layout
+    layout = build_layout(
+        tuple(patch_grid(tuple(s.latent.shape[1:]), model.patch) for s in batch), condition.lengths, mesh
+    )
+    return (
+        tokens.index_select(0, layout.visual.index),
+        torch.stack([s.time for s in batch]),
+        condition,
+        layout,
+    )
 
 
 def staged(network: nn.Module, inputs: tuple, mesh: Mesh, loss: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Forward and backward of loss(network(*inputs)), its stages one after another on the ranks of the pipeline; the output on the last one."""
+    """Forward and backward of loss(network(*inputs)), its stages one after another on the
+    ranks of the pipeline; the output on the last one.
+    """
     stage, group, layout = mesh.pp.rank, mesh.pp.group, inputs[-1]
     before, after = (None if rank is None else dist.get_global_rank(group, rank) for rank in neighbours(mesh))
     if before is None:
@@ -243,13 +288,19 @@ def staged(network: nn.Module, inputs: tuple, mesh: Mesh, loss: Callable[[Tensor
         torch.autograd.backward(sent, gradients)
     if before is not None:
         for tensor in arrived.values():
-            dist.send(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous(), before, group=group)
+            dist.send(
+                torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous(),
+                before,
+                group=group,
+            )
     return out if after is None else None
 
 
 def neighbours(mesh: Mesh) -> tuple[int | None, int | None]:
     """Ranks of the pipeline before and after this one."""
-    return (mesh.pp.rank - 1 if mesh.pp.rank else None), (mesh.pp.rank + 1 if mesh.pp.rank < mesh.pp.size - 1 else None)
+    return (mesh.pp.rank - 1 if mesh.pp.rank else None), (
+        mesh.pp.rank + 1 if mesh.pp.rank < mesh.pp.size - 1 else None
+    )
 
 
 def gradient_of(parameter: nn.Parameter, mesh: Mesh) -> Tensor:
@@ -271,13 +322,19 @@ def compare(
     recompute: str = "none",
     first_frame: bool = False,
 ) -> tuple[float, float, str]:
-    """Forward and backward of the mean squared error to random targets, in fp32, by both models from the same weights.
+    """Forward and backward of the mean squared error to random targets, in fp32, by both
+    models from the same weights.
 
     Returns:
-        The largest difference of a velocity over the largest velocity; the largest difference of a gradient over the largest entry of its tensor,
-        or over 1e-3 of the largest gradient of all if that is more (gradients that are zero but for rounding); and the name of that tensor.
+        The largest difference of a velocity over the largest velocity; the largest
+        difference of a gradient over the largest entry of its tensor, or over 1e-3 of the
+        largest gradient of all if that is more (gradients that are zero but for
+        rounding); and the name of that tensor.
     """
-    reference, batch = theirs(family, config, seed=1), samples(family, config, sizes, texts, seed=2, first_frame=first_frame)
+    reference, batch = (
+        theirs(family, config, seed=1),
+        samples(family, config, sizes, texts, seed=2, first_frame=first_frame),
+    )
     model = replace(shape(family, config), recompute=recompute)
     model = replace(model, wan=replace(model.wan, first_frame=first_frame))
     network = ours(family, model, mesh, reference.state_dict())
@@ -298,7 +355,10 @@ def compare(
         got = staged(network, (x, t, condition, layout), mesh, loss)
     forward = 0.0 if got is None else float(((got - want).abs().max() / want.abs().max()).detach())
 
-    gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in reference.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad
+        for name, value in reference.named_parameters()
+    }
     largest, worst = max(float(g.abs().max()) for g in gradients.values()), (0.0, "")
     parameters = dict(network.named_parameters())
     for one in FAMILIES[family][0].tensors(model, mesh):
@@ -308,6 +368,9 @@ def compare(
             assert parameters[one.name].grad is None
             continue
         expected = one.change.ours([gradients[key] for key in one.theirs])
-        error = float((gradient_of(parameters[one.name], mesh) - expected).abs().max() / max(float(expected.abs().max()), 1e-3 * largest))
+        error = float(
+            (gradient_of(parameters[one.name], mesh) - expected).abs().max()
+            / max(float(expected.abs().max()), 1e-3 * largest)
+        )
         worst = max(worst, (error, one.name))
     return forward, *worst

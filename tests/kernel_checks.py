@@ -1,4 +1,6 @@
-"""How a kernel is held against its reference: the same inputs, the reference in float64, every output and every gradient."""
+"""How a kernel is held against its reference: the same inputs, the reference in float64,
+every output and every gradient.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +11,8 @@ from megatron_apt.kernels.launch import implementation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# Largest difference over largest value. fp32: rounding of sums; bf16: one unit in the last place, as the interpreter truncates where a GPU rounds.
+# Largest difference over largest value. fp32: rounding of sums; bf16: one unit in the
+# last place, as the interpreter truncates where a GPU rounds.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 
 
@@ -38,11 +41,19 @@ def difference(got: Tensor, want: Tensor) -> float:
     assert torch.equal(got[~both].double(), want[~both].double()), "infinities at other places"
     if not both.any():
         return 0.0
-    error = (got.double() - want.double())[both].abs().max() / want[both].double().abs().max().clamp_min(1e-30)
+    error = (got.double() - want.double())[both].abs().max() / want[both].double().abs().max().clamp_min(
+        1e-30
+    )
     return float(error)
 
 
-def compare(call: Callable, reference: Callable, inputs: list[Tensor], dtype: torch.dtype, tolerance: float | None = None) -> None:
+def compare(
+    call: Callable,
+    reference: Callable,
+    inputs: list[Tensor],
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+) -> None:
     """Asserts that `call` with kernels equals `reference` in float64, on float inputs rounded to dtype."""
     low = [t.to(DEVICE, dtype) if t.is_floating_point() else t.to(DEVICE) for t in inputs]
     want = outputs_and_gradients(reference, [t.double() if t.is_floating_point() else t for t in low], dtype)
@@ -52,4 +63,6 @@ def compare(call: Callable, reference: Callable, inputs: list[Tensor], dtype: to
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.shape == b.shape, f"number {i}: shape {tuple(a.shape)}, not {tuple(b.shape)}"
         error = difference(a, b)
-        assert error <= (tolerance or TOLERANCE[dtype]), f"number {i} of outputs and gradients: {error:.2e} apart"
+        assert error <= (tolerance or TOLERANCE[dtype]), (
+            f"number {i} of outputs and gradients: {error:.2e} apart"
+        )

@@ -7,7 +7,12 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-PROMPTS = ["a red fox runs over the snow", "", "two steps to the left, then right", "the quick brown fox " * 200]
+PROMPTS = [
+    "a red fox runs over the snow",
+    "",
+    "two steps to the left, then right",
+    "the quick brown fox " * 200,
+]
 
 
 def sentencepiece_folder(folder: Path) -> Path:
@@ -45,12 +50,18 @@ def wan_vae(**changes) -> torch.nn.Module:
     from diffusers import AutoencoderKLWan
 
     numbers = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 1.0])
-    return AutoencoderKLWan(**{**dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), **numbers, **changes}).eval()
+    return AutoencoderKLWan(
+        **{**dict(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), **numbers, **changes}
+    ).eval()
 
 
 def wan22_vae() -> torch.nn.Module:
-    """Of Wan2.2's TI2V but for the sizes: residual, 48 channels, 16 times smaller pictures by 2 x 2 pixels and three halvings."""
-    numbers = dict(latents_mean=torch.linspace(-0.3, 0.3, 48).tolist(), latents_std=torch.linspace(0.5, 1.5, 48).tolist())
+    """Of Wan2.2's TI2V but for the sizes: residual, 48 channels, 16 times smaller
+    pictures by 2 x 2 pixels and three halvings.
+    """
+    numbers = dict(
+        latents_mean=torch.linspace(-0.3, 0.3, 48).tolist(), latents_std=torch.linspace(0.5, 1.5, 48).tolist()
+    )
     kind = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
     return wan_vae(z_dim=48, decoder_base_dim=12, **numbers, **kind)
 
@@ -81,23 +92,36 @@ def spread(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def save_wan(folder: Path, ti2v: bool = False) -> Path:
-    """WanPipeline, tokenizer as tokenizer.json, scheduler as published; `ti2v`: of Wan2.2's TI2V, which is published as this class."""
+    """WanPipeline, tokenizer as tokenizer.json, scheduler as published; `ti2v`: of
+    Wan2.2's TI2V, which is published as this class.
+    """
     import transformers
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     torch.manual_seed(0)
     tokenizer = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
-    vae, sizes = wan22_vae() if ti2v else wan_vae(), dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=2)
+    vae, sizes = (
+        wan22_vae() if ti2v else wan_vae(),
+        dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=20, num_layers=2),
+    )
     channels = vae.config.z_dim
-    transformer = spread(WanTransformer3DModel(in_channels=channels, out_channels=channels, text_dim=16, **sizes))
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipeline = WanPipeline(tokenizer, t5("umt5", tokenizer, 16), vae, scheduler, transformer, expand_timesteps=ti2v)
+    transformer = spread(
+        WanTransformer3DModel(in_channels=channels, out_channels=channels, text_dim=16, **sizes)
+    )
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipeline = WanPipeline(
+        tokenizer, t5("umt5", tokenizer, 16), vae, scheduler, transformer, expand_timesteps=ti2v
+    )
     pipeline.save_pretrained(folder / "wan")
     return folder / "wan"
 
 
 def save_wan_i2v(folder: Path, with_clip: bool) -> Path:
-    """WanImageToVideoPipeline: of Wan2.1 with a CLIP vision model 20 wide, of 257 tokens; of Wan2.2 (its first network) without."""
+    """WanImageToVideoPipeline: of Wan2.1 with a CLIP vision model 20 wide, of 257 tokens;
+    of Wan2.2 (its first network) without.
+    """
     import transformers
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 
@@ -110,10 +134,18 @@ def save_wan_i2v(folder: Path, with_clip: bool) -> Path:
         tokenizer=tokenizer,
         text_encoder=t5("umt5", tokenizer, 16),
         vae=wan_vae(),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}) if with_clip else None,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+        if with_clip
+        else None,
         image_encoder=spread(clip_vision()) if with_clip else None,
-        transformer=spread(WanTransformer3DModel(in_channels=channels, out_channels=4, text_dim=16, **sizes, **image)),
+        transformer=spread(
+            WanTransformer3DModel(in_channels=channels, out_channels=4, text_dim=16, **sizes, **image)
+        ),
     )
     pipeline.save_pretrained(folder / "wan-i2v")
     return folder / "wan-i2v"
@@ -122,7 +154,14 @@ def save_wan_i2v(folder: Path, with_clip: bool) -> Path:
 def clip_vision() -> torch.nn.Module:
     import transformers
 
-    sizes = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=2)
+    sizes = dict(
+        hidden_size=20,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=2,
+    )
     return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).eval()
 
 
@@ -132,8 +171,16 @@ def clip_tokenizer():
 
     letters = [chr(i) for i in range(33, 127)]
     merges = [("t", "h"), ("th", "e</w>"), ("f", "o"), ("fo", "x</w>"), ("r", "e"), ("re", "d</w>")]
-    names = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=77)
+    names = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(a + b for a, b in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return transformers.CLIPTokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=merges, model_max_length=77
+    )
 
 
 def clip(tokenizer, width: int, pooled: int, eos: int) -> torch.nn.Module:
@@ -162,14 +209,24 @@ def save_sd3(folder: Path, with_t5: bool = True) -> Path:
     torch.manual_seed(1)
     words = clip_tokenizer()
     pieces = transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
-    sizes = dict(num_layers=3, attention_head_dim=8, num_attention_heads=4, caption_projection_dim=32, sample_size=8, pos_embed_max_size=8)
+    sizes = dict(
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        sample_size=8,
+        pos_embed_max_size=8,
+    )
     kinds = dict(dual_attention_layers=(0,), qk_norm="rms_norm")  # as 3.5 medium
-    transformer = SD3Transformer2DModel(in_channels=4, out_channels=4, joint_attention_dim=48, pooled_projection_dim=48, **sizes, **kinds)
+    transformer = SD3Transformer2DModel(
+        in_channels=4, out_channels=4, joint_attention_dim=48, pooled_projection_dim=48, **sizes, **kinds
+    )
     pipeline = StableDiffusion3Pipeline(
         transformer=spread(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl_vae(),
-        text_encoder=clip(words, 16, 20, eos=2),  # as in SD3's config: 2 is no longer the token, the highest id is taken
+        # As in SD3's config: 2 is no longer the token, the highest id is taken
+        text_encoder=clip(words, 16, 20, eos=2),
         tokenizer=words,
         text_encoder_2=clip(words, 24, 28, eos=words.eos_token_id),
         tokenizer_2=words,
@@ -181,7 +238,9 @@ def save_sd3(folder: Path, with_t5: bool = True) -> Path:
 
 
 def llama_tokenizer():
-    """Llama 3's splitting and bytes, and a token for every word of HunyuanVideo's prompt template, whose start is the 95 tokens that are cut off."""
+    """Llama 3's splitting and bytes, and a token for every word of HunyuanVideo's prompt
+    template, whose start is the 95 tokens that are cut off.
+    """
     import transformers
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -191,14 +250,24 @@ def llama_tokenizer():
     begin = special[0]
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(words), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=letters, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=letters, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator([DEFAULT_PROMPT_TEMPLATE["template"], *PROMPTS[:3]], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, 0)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=begin, eos_token="<|eot_id|>", pad_token="<pad>", padding_side="right"
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        eos_token="<|eot_id|>",
+        pad_token="<pad>",
+        padding_side="right",
     )
 
 
@@ -211,14 +280,27 @@ def hunyuan_vae(**changes) -> torch.nn.Module:
 
 
 def save_flux(folder: Path) -> Path:
-    """FluxPipeline: the T5's text 16 wide, CLIP's pooled text 20 wide, guidance embedded, scheduler as published."""
+    """FluxPipeline: the T5's text 16 wide, CLIP's pooled text 20 wide, guidance embedded,
+    scheduler as published.
+    """
     import transformers
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     torch.manual_seed(4)
-    words, pieces = clip_tokenizer(), transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces"))
-    sizes = dict(num_layers=2, num_single_layers=2, attention_head_dim=12, num_attention_heads=2, axes_dims_rope=(4, 4, 4))
-    transformer = FluxTransformer2DModel(in_channels=16, joint_attention_dim=16, pooled_projection_dim=20, guidance_embeds=True, **sizes)
+    words, pieces = (
+        clip_tokenizer(),
+        transformers.T5TokenizerFast.from_pretrained(sentencepiece_folder(folder / "pieces")),
+    )
+    sizes = dict(
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        axes_dims_rope=(4, 4, 4),
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=16, joint_attention_dim=16, pooled_projection_dim=20, guidance_embeds=True, **sizes
+    )
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=kl_vae(),
@@ -233,14 +315,31 @@ def save_flux(folder: Path) -> Path:
 
 
 def save_hunyuan(folder: Path) -> Path:
-    """HunyuanVideoPipeline: Llama's text 16 wide, CLIP's pooled text 20 wide, guidance embedded, scheduler as published."""
+    """HunyuanVideoPipeline: Llama's text 16 wide, CLIP's pooled text 20 wide, guidance
+    embedded, scheduler as published.
+    """
     import transformers
-    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
 
     torch.manual_seed(3)
     words, pieces = clip_tokenizer(), llama_tokenizer()
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    ids = dict(vocab_size=len(pieces), bos_token_id=pieces.bos_token_id, eos_token_id=pieces.eos_token_id, pad_token_id=pieces.pad_token_id)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    ids = dict(
+        vocab_size=len(pieces),
+        bos_token_id=pieces.bos_token_id,
+        eos_token_id=pieces.eos_token_id,
+        pad_token_id=pieces.pad_token_id,
+    )
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=4,
         out_channels=4,

@@ -1,4 +1,6 @@
-"""Checkpoints that someone else has had in hand: pickles that would run code, and commits as they were written before index.json."""
+"""Checkpoints that someone else has had in hand: pickles that would run code, and commits
+as they were written before index.json.
+"""
 
 import json
 import pickle
@@ -53,19 +55,39 @@ def attacks(canary: Path) -> dict[str, bytes]:
         "exec": whole(call(name("builtins", "exec"), python)),
         "posix": whole(call(name("posix", "system"), command)),
         "rmtree": whole(call(name("torch.serialization", "shutil.rmtree"), word(str(canary.parent)))),
-        "to_dcp": whole(call(name("torch.distributed.checkpoint.format_utils", "torch_save_to_dcp"), word(str(canary)), word(str(canary)))),
+        "to_dcp": whole(
+            call(
+                name("torch.distributed.checkpoint.format_utils", "torch_save_to_dcp"),
+                word(str(canary)),
+                word(str(canary)),
+            )
+        ),
         "torch_load": whole(call(name("torch", "load"), word(str(canary)))),
         "numpy": whole(call(name("numpy.testing._private.utils", "runstring"), python, pickle.EMPTY_DICT)),
-        "reconstructor": whole(call(name("copyreg", "_reconstructor"), name("builtins", "object"), name("builtins", "object"), pickle.NONE)),
+        "reconstructor": whole(
+            call(
+                name("copyreg", "_reconstructor"),
+                name("builtins", "object"),
+                name("builtins", "object"),
+                pickle.NONE,
+            )
+        ),
         "inst": whole(pickle.MARK, command, pickle.INST, b"os\nsystem\n"),
         "obj": whole(pickle.MARK, system, command, pickle.OBJ),
         "newobj": whole(call(name("subprocess", "Popen"), word("true"), opcode=pickle.NEWOBJ)),
-        "newobj_ex": whole(name("subprocess", "Popen"), pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.NEWOBJ_EX),
+        "newobj_ex": whole(
+            name("subprocess", "Popen"), pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.NEWOBJ_EX
+        ),
         "extension": whole(pickle.EXT1, b"\x01", pickle.EMPTY_TUPLE, pickle.REDUCE),
         "persistent": whole(pickle.PERSID, b"os.system\n"),
         "buffer": whole(pickle.NEXT_BUFFER),
         "build": whole(
-            call(name("torch", "Size"), pickle.EMPTY_TUPLE), pickle.EMPTY_DICT, word("x"), call(system, command), pickle.SETITEM, pickle.BUILD
+            call(name("torch", "Size"), pickle.EMPTY_TUPLE),
+            pickle.EMPTY_DICT,
+            word("x"),
+            call(system, command),
+            pickle.SETITEM,
+            pickle.BUILD,
         ),
         "twice": whole(call(system, command), pickle.POP, name("torch", "Size")),
     }
@@ -73,7 +95,9 @@ def attacks(canary: Path) -> dict[str, bytes]:
 
 def bombs() -> dict[str, bytes]:
     """Small pickles that ask for much memory, time or depth."""
-    shared = pickle.EMPTY_TUPLE + b"".join(pickle.MEMOIZE + pickle.BINGET + bytes([i]) + pickle.TUPLE2 for i in range(100))
+    shared = pickle.EMPTY_TUPLE + b"".join(
+        pickle.MEMOIZE + pickle.BINGET + bytes([i]) + pickle.TUPLE2 for i in range(100)
+    )
     return {
         "memo": whole(pickle.NONE, pickle.LONG_BINPUT, b"\xff\xff\xff\xff"),
         "text": whole(pickle.BINUNICODE8, struct.pack("<Q", 2**60), b"x"),
@@ -101,15 +125,26 @@ def committed_again(folder: Path) -> None:
 
 
 def as_before_the_index(folder: Path, target: Path) -> Path:
-    """The same checkpoint as commits were written before there was index.json: with Megatron-Core's own index, and an unsealed list."""
+    """The same checkpoint as commits were written before there was index.json: with
+    Megatron-Core's own index, and an unsealed list.
+    """
     target.mkdir(parents=True)
-    tensors = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in store.read_tensors(folder)}
+    tensors = {
+        key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in store.read_tensors(folder)
+    }
     filesystem_async._results_queue = queue.Queue()
-    request = save(tensors, str(target), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), async_sharded_save=True)
+    request = save(
+        tensors,
+        str(target),
+        TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        async_sharded_save=True,
+    )
     results = {}
     for i, bucket in enumerate(request.preload_fn()):
         answers = queue.Queue()
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(request.async_fn.args[0], i, bucket, answers, _Count(), use_fsync=False)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            request.async_fn.args[0], i, bucket, answers, _Count(), use_fsync=False
+        )
         results[i] = answers.get()[1]
     request.async_fn_args[2].put(results)
     for finalize in request.finalize_fns:

@@ -26,24 +26,46 @@ def model_config(**changes) -> ModelConfig:
     return replace(ModelConfig(depth=3, width=48, heads=4, text_width=8), **changes)
 
 
-def run_config(method: str = "apt", model: ModelConfig | None = None, apt: AptConfig | None = None, **changes) -> RunConfig:
+def run_config(
+    method: str = "apt", model: ModelConfig | None = None, apt: AptConfig | None = None, **changes
+) -> RunConfig:
     """A run from seeded random weights (no checkpoint)."""
     optimizer = OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9)
     base = RunConfig(
-        method=method, model=model or model_config(), apt=apt or AptConfig(), optimizer=optimizer, init=InitConfig(), global_batch=4, micro_batch=4
+        method=method,
+        model=model or model_config(),
+        apt=apt or AptConfig(),
+        optimizer=optimizer,
+        init=InitConfig(),
+        global_batch=4,
+        micro_batch=4,
     )
     return replace(base, **changes)
 
 
 def microbatch(
-    mesh: Mesh, shapes, model: ModelConfig, text_lengths=(3, 3, 3, 3), seed: int = 0, iteration: int = 0, global_batch: int = 4, rows=None
+    mesh: Mesh,
+    shapes,
+    model: ModelConfig,
+    text_lengths=(3, 3, 3, 3),
+    seed: int = 0,
+    iteration: int = 0,
+    global_batch: int = 4,
+    rows=None,
 ) -> Microbatch:
-    """The same samples on every mesh; each context-parallel rank keeps its tokens. `rows` takes some of them."""
+    """The same samples on every mesh; each context-parallel rank keeps its tokens. `rows`
+    takes some of them.
+    """
     dtype = torch.float64 if model.dtype == "float64" else torch.float32
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    texts = [torch.randn(length, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for length in text_lengths]
-    null, negative = (torch.randn(2, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    texts = [
+        torch.randn(length, model.text_width, generator=generator, dtype=torch.float64).to(dtype)
+        for length in text_lengths
+    ]
+    null, negative = (
+        torch.randn(2, model.text_width, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     pooled, *pooled_fixed = (_pooled(model, n, generator, dtype) for n in (len(shapes), 1, 1))
     given, images = _first_frames(model, shapes, generator, dtype)
     rows = tuple(range(len(shapes))) if rows is None else tuple(rows)
@@ -66,32 +88,48 @@ def microbatch(
         x=tokens.to(mesh.device, dtype).index_select(0, layout.visual.index),
         condition=framed(condition),
         null=framed(Condition.pack([null], pooled=pooled_fixed[0]).repeat(len(shapes)).to(mesh.device)),
-        negative=framed(Condition.pack([negative], pooled=pooled_fixed[1]).repeat(len(shapes)).to(mesh.device)),
+        negative=framed(
+            Condition.pack([negative], pooled=pooled_fixed[1]).repeat(len(shapes)).to(mesh.device)
+        ),
         seed=7,
         iteration=iteration,
         global_batch=global_batch,
     )
 
 
-def _pooled(model: ModelConfig, n: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor | None:
+def _pooled(
+    model: ModelConfig, n: int, generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor | None:
     """Pooled texts of a family that has its own; None: the mean of the text serves."""
     if model.pooled_width == model.text_width:
         return None
     return torch.randn(n, model.pooled_width, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def _first_frames(model: ModelConfig, shapes, generator: torch.Generator, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Tokens of the channels each sample is given, and its image tokens (n, L, E), of models that read them."""
+def _first_frames(
+    model: ModelConfig, shapes, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Tokens of the channels each sample is given, and its image tokens (n, L, E), of
+    models that read them.
+    """
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
-    given = [patchify(normal(1, model.condition_channels, *shape[1:]), model.patch) for shape in shapes] if model.condition_channels else []
-    return given, normal(len(shapes), model.wan.image_tokens, model.wan.image_width) if model.wan.image_width else None
+    given = (
+        [patchify(normal(1, model.condition_channels, *shape[1:]), model.patch) for shape in shapes]
+        if model.condition_channels
+        else []
+    )
+    return given, normal(
+        len(shapes), model.wan.image_tokens, model.wan.image_width
+    ) if model.wan.image_width else None
 
 
 def waken(networks: dict[str, Network], seed: int = 1) -> None:
-    """Random values where initialisation puts zeros (modulation, last layer), so that every gradient is alive. Equal on every mesh."""
+    """Random values where initialisation puts zeros (modulation, last layer), so that
+    every gradient is alive. Equal on every mesh.
+    """
     from megatron_apt.kernels.keyed_noise import derive_key
     from megatron_apt.models.parameters import full_shape
 
@@ -119,7 +157,9 @@ def build(config: RunConfig, mesh: Mesh):
 
 def run_phase(executor: Executor, phase, batches) -> dict:
     """Gradients of one phase on one stage, without its update; returns the metrics' contributions."""
-    (metrics,) = executor.run(without_update(one_rank((phase,), len(batches))), lambda _: batches, lambda task: None)
+    (metrics,) = executor.run(
+        without_update(one_rank((phase,), len(batches))), lambda _: batches, lambda task: None
+    )
     return metrics
 
 
@@ -139,7 +179,10 @@ def phase_gradients(config: RunConfig, mesh: Mesh, shapes, text_lengths=(3, 3, 3
         shards.reduce_gradients()
         parameters = dict(zip(shards.names, shards.parameters, strict=True))
         gradients = {name: whole(grad, parameters[name], mesh) for name, grad in shards.whole_gradients()}
-        result[phase.name] = {"metrics": {k: summed(v, mesh) for k, v in metrics.items()}, "gradients": gradients}
+        result[phase.name] = {
+            "metrics": {k: summed(v, mesh) for k, v in metrics.items()},
+            "gradients": gradients,
+        }
     return result
 
 

@@ -1,4 +1,6 @@
-"""Runs a function on several ranks over gloo. The processes live for the whole test session, so that imports are paid once."""
+"""Runs a function on several ranks over gloo. The processes live for the whole test
+session, so that imports are paid once.
+"""
 
 import contextlib
 import os
@@ -17,7 +19,13 @@ def _free_port() -> int:
 
 
 def _serve(rank: int, world: int, port: int, tasks, results) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     import megatron_apt  # noqa: F401
@@ -53,7 +61,10 @@ class Ranks:
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(world)]
         port = _free_port()
-        self.processes = [context.Process(target=_serve, args=(r, world, port, self.tasks[r], self.results), daemon=False) for r in range(world)]
+        self.processes = [
+            context.Process(target=_serve, args=(r, world, port, self.tasks[r], self.results), daemon=False)
+            for r in range(world)
+        ]
         for process in self.processes:
             process.start()
 

@@ -41,7 +41,10 @@ def test_another_model_is_scaled_by_its_arithmetic(file):
     ratio = block_flops(large, 100, 20) / block_flops(small, 100, 20)
     assert block_flops(small, 100, 20) == 2 * 120 * 12 * 64**2 + 4 * 120**2 * 64
     wan = ModelConfig(family="wan", width=64, mlp_width=100, modulation="single", pooled_text=False)
-    assert block_flops(wan, 100, 20) == 2 * 100 * (6 * 64**2 + 2 * 64 * 100) + 2 * 20 * 2 * 64**2 + 4 * 64 * 100 * 120
+    assert (
+        block_flops(wan, 100, 20)
+        == 2 * 100 * (6 * 64**2 + 2 * 64 * 100) + 2 * 20 * 2 * 64**2 + 4 * 64 * 100 * 120
+    )
     assert pytest.approx((2 * ratio, 5 * ratio, ratio)) == (wide.F, wide.I, wide.W)
 
 
@@ -51,7 +54,9 @@ def test_the_least_time_of_an_iteration(file):
     seconds = iteration_seconds(config, 4, read(str(file)))
     assert seconds == pytest.approx(6 * ((2 + 3 + 1) + (2 + 3) + 2 * (2 + 3 + 1) + 2 + (2 + 3 + 1)) * 8 / 4)
     half = replace(config, apt=replace(config.apt, discriminator_depth=0.5, head_layers=(0.5, 1.0)))
-    assert iteration_seconds(half, 4, read(str(file))) == pytest.approx((6 * (6 + 2) + 3 * (5 + 12 + 6)) * 8 / 4)
+    assert iteration_seconds(half, 4, read(str(file))) == pytest.approx(
+        (6 * (6 + 2) + 3 * (5 + 12 + 6)) * 8 / 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Checkpoints: whole or not at all, on any mesh, for as long as asked, and readable without running anything."""
+"""Checkpoints: whole or not at all, on any mesh, for as long as asked, and readable
+without running anything.
+"""
 
 import json
 import os
@@ -16,7 +18,13 @@ from problems import model_config
 from test_train import SMOOTH, config, rows, state
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_apt.checkpoint import save as saving
 from megatron_apt.checkpoint import store
@@ -76,7 +84,10 @@ def damaged(folder: Path, name: str, how: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["*.distcp", "common.pt", "metadata.json", ".metadata", "state.json"])
-@pytest.mark.parametrize(("how", "message"), [("bit", "bits have changed"), ("short", "were committed; it was cut short"), ("gone", "missing")])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("bit", "bits have changed"), ("short", "were committed; it was cut short"), ("gone", "missing")],
+)
 def test_a_damaged_file_is_named(mesh, datasets, tmp_path, name, how, message):
     run_config = config(datasets, tmp_path / "run", "flow", iterations=1)
     train(run_config, mesh)
@@ -99,7 +110,10 @@ def test_a_failed_write_keeps_what_was_there(mesh, datasets, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(saving, "checksum", full)
-    with pytest.raises(store.CheckpointError, match=r"\.iteration-00000002\.tmp: could not be written .*No space left on device"):
+    with pytest.raises(
+        store.CheckpointError,
+        match=r"\.iteration-00000002\.tmp: could not be written .*No space left on device",
+    ):
         train(run_config, mesh)
     monkeypatch.undo()
     assert store.latest(run_config.output).name == "iteration-00000001"
@@ -135,7 +149,14 @@ def test_retention(tmp_path, retention, kept):
 
 
 def test_the_best_checkpoint_stays_and_can_be_resumed_from(mesh, datasets, tmp_path):
-    run_config = config(datasets, tmp_path / "run", "flow", iterations=4, save_every=1, retention=RetentionConfig(last=1, best="loss"))
+    run_config = config(
+        datasets,
+        tmp_path / "run",
+        "flow",
+        iterations=4,
+        save_every=1,
+        retention=RetentionConfig(last=1, best="loss"),
+    )
     train(run_config, mesh)
     losses = [row["loss"] for row in rows(run_config.output)]
     best = f"iteration-{losses.index(min(losses)) + 1:08d}"
@@ -161,7 +182,9 @@ def test_inspect_tells_what_is_inside(mesh, datasets, tmp_path):
 
 
 def test_a_configuration_survives_json(datasets, tmp_path):
-    run_config = config(datasets, tmp_path, retention=RetentionConfig(last=3, best="g/loss"), parallel=ParallelConfig(tp=2))
+    run_config = config(
+        datasets, tmp_path, retention=RetentionConfig(last=3, best="g/loss"), parallel=ParallelConfig(tp=2)
+    )
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run_config)))) == run_config
     with pytest.raises(store.CheckpointError, match=r"unknown fields \['colour'\]"):
         from_dict(RunConfig, {"colour": 1})
@@ -194,7 +217,9 @@ MESHES = {
 @pytest.fixture(scope="module")
 def straight(mesh, datasets, tmp_path_factory):
     """Ten iterations on one rank, with accumulation and a remainder."""
-    run_config = config(datasets, tmp_path_factory.mktemp("straight"), iterations=10, global_batch=7, micro_batch=4, **F64)
+    run_config = config(
+        datasets, tmp_path_factory.mktemp("straight"), iterations=10, global_batch=7, micro_batch=4, **F64
+    )
     train(run_config, mesh)
     return run_config
 
@@ -213,7 +238,8 @@ def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before
     for (world, parallel), iterations in ((MESHES[before], 5), (MESHES[after], 10)):
         ranks(world).run(train_on, parallel, replace(broken, iterations=iterations, parallel=parallel))
     for ours, want in zip(rows(broken.output), rows(base.output), strict=True):
-        shared = {key: value for key, value in want.items() if key != "sample/diversity"}  # its pairs are neighbours within a microbatch
+        # Its pairs are neighbours within a microbatch
+        shared = {key: value for key, value in want.items() if key != "sample/diversity"}
         assert all(ours[key] == pytest.approx(value, rel=1e-8, abs=1e-10) for key, value in shared.items())
     a, b = (dict(store.read_tensors(store.latest(r.output))) for r in (broken, base))
     assert a.keys() == b.keys()
@@ -230,8 +256,12 @@ def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before
         pytest.param(ParallelConfig(tp=2), id="tp2", marks=pytest.mark.slow),
     ],
 )
-def test_ten_steps_interrupted_equal_ten_steps_bit_for_bit_on_the_same_mesh(ranks, datasets, tmp_path, parallel):
-    straight = config(datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=4, parallel=parallel)
+def test_ten_steps_interrupted_equal_ten_steps_bit_for_bit_on_the_same_mesh(
+    ranks, datasets, tmp_path, parallel
+):
+    straight = config(
+        datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=4, parallel=parallel
+    )
     ranks(2).run(train_on, parallel, straight)
     broken = replace(straight, output=str(tmp_path / "broken"))
     for iterations in (4, 10):
@@ -296,7 +326,14 @@ def test_training_that_stops_by_itself_finishes_the_save_under_way(mesh, dataset
 
 def test_a_signal_during_an_alarm_keeps_the_good_checkpoint(mesh, datasets, tmp_path):
     guards = GuardConfig(collapse_window=100, collapse_d_loss=0.0)
-    run_config = config(datasets, tmp_path / "run", iterations=9, save_every=2, guards=guards, retention=RetentionConfig(last=1))
+    run_config = config(
+        datasets,
+        tmp_path / "run",
+        iterations=9,
+        save_every=2,
+        guards=guards,
+        retention=RetentionConfig(last=1),
+    )
 
     def alarm_then_signal(iteration, values):
         if iteration >= 3:
@@ -306,20 +343,32 @@ def test_a_signal_during_an_alarm_keeps_the_good_checkpoint(mesh, datasets, tmp_
 
     with pytest.raises(SystemExit):
         train(run_config, mesh, alarm_then_signal)
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("iteration-*")} == {"iteration-00000002", "iteration-00000005"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("iteration-*")} == {
+        "iteration-00000002",
+        "iteration-00000005",
+    }
 
 
 def test_a_folder_that_cannot_be_made_is_named(mesh, datasets, tmp_path):
     run_config = config(datasets, tmp_path / "run", "flow", iterations=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("in the way")
-    with pytest.raises(store.CheckpointError, match=r"run/checkpoints: is no folder, so that nothing can be saved there"):
+    with pytest.raises(
+        store.CheckpointError, match=r"run/checkpoints: is no folder, so that nothing can be saved there"
+    ):
         train(run_config, mesh)
 
 
 def test_half_a_removed_checkpoint_has_no_checkpoints_name(tmp_path, mesh, datasets, monkeypatch):
     """A kill inside the removal of an old checkpoint leaves nothing that looks like one."""
-    run_config = config(datasets, tmp_path / "run", "flow", iterations=3, save_every=1, retention=RetentionConfig(last=1, best="loss"))
+    run_config = config(
+        datasets,
+        tmp_path / "run",
+        "flow",
+        iterations=3,
+        save_every=1,
+        retention=RetentionConfig(last=1, best="loss"),
+    )
     remove, seen = shutil.rmtree, []
 
     def removed(path, **options):
@@ -337,13 +386,19 @@ def test_a_checkpoint_without_a_younger_field_continues_with_its_default(dataset
     older = json.loads(json.dumps(wanted))
     del older["apt"]["reuse_fakes"], older["pipeline"], older["model"]["wan"]["first_frame"]
     check_same_run(older, wanted, tmp_path)
-    changed = to_dict(config(datasets, tmp_path, apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, reuse_fakes=True)))
-    with pytest.raises(store.CheckpointError, match=r"otherwise: apt\.\S+: \S+ in the checkpoint, \S+ asked for"):
+    changed = to_dict(
+        config(datasets, tmp_path, apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, reuse_fakes=True))
+    )
+    with pytest.raises(
+        store.CheckpointError, match=r"otherwise: apt\.\S+: \S+ in the checkpoint, \S+ asked for"
+    ):
         check_same_run(older, changed, tmp_path)
 
 
 def test_a_frozen_backbone_comes_back(mesh, datasets, tmp_path):
-    """A discriminator's weights that do not train are in its checkpoint, and a resume takes them from there."""
+    """A discriminator's weights that do not train are in its checkpoint, and a resume
+    takes them from there.
+    """
     run_config = config(datasets, tmp_path / "run", apt=AptConfig(train_backbone=False), iterations=1)
     trainer = Trainer(run_config, mesh)
     weight = trainer.networks["discriminator"].module.backbone.x_embed.weight
@@ -357,16 +412,26 @@ def test_a_frozen_backbone_comes_back(mesh, datasets, tmp_path):
     assert torch.equal(resumed.networks["discriminator"].module.backbone.x_embed.weight, weight)
 
 
-def written_in_chunks(folder: Path, chunks: dict[tuple[int, int], torch.Tensor], shape: tuple[int, int]) -> Path:
-    """A folder with torch's index of one tensor `w` whose chunks, given by their place, lie one behind the other in one file."""
-    index = Metadata({"w": TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), [])}, storage_data={})
+def written_in_chunks(
+    folder: Path, chunks: dict[tuple[int, int], torch.Tensor], shape: tuple[int, int]
+) -> Path:
+    """A folder with torch's index of one tensor `w` whose chunks, given by their place,
+    lie one behind the other in one file.
+    """
+    index = Metadata(
+        {"w": TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(shape), [])}, storage_data={}
+    )
     folder.mkdir()
     with open(folder / "__0_0.distcp", "wb") as file:
         for offsets, chunk in chunks.items():
             start = file.tell()
             torch.save(chunk.clone(), file)
-            index.state_dict_metadata["w"].chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
-            index.storage_data[MetadataIndex("w", offsets)] = _StorageInfo("__0_0.distcp", start, file.tell() - start)
+            index.state_dict_metadata["w"].chunks.append(
+                ChunkStorageMetadata(torch.Size(offsets), chunk.shape)
+            )
+            index.storage_data[MetadataIndex("w", offsets)] = _StorageInfo(
+                "__0_0.distcp", start, file.tell() - start
+            )
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     return folder
 
@@ -388,11 +453,17 @@ def test_a_tensor_in_chunks_is_read_as_torch_reads_it(tmp_path):
         store.Stored(folder).read("w")
 
 
-@pytest.mark.parametrize(("module", "name"), [("pathlib", "os.system"), ("torch.distributed.checkpoint.filesystem", "os.remove")])
+@pytest.mark.parametrize(
+    ("module", "name"), [("pathlib", "os.system"), ("torch.distributed.checkpoint.filesystem", "os.remove")]
+)
 def test_an_index_reaches_nothing_through_the_modules_it_may_name(tmp_path, module, name):
     def word(text):
         return pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode()
 
-    (tmp_path / ".metadata").write_bytes(pickle.PROTO + b"\x04" + word(module) + word(name) + pickle.STACK_GLOBAL + pickle.STOP)
-    with pytest.raises(store.CheckpointError, match=rf"its index asks for {module}\.{name}, which no checkpoint index needs"):
+    (tmp_path / ".metadata").write_bytes(
+        pickle.PROTO + b"\x04" + word(module) + word(name) + pickle.STACK_GLOBAL + pickle.STOP
+    )
+    with pytest.raises(
+        store.CheckpointError, match=rf"its index asks for {module}\.{name}, which no checkpoint index needs"
+    ):
         store.index(tmp_path)

@@ -1,4 +1,6 @@
-"""Faults of checkpoints: a lost `latest`, lists that lie, states of the wrong types, kills between two steps, full disks."""
+"""Faults of checkpoints: a lost `latest`, lists that lie, states of the wrong types,
+kills between two steps, full disks.
+"""
 
 import json
 import os
@@ -27,7 +29,14 @@ from megatron_apt.training.train import Trainer, train
 @pytest.fixture(scope="module")
 def trained(mesh, datasets, tmp_path_factory):
     """A run with commits 1 and 2."""
-    run_config = config(datasets, tmp_path_factory.mktemp("faults") / "run", "flow", iterations=2, save_every=1, retention=RetentionConfig(last=0))
+    run_config = config(
+        datasets,
+        tmp_path_factory.mktemp("faults") / "run",
+        "flow",
+        iterations=2,
+        save_every=1,
+        retention=RetentionConfig(last=0),
+    )
     train(run_config, mesh)
     return run_config
 
@@ -61,7 +70,12 @@ def test_a_lost_pointer_does_not_lose_the_run(mesh, copied, how):
     pointer = root / "latest"
     pointer.unlink()
     lost(pointer)[how]()
-    for name in ("iteration-x", "iteration-99999999999999999999", "iteration-00000009", "iteration-00000008-copy"):
+    for name in (
+        "iteration-x",
+        "iteration-99999999999999999999",
+        "iteration-00000009",
+        "iteration-00000008-copy",
+    ):
         (root / name).mkdir()
     with pytest.warns(UserWarning, match="going on from iteration-00000002, the newest whole checkpoint"):
         assert store.latest(copied.output).name == "iteration-00000002"
@@ -72,7 +86,9 @@ def test_a_lost_pointer_does_not_lose_the_run(mesh, copied, how):
         with pytest.warns(UserWarning, match="going on from iteration-00000001"):
             assert Trainer(copied, mesh).iteration == 1
     (root / "iteration-00000001" / "state.json").unlink()
-    with pytest.raises(store.CheckpointError, match=r"latest: .*no checkpoint beside it is whole: .*iteration-00000009"):
+    with pytest.raises(
+        store.CheckpointError, match=r"latest: .*no checkpoint beside it is whole: .*iteration-00000009"
+    ):
         store.latest(copied.output)
 
 
@@ -81,7 +97,9 @@ def test_a_pointer_to_an_older_commit_is_followed_and_removes_nothing_newer(mesh
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert store.latest(copied.output).name == "iteration-00000001"
-    kept = saving.superseded(Path(copied.output) / "checkpoints", "iteration-00000001", RetentionConfig(last=1))
+    kept = saving.superseded(
+        Path(copied.output) / "checkpoints", "iteration-00000001", RetentionConfig(last=1)
+    )
     assert kept == []
 
 
@@ -180,7 +198,9 @@ def test_a_state_of_wrong_types_names_the_field(trained, tmp_path, place, value,
         store.read_state(folder)
 
 
-@pytest.mark.parametrize(("field", "value"), [("depth", 9000), ("width", 999_936), ("text_width", 999_999), ("latent_channels", 8)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("depth", 9000), ("width", 999_936), ("text_width", 999_999), ("latent_channels", 8)]
+)
 def test_a_model_that_the_files_do_not_hold_is_not_built(mesh, copied, field, value):
     folder = store.latest(copied.output)
     state = json.loads((folder / "state.json").read_text())
@@ -210,9 +230,15 @@ def test_a_disk_that_takes_nothing_when_a_save_begins(mesh, copied, monkeypatch,
         make(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", failing)
-    with pytest.raises(store.CheckpointError, match=rf"\.iteration-00000003\.tmp: could not be written .*{os.strerror(code)}.*Free disk space"):
+    with pytest.raises(
+        store.CheckpointError,
+        match=rf"\.iteration-00000003\.tmp: could not be written .*{os.strerror(code)}.*Free disk space",
+    ):
         train(replace(copied, iterations=3), mesh)
-    assert store.damages(store.latest(copied.output)) == [] and store.latest(copied.output).name == "iteration-00000002"
+    assert (
+        store.damages(store.latest(copied.output)) == []
+        and store.latest(copied.output).name == "iteration-00000002"
+    )
 
 
 # --- the same checkpoint written again
@@ -251,7 +277,10 @@ def test_resharding_that_was_killed_is_finished(copied, tmp_path, reshard):
 
 
 def test_resharding_does_not_meet_another_writer(copied, tmp_path, reshard):
-    with FolderLock(tmp_path / "a", "training"), pytest.raises(FolderInUse, match=r"a: in use for training by process .*another target folder"):
+    with (
+        FolderLock(tmp_path / "a", "training"),
+        pytest.raises(FolderInUse, match=r"a: in use for training by process .*another target folder"),
+    ):
         reshard(copied.output, tmp_path / "a")
     assert list((tmp_path / "a").iterdir()) == []
 

@@ -28,7 +28,8 @@ def recipe(tmp_path, datasets):
     file = tmp_path / "recipe.py"
     file.write_text(
         "from pathlib import Path\nfrom test_train import config\n"
-        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path / 'out')!r}, 'flow', iterations=2, log_every=1)\n"
+        f"def run():\n    return config(Path({str(datasets)!r}), {str(tmp_path / 'out')!r}, 'flow', "
+        "iterations=2, log_every=1)\n"
         "def wrong():\n    return 3\n"
     )
     return str(file)
@@ -42,9 +43,29 @@ def test_train_and_sample(recipe, tmp_path, capsys):
     prompts = ["--prompts", "a handwritten seven", "a handwritten two", "--seeds", "0", "1"]
     main(["sample", str(tmp_path / "out"), *prompts, "--out", str(out), "--scale", "2"])
     files = sorted(p.name for p in out.iterdir())
-    assert files == sorted([f"{i:03d}-a-handwritten-{w}-seed{s}.png" for i, w in enumerate(("seven", "two")) for s in (0, 1)] + ["grid.png"])
+    assert files == sorted(
+        [f"{i:03d}-a-handwritten-{w}-seed{s}.png" for i, w in enumerate(("seven", "two")) for s in (0, 1)]
+        + ["grid.png"]
+    )
     assert Image.open(out / "grid.png").size[0] >= 2 * 16
-    main(["sample", str(tmp_path / "out"), "--size", "2", "8", "16", "--format", "gif", "--steps", "2", "--weights", "raw", "--out", str(out)])
+    main(
+        [
+            "sample",
+            str(tmp_path / "out"),
+            "--size",
+            "2",
+            "8",
+            "16",
+            "--format",
+            "gif",
+            "--steps",
+            "2",
+            "--weights",
+            "raw",
+            "--out",
+            str(out),
+        ]
+    )
     assert len(list(out.glob("*.gif"))) > 0
     assert Image.open(next(out.glob("*.gif"))).n_frames == 5
 
@@ -79,7 +100,10 @@ def test_recipe_mistakes_get_one_message(recipe):
         ({"iterations": -1}, "iterations=-1"),
         ({"global_batch": 0}, "global_batch=0"),
         ({"parallel": ParallelConfig(tp=3)}, r"model\.heads=4 do not split over parallel\.tp=3"),
-        ({"parallel": ParallelConfig(tp=2, cp=4)}, r"leaves 2 heads, which do not split over the 4 ranks that trade them"),
+        (
+            {"parallel": ParallelConfig(tp=2, cp=4)},
+            r"leaves 2 heads, which do not split over the 4 ranks that trade them",
+        ),
     ],
 )
 def test_configurations_that_cannot_work_name_field_and_remedy(change, message):
@@ -101,13 +125,28 @@ def test_the_papers_examples_build():
         assert (config.model.condition_channels, config.model.wan.image_width) == (20, 1280)
         config = load_recipe(f"{examples}/wan.py:{stage}_i2v_5b")
         check_fits(config)
-        assert config.model == wan_5b_i2v() and tyro.cli(RunConfig, default=config, args=["--model.wan.no-first-frame"]).model == wan_5b()
-    for recipe in ("hunyuan.py:consistency", "hunyuan.py:image", "hunyuan.py:video", "flux.py:consistency", "flux.py:apt"):
+        assert (
+            config.model == wan_5b_i2v()
+            and tyro.cli(RunConfig, default=config, args=["--model.wan.no-first-frame"]).model == wan_5b()
+        )
+    for recipe in (
+        "hunyuan.py:consistency",
+        "hunyuan.py:image",
+        "hunyuan.py:video",
+        "flux.py:consistency",
+        "flux.py:apt",
+    ):
         check_fits(load_recipe(f"{examples}/{recipe}"))
     for name in ("consistency", "apt", "consistency_large", "apt_large"):
         check_fits(load_recipe(f"{examples}/sd35.py:{name}"))
     apt = load_recipe(f"{examples}/image.py:apt")
-    assert (apt.optimizer.kind, apt.optimizer.alpha, apt.optimizer.ema, apt.apt.ar1_lambda, apt.apt.ar1_sigma) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
+    assert (
+        apt.optimizer.kind,
+        apt.optimizer.alpha,
+        apt.optimizer.ema,
+        apt.apt.ar1_lambda,
+        apt.apt.ar1_sigma,
+    ) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
 
 
 def test_captions_shorter_than_a_pipelines_are_noticed():
@@ -115,7 +154,9 @@ def test_captions_shorter_than_a_pipelines_are_noticed():
     with pytest.warns(UserWarning, match="data.text_length=0: .* pad captions to 512 tokens"):
         check_fits(replace(recipe, data=replace(recipe.data, text_length=0)))
     recipe = load_recipe(f"{Path(__file__).parents[1]}/examples/hunyuan.py:consistency")
-    with pytest.warns(UserWarning, match="data.text_length=256: .* hide padding from the model; train with 0"):
+    with pytest.warns(
+        UserWarning, match="data.text_length=256: .* hide padding from the model; train with 0"
+    ):
         check_fits(replace(recipe, data=replace(recipe.data, text_length=256)))
 
 
@@ -131,12 +172,17 @@ def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
         "    return config(data, out, iterations=3, log_every=1, optimizer=OptimizerConfig(lr=1e-5))\n"
     )
     printed = []
-    for launcher, options in (([], []), (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], ["--parallel.tp", "2"])):
+    for launcher, options in (
+        ([], []),
+        (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], ["--parallel.tp", "2"]),
+    ):
         output = ["--output", str(tmp_path / f"run{len(printed)}")]
         command = [sys.executable, "-m", *launcher, "megatron_apt", "train", f"{file}:run", *options, *output]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
-        printed.append([line.rsplit("  ", 1)[0] for line in result.stdout.splitlines() if line.startswith("apt ")])
+        printed.append(
+            [line.rsplit("  ", 1)[0] for line in result.stdout.splitlines() if line.startswith("apt ")]
+        )
     assert len(printed[0]) == 3
     assert printed[0] == printed[1]
 
@@ -157,7 +203,12 @@ def test_placement_reads_torchrun_and_srun(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not a step
     assert placement() == (0, 1, 0)
-    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_STEP_NUM_TASKS", "16"), ("SLURM_PROCID", "9"), ("SLURM_LOCALID", "1")):
+    for name, value in (
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_STEP_NUM_TASKS", "16"),
+        ("SLURM_PROCID", "9"),
+        ("SLURM_LOCALID", "1"),
+    ):
         monkeypatch.setenv(name, value)
     assert placement() == (9, 16, 1)
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):

@@ -57,7 +57,9 @@ def test_pixel_codec_is_the_orthonormal_dct(config, shape):
         for f in range(latent.shape[1]):
             for h in range(latent.shape[2]):
                 for w in range(latent.shape[3]):
-                    block = dctn(padded[c, f * t : (f + 1) * t, h * s : (h + 1) * s, w * s : (w + 1) * s], norm="ortho")
+                    block = dctn(
+                        padded[c, f * t : (f + 1) * t, h * s : (h + 1) * s, w * s : (w + 1) * s], norm="ortho"
+                    )
                     block[0, 0, 0] -= config.shift * math.sqrt(t) * s
                     ours = latent[c * t * s * s : (c + 1) * t * s * s, f, h, w]
                     np.testing.assert_allclose(ours, block.ravel() / config.scale, atol=2e-5)
@@ -82,7 +84,9 @@ def test_batches_equal_single_samples():
     codec = PixelCodec(PixelCodecConfig(spatial=2))
     x = torch.stack([pixels(3, 5, 4, 6)[1], -pixels(3, 5, 4, 6)[1]])
     latent = codec.encode(x)
-    assert torch.allclose(latent[1], codec.encode(x[1]), atol=1e-6) and torch.allclose(codec.decode(latent)[1], x[1], atol=1e-5)
+    assert torch.allclose(latent[1], codec.encode(x[1]), atol=1e-6) and torch.allclose(
+        codec.decode(latent)[1], x[1], atol=1e-5
+    )
 
 
 def test_sizes_that_do_not_fit_name_the_remedy():
@@ -101,7 +105,9 @@ def test_sizes_that_do_not_fit_name_the_remedy():
 
 
 def test_config_survives_json():
-    codec = PixelCodec(PixelCodecConfig(channels=1, temporal=2, causal=False, spatial=2, shift=-0.3, scale=0.6))
+    codec = PixelCodec(
+        PixelCodecConfig(channels=1, temporal=2, causal=False, spatial=2, shift=-0.3, scale=0.6)
+    )
     again = load_codec(json.loads(json.dumps(codec.config_dict())))
     assert again.config == codec.config
     with pytest.raises(ValueError, match="spatail"):
@@ -117,7 +123,12 @@ def wan_folder(tmp_path_factory):
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
-        base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 2.0, 1.5, 1.0]
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 2.0, 1.5, 1.0],
     )
     folder = tmp_path_factory.mktemp("wan")
     vae.save_pretrained(folder)

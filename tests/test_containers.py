@@ -43,7 +43,9 @@ def test_pictures_under_a_videos_name(tmp_path, kind):
         decode_clip(Clip(tmp_path / "a.mp4", 64, 96))
 
 
-@pytest.mark.parametrize("name, codec", [("a.h264", "libx264"), ("a.mjpeg", "mjpeg"), ("a.m2v", "mpeg2video")])
+@pytest.mark.parametrize(
+    "name, codec", [("a.h264", "libx264"), ("a.mjpeg", "mjpeg"), ("a.m2v", "mpeg2video")]
+)
 def test_holes_are_not_read_to_their_end(tmp_path, monkeypatch, name, codec):
     monkeypatch.setattr(container, "MOST_BETWEEN", 16 << 20)
     path = write_video(tmp_path / name, numbered_frames(30), codec)

@@ -1,4 +1,6 @@
-"""Hugging Face checkpoints in and out: files, refusals, interruption, and the pipelines that load what we write."""
+"""Hugging Face checkpoints in and out: files, refusals, interruption, and the pipelines
+that load what we write.
+"""
 
 import json
 import os
@@ -28,12 +30,29 @@ from megatron_apt.convert.command import Command, Verify, perform
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
-from megatron_apt.convert.weights import ByHead, ChannelsFirst, ColumnsByHead, Reordered, Rule, Stacked, View, mapped
+from megatron_apt.convert.weights import (
+    ByHead,
+    ChannelsFirst,
+    ColumnsByHead,
+    Reordered,
+    Rule,
+    Stacked,
+    View,
+    mapped,
+)
 from megatron_apt.lock import FolderInUse, FolderLock
 from megatron_apt.models.config import ModelConfig
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SHAPE = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 10, "ffn_dim": 37, "num_layers": 2}
+SHAPE = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 10,
+    "ffn_dim": 37,
+    "num_layers": 2,
+}
 
 
 @pytest.fixture
@@ -50,7 +69,11 @@ def wan(tmp_path):
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def imported(source: Path, target: Path, mesh, **options) -> Path:
@@ -99,7 +122,9 @@ def test_import_and_export_keep_every_bit(mesh, wan, tmp_path, part_bytes):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
-    assert json.loads((out / "transformer/config.json").read_text()) == json.loads((wan / "config.json").read_text())
+    assert json.loads((out / "transformer/config.json").read_text()) == json.loads(
+        (wan / "config.json").read_text()
+    )
     index = json.loads((out / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
@@ -114,19 +139,28 @@ def test_a_file_and_a_pipelines_folder_are_sources_too(mesh, wan, tmp_path):
     shutil.copytree(wan, tmp_path / "pipeline/transformer")
     shutil.copytree(wan, tmp_path / "pipeline/transformer_2")
     two = open_source(tmp_path / "pipeline")
-    assert two.path.name == "transformer" and open_source(tmp_path / "pipeline", "transformer_2").path.name == "transformer_2"
+    assert (
+        two.path.name == "transformer"
+        and open_source(tmp_path / "pipeline", "transformer_2").path.name == "transformer_2"
+    )
     assert one.entries.keys() == two.entries.keys()
 
 
 def test_the_links_of_a_hubs_cache_are_followed(mesh, wan, tmp_path):
     """models--NAME/snapshots/HASH/FILE -> ../../blobs/HASH"""
-    blobs, snapshot = tmp_path / "models--some--wan/blobs", tmp_path / "models--some--wan/snapshots/0f/transformer"
+    blobs, snapshot = (
+        tmp_path / "models--some--wan/blobs",
+        tmp_path / "models--some--wan/snapshots/0f/transformer",
+    )
     shutil.copytree(wan, blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
     folder = imported(snapshot.parent, tmp_path / "run", mesh)
-    assert "generator started from `some/wan`" in (exported(folder, tmp_path / "out", mesh) / "README.md").read_text()
+    assert (
+        "generator started from `some/wan`"
+        in (exported(folder, tmp_path / "out", mesh) / "README.md").read_text()
+    )
 
 
 @torch.no_grad()
@@ -135,11 +169,16 @@ def test_what_diffusers_leaves_unread_is_left_unread(mesh, tmp_path):
     original = WanTransformer3DModel(**SHAPE, image_dim=6, added_kv_proj_dim=48)
     original.save_pretrained(tmp_path / "wan")
     (file,) = (tmp_path / "wan").glob("*.safetensors")
-    save_file(load_file(file) | {f"blocks.{i}.attn2.norm_added_q.weight": torch.ones(48) for i in range(2)}, file)
+    save_file(
+        load_file(file) | {f"blocks.{i}.attn2.norm_added_q.weight": torch.ones(48) for i in range(2)}, file
+    )
     WanTransformer3DModel.from_pretrained(tmp_path / "wan")
     folder = imported(tmp_path / "wan", tmp_path / "run", mesh)
     assert perform(Verify(str(folder), str(tmp_path / "wan")), mesh) == 0
-    assert tensors(exported(folder, tmp_path / "out", mesh) / "transformer").keys() == original.state_dict().keys()
+    assert (
+        tensors(exported(folder, tmp_path / "out", mesh) / "transformer").keys()
+        == original.state_dict().keys()
+    )
 
 
 def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
@@ -147,7 +186,9 @@ def test_verify_tells_equal_from_unequal(mesh, wan, tmp_path, capsys):
         return perform(tyro.cli(Command, args=list(map(str, argv))), mesh)
 
     assert run("import", wan, tmp_path / "run", "--json", tmp_path / "import.json") == 0
-    assert json.loads((tmp_path / "import.json").read_text())["bytes"] == sum(t.nbytes for t in tensors(wan).values())
+    assert json.loads((tmp_path / "import.json").read_text())["bytes"] == sum(
+        t.nbytes for t in tensors(wan).values()
+    )
     assert run("verify", tmp_path / "run", wan, "--json", tmp_path / "verify.json") == 0
     assert json.loads((tmp_path / "verify.json").read_text())["difference"] < 1e-5
     file = sorted(wan.glob("*.safetensors"))[0]
@@ -187,7 +228,9 @@ def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
     files = sorted(f.name for f in wan.glob("*.safetensors"))
 
     def with_config(**fields):
-        return lambda folder: (folder / "config.json").write_text(json.dumps(json.loads((wan / "config.json").read_text()) | fields))
+        return lambda folder: (folder / "config.json").write_text(
+            json.dumps(json.loads((wan / "config.json").read_text()) | fields)
+        )
 
     def with_tensors(change):
         def apply(folder):
@@ -201,32 +244,63 @@ def test_what_does_not_fit_is_named(mesh, wan, tmp_path):
 
     def without(field):
         config = json.loads((wan / "config.json").read_text())
-        return lambda folder: (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != field}))
+        return lambda folder: (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in config.items() if key != field})
+        )
 
-    attempt(without("num_layers"), r"broken: config\.json lacks num_layers, which a WanTransformer3DModel has")
+    attempt(
+        without("num_layers"), r"broken: config\.json lacks num_layers, which a WanTransformer3DModel has"
+    )
     attempt(with_config(patch_size=2), r"broken: no WanTransformer3DModel that can be converted")
     attempt(with_config(_class_name=["a"]), r"_class_name=\['a'\] is not known")
-    attempt(with_config(_class_name="UNet"), r"_class_name='UNet' is not known; there are WanTransformer3DModel")
+    attempt(
+        with_config(_class_name="UNet"), r"_class_name='UNet' is not known; there are WanTransformer3DModel"
+    )
     attempt(with_config(qk_norm=None), r"qk_norm=None of a WanTransformer3DModel is not supported")
-    attempt(with_config(num_layers=3), r"lacks blocks\.2\.\S+, .* and \d+ more; config\.json describes another model")
-    attempt(with_config(ffn_dim=36), r"blocks\.0\.ffn\.net\.0\.proj\.weight has shape \(37, 48\), config\.json asks for \(36, 48\)")
+    attempt(
+        with_config(num_layers=3),
+        r"lacks blocks\.2\.\S+, .* and \d+ more; config\.json describes another model",
+    )
+    attempt(
+        with_config(ffn_dim=36),
+        r"blocks\.0\.ffn\.net\.0\.proj\.weight has shape \(37, 48\), config\.json asks for \(36, 48\)",
+    )
     attempt(with_tensors(lambda t: t.pop("proj_out.bias")), r"lacks proj_out\.bias")
     attempt(with_tensors(lambda t: t.update(extra=torch.ones(1))), r"has unknown extra")
-    attempt(with_tensors(lambda t: t.update({"head.modulation": t.pop("scale_shift_table")})), r"WanTransformer3DModel\.from_single_file\(FILE")
-    attempt(with_tensors(lambda t: t.update({"proj_out.bias": torch.ones(16, dtype=torch.int8)})), r"proj_out\.bias has dtype I8")
-    attempt(with_tensors(lambda t: t.update({"blocks.0.attn1.to_q.bias": torch.ones(48)})), r"to_q\.bias.* become one tensor, and have dtypes")
-    attempt(lambda folder: (folder / files[1]).unlink(), rf"index\.json: names {files[1]} \(for \S+\), which is not there")
+    attempt(
+        with_tensors(lambda t: t.update({"head.modulation": t.pop("scale_shift_table")})),
+        r"WanTransformer3DModel\.from_single_file\(FILE",
+    )
+    attempt(
+        with_tensors(lambda t: t.update({"proj_out.bias": torch.ones(16, dtype=torch.int8)})),
+        r"proj_out\.bias has dtype I8",
+    )
+    attempt(
+        with_tensors(lambda t: t.update({"blocks.0.attn1.to_q.bias": torch.ones(48)})),
+        r"to_q\.bias.* become one tensor, and have dtypes",
+    )
+    attempt(
+        lambda folder: (folder / files[1]).unlink(),
+        rf"index\.json: names {files[1]} \(for \S+\), which is not there",
+    )
     attempt(lambda folder: os.truncate(folder / files[0], 5000), rf"{files[0]}: is no whole safetensors file")
-    attempt(lambda folder: save_file({"x": torch.ones(1)}, folder / files[0]), rf"{files[0]}: lacks \S+, which \S+index\.json says it holds")
+    attempt(
+        lambda folder: save_file({"x": torch.ones(1)}, folder / files[0]),
+        rf"{files[0]}: lacks \S+, which \S+index\.json says it holds",
+    )
     attempt(lambda folder: (folder / "config.json").write_text("{"), r"config\.json: not JSON")
-    attempt(lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json: nested too deeply")
+    attempt(
+        lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json: nested too deeply"
+    )
 
     def elsewhere(place):  # a link that lies outside, or leads nowhere
         def apply(folder):
             if not (tmp_path / "link").is_symlink():
                 (tmp_path / "link").symlink_to(wan / files[0])
             index = json.loads((folder / INDEX).read_text())
-            index["weight_map"] |= {name: place for name, file in index["weight_map"].items() if file == files[0]}
+            index["weight_map"] |= {
+                name: place for name, file in index["weight_map"].items() if file == files[0]
+            }
             (folder / INDEX).write_text(json.dumps(index))
 
         return apply
@@ -263,17 +337,35 @@ def test_targets_are_not_overwritten(mesh, wan, tmp_path):
 
 def test_the_command_line(wan, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "megatron_apt", "convert"]
-    done = subprocess.run([*command, "import", wan, tmp_path / "run"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [*command, "import", wan, tmp_path / "run"], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "GB/s" in done.stdout and str(tmp_path / "run/checkpoints/iteration-00000000") in done.stdout
-    done = subprocess.run([*command, "import", tmp_path, tmp_path / "other"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode != 0 and "config.json does not exist" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [*command, "import", tmp_path, tmp_path / "other"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (
+        done.returncode != 0
+        and "config.json does not exist" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def loaded(code: str) -> set[str]:
     """The modules that a fresh interpreter has loaded after this code."""
     show = "import sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"{code}\n{show}"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{code}\n{show}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     return set(done.stdout.splitlines()[-1].split())
 
 
@@ -289,13 +381,20 @@ except SystemExit as ended:
 
 
 def test_options_are_printed_without_torch():
-    assert not loaded(run_cli("convert", "import", "--help")) & {"torch", "numpy", "safetensors", "megatron.core"}
+    assert not loaded(run_cli("convert", "import", "--help")) & {
+        "torch",
+        "numpy",
+        "safetensors",
+        "megatron.core",
+    }
 
 
 def test_import_and_export_wait_for_nothing_they_do_not_need(wan, tmp_path):
     heavy = {"megatron.core", "torch._dynamo", "torch._inductor", "transformers", "diffusers"}
     assert not loaded(run_cli("convert", "import", wan, tmp_path / "run")) & heavy
-    assert not loaded(run_cli("convert", "export", tmp_path / "run", tmp_path / "out")) & (heavy | {"torch.distributed.checkpoint", "sympy"})
+    assert not loaded(run_cli("convert", "export", tmp_path / "run", tmp_path / "out")) & (
+        heavy | {"torch.distributed.checkpoint", "sympy"}
+    )
 
 
 def test_megatron_core_without_cuda_does_not_load_the_compiler():
@@ -310,13 +409,17 @@ def test_torch_and_megatron_core_read_what_was_imported(mesh, wan, tmp_path, par
     empty = {key: torch.empty_like(tensor) for key, tensor in ours.items()}
     dcp.load(dict(empty), storage_reader=FileSystemReader(folder), no_dist=True)
     assert all(torch.equal(empty[key], tensor) for key, tensor in ours.items())
-    assert {key: (tuple(t.global_shape), t.dtype) for key, t in load_tensors_metadata(str(folder)).items()} == {
-        key: (tuple(t.shape), t.dtype) for key, t in ours.items()
+    assert {
+        key: (tuple(t.global_shape), t.dtype) for key, t in load_tensors_metadata(str(folder)).items()
+    } == {key: (tuple(t.shape), t.dtype) for key, t in ours.items()}
+    asked = {
+        key: ShardedTensor.from_rank_offsets(key, torch.empty_like(tensor)) for key, tensor in ours.items()
     }
-    asked = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(tensor)) for key, tensor in ours.items()}
     assert all(torch.equal(tensor, ours[key]) for key, tensor in store.load(folder, asked).items())
     save_config(CheckpointingConfig("torch_dist"), str(tmp_path))
-    assert json.loads((folder / "metadata.json").read_text()) == json.loads((tmp_path / "metadata.json").read_text())
+    assert json.loads((folder / "metadata.json").read_text()) == json.loads(
+        (tmp_path / "metadata.json").read_text()
+    )
 
 
 class Killed(Exception):
@@ -366,7 +469,10 @@ def test_an_import_killed_at_any_of_its_last_steps_goes_on(mesh, wan, tmp_path, 
 
 
 def test_two_imports_do_not_meet(mesh, wan, tmp_path):
-    with FolderLock(tmp_path / "run", "import"), pytest.raises(FolderInUse, match=r"run: in use for import by process .*another target"):
+    with (
+        FolderLock(tmp_path / "run", "import"),
+        pytest.raises(FolderInUse, match=r"run: in use for import by process .*another target"),
+    ):
         imported(wan, tmp_path / "run", mesh)
 
 
@@ -397,7 +503,9 @@ def test_an_interrupted_export_leaves_nothing_under_its_name(mesh, wan, tmp_path
     with pytest.raises(Killed):
         exported(folder, tmp_path / "out", mesh, shard_bytes=30_000, moved=die)
     assert not (tmp_path / "out").exists()
-    finished = {f.name: f.stat().st_mtime_ns for f in (tmp_path / ".out.export.tmp/transformer").glob("*.safetensors")}
+    finished = {
+        f.name: f.stat().st_mtime_ns for f in (tmp_path / ".out.export.tmp/transformer").glob("*.safetensors")
+    }
     assert finished
     out = exported(folder, tmp_path / "out", mesh, shard_bytes=30_000)
     assert all((out / "transformer" / name).stat().st_mtime_ns == t for name, t in finished.items())
@@ -471,7 +579,9 @@ def test_numbers_that_float16_does_not_hold_are_named(mesh, wan, tmp_path):
 def test_a_base_is_named_from_within(mesh, wan, tmp_path, monkeypatch):
     base = tmp_path / "some-pipeline"
     shutil.copytree(wan, base / "transformer")
-    (base / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}))
+    (base / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]})
+    )
     folder = imported(base, tmp_path / "run", mesh)
     monkeypatch.chdir(base)
     card = (exported(folder, tmp_path / "out", mesh, base=".") / "README.md").read_text()
@@ -479,6 +589,8 @@ def test_a_base_is_named_from_within(mesh, wan, tmp_path, monkeypatch):
 
 
 def test_any_licence_is_one_field_of_the_card(mesh, wan, tmp_path):
-    out = exported(imported(wan, tmp_path / "run", mesh), tmp_path / "out", mesh, license="other: x\ntags: [y]")
+    out = exported(
+        imported(wan, tmp_path / "run", mesh), tmp_path / "out", mesh, license="other: x\ntags: [y]"
+    )
     head = yaml.safe_load((out / "README.md").read_text().split("\n---\n")[0].removeprefix("---"))
     assert head["license"] == "other: x\ntags: [y]" and head["tags"] == ["flow-matching"]

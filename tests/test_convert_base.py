@@ -1,4 +1,6 @@
-"""What of a pipeline goes beside an exported generator: everything it needs, nothing that runs, nothing from elsewhere; second networks go back."""
+"""What of a pipeline goes beside an exported generator: everything it needs, nothing that
+runs, nothing from elsewhere; second networks go back.
+"""
 
 import json
 import os
@@ -26,8 +28,16 @@ def wan(tmp_path_factory):
     folder = save_wan(tmp_path_factory.mktemp("hub"))
     shutil.copytree(folder / "transformer", folder / "transformer_2")
     held = load_file(folder / "transformer_2/diffusion_pytorch_model.safetensors")
-    save_file({name: tensor + 1 for name, tensor in held.items()}, folder / "transformer_2/diffusion_pytorch_model.safetensors", {"format": "pt"})
-    change_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875)
+    save_file(
+        {name: tensor + 1 for name, tensor in held.items()},
+        folder / "transformer_2/diffusion_pytorch_model.safetensors",
+        {"format": "pt"},
+    )
+    change_json(
+        folder / "model_index.json",
+        transformer_2=["diffusers", "WanTransformer3DModel"],
+        boundary_ratio=0.875,
+    )
     return folder
 
 
@@ -41,21 +51,31 @@ def runs(wan, mesh, tmp_path_factory):
     return root
 
 
-def exported(run: Path, target: Path, mesh, base: Path | str = "", one_step: bool = False, **options) -> list[str]:
+def exported(
+    run: Path, target: Path, mesh, base: Path | str = "", one_step: bool = False, **options
+) -> list[str]:
     checkpoint = Checkpoint.open(str(run))
     if one_step:  # as a trained run's state.json tells
         config = checkpoint.state["config"] | {"method": "consistency"}
         checkpoint = replace(checkpoint, state=checkpoint.state | {"iteration": 7, "config": config})
-    return export_pipeline(checkpoint, family_of_model(checkpoint.model, ""), target, mesh, base=str(base), **options)
+    return export_pipeline(
+        checkpoint, family_of_model(checkpoint.model, ""), target, mesh, base=str(base), **options
+    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def same(a: Path, b: Path) -> bool:
     left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+    return left.keys() == right.keys() and all(
+        torch.equal(tensor, right[name]) for name, tensor in left.items()
+    )
 
 
 def as_variant(folder: Path, late: bool) -> None:
@@ -63,11 +83,20 @@ def as_variant(folder: Path, late: bool) -> None:
     (file,) = folder.glob("*.safetensors")
     stem, held = file.stem, {name: tensor.half() for name, tensor in load_file(file).items()}
     file.unlink()
-    shards = [f"{stem}-0000{i}-of-00002.fp16.safetensors" if late else f"{stem}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shards = [
+        f"{stem}-0000{i}-of-00002.fp16.safetensors" if late else f"{stem}.fp16-0000{i}-of-00002.safetensors"
+        for i in (1, 2)
+    ]
     places = {name: shards[i % 2] for i, name in enumerate(sorted(held))}
     for shard in shards:
-        save_file({name: tensor for name, tensor in held.items() if places[name] == shard}, folder / shard, {"format": "pt"})
-    (folder / f"{stem}.safetensors.index.fp16.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+        save_file(
+            {name: tensor for name, tensor in held.items() if places[name] == shard},
+            folder / shard,
+            {"format": "pt"},
+        )
+    (folder / f"{stem}.safetensors.index.fp16.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -85,15 +114,22 @@ def test_a_pipeline_of_a_variant_is_exported_whole_under_plain_names(wan, mesh, 
         assert same(base / part, tmp_path / "out" / part), part
         assert not [file.name for file in (tmp_path / "out" / part).iterdir() if "fp16" in file.name]
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float16)
-    assert torch.equal(pipeline.vae.state_dict()["quant_conv.weight"], weights(base / "vae")["quant_conv.weight"])
+    assert torch.equal(
+        pipeline.vae.state_dict()["quant_conv.weight"], weights(base / "vae")["quant_conv.weight"]
+    )
     want = open_text_encoder(base).encode(["two steps"])[0]
-    assert torch.equal(open_text_encoder(tmp_path / "out").encode(["two steps"])[0], want) and want.abs().max() > 0
+    assert (
+        torch.equal(open_text_encoder(tmp_path / "out").encode(["two steps"])[0], want)
+        and want.abs().max() > 0
+    )
 
 
 def test_of_several_variants_the_plain_one_is_copied(wan, mesh, runs, tmp_path):
     base = shutil.copytree(wan, tmp_path / "base")
     save_file({"other": torch.ones(1)}, base / "vae/diffusion_pytorch_model.fp16.safetensors")
-    assert exported(runs / "transformer", tmp_path / "out", mesh, base) == ["vae/diffusion_pytorch_model.fp16.safetensors"]
+    assert exported(runs / "transformer", tmp_path / "out", mesh, base) == [
+        "vae/diffusion_pytorch_model.fp16.safetensors"
+    ]
     assert same(wan / "vae", tmp_path / "out/vae")
 
 
@@ -101,7 +137,9 @@ def test_a_second_network_goes_back_where_it_came_from(wan, mesh, runs, tmp_path
     from diffusers import DiffusionPipeline
 
     exported(runs / "transformer_2", tmp_path / "out", mesh, wan)
-    assert same(wan / "transformer", tmp_path / "out/transformer") and same(wan / "transformer_2", tmp_path / "out/transformer_2")
+    assert same(wan / "transformer", tmp_path / "out/transformer") and same(
+        wan / "transformer_2", tmp_path / "out/transformer_2"
+    )
     assert not same(wan / "transformer", wan / "transformer_2")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.config.boundary_ratio == 0.875 and pipeline.transformer_2 is not None
@@ -109,7 +147,10 @@ def test_a_second_network_goes_back_where_it_came_from(wan, mesh, runs, tmp_path
     assert perform(Verify(str(runs / "transformer_2"), str(wan)), mesh) == 0  # against the one it is
     assert perform(Verify(str(runs / "transformer_2"), str(wan), subfolder="transformer"), mesh) == 1
     exported(runs / "transformer_2", tmp_path / "alone", mesh)
-    assert same(wan / "transformer_2", tmp_path / "alone/transformer_2") and not (tmp_path / "alone/transformer").exists()
+    assert (
+        same(wan / "transformer_2", tmp_path / "alone/transformer_2")
+        and not (tmp_path / "alone/transformer").exists()
+    )
     assert perform(Verify(str(runs / "transformer_2"), str(tmp_path / "alone")), mesh) == 0
     exported(runs / "transformer_2", tmp_path / "first", mesh, wan, part="transformer")
     assert same(wan / "transformer_2", tmp_path / "first/transformer")
@@ -118,7 +159,10 @@ def test_a_second_network_goes_back_where_it_came_from(wan, mesh, runs, tmp_path
 def test_an_older_import_and_later_stages_know_their_part_too(wan, mesh, runs, tmp_path):
     """By the path in state.json, and through the run that a stage started from."""
     checkpoint = Checkpoint.open(str(runs / "transformer_2"))
-    assert checkpoint.part == "transformer_2" and Checkpoint.open(str(runs / "transformer")).part == "transformer"
+    assert (
+        checkpoint.part == "transformer_2"
+        and Checkpoint.open(str(runs / "transformer")).part == "transformer"
+    )
     older = {key: value for key, value in checkpoint.state.items() if key != "part"}
     assert replace(checkpoint, state=older).part == "transformer_2"
     later = {"sources": {"generator": f"{runs / 'transformer_2'}:raw"}}
@@ -130,21 +174,32 @@ def test_a_second_network_that_makes_samples_in_one_step_stands_alone(wan, mesh,
     from diffusers import DiffusionPipeline
 
     exported(runs / "transformer_2", tmp_path / "out", mesh, wan, one_step=True)
-    assert same(wan / "transformer_2", tmp_path / "out/transformer") and not (tmp_path / "out/transformer_2").exists()
+    assert (
+        same(wan / "transformer_2", tmp_path / "out/transformer")
+        and not (tmp_path / "out/transformer_2").exists()
+    )
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.transformer_2 is None and pipeline.config.boundary_ratio is None
-    assert "stands alone as `transformer`, started from the `transformer_2`" in (tmp_path / "out/README.md").read_text()
+    assert (
+        "stands alone as `transformer`, started from the `transformer_2`"
+        in (tmp_path / "out/README.md").read_text()
+    )
 
 
 def test_a_base_without_a_second_network_does_not_take_one(wan, mesh, runs, tmp_path):
     base = shutil.copytree(wan, tmp_path / "base")
     change_json(base / "model_index.json", transformer_2=[None, None])
-    with pytest.raises(ConvertError, match=r"has no transformer_2, which this checkpoint was imported as; .* --part transformer"):
+    with pytest.raises(
+        ConvertError,
+        match=r"has no transformer_2, which this checkpoint was imported as; .* --part transformer",
+    ):
         exported(runs / "transformer_2", tmp_path / "out", mesh, base)
 
 
 def test_only_files_of_known_kinds_are_copied(wan, mesh, runs, tmp_path):
-    """Code, pickles, archives, hidden and linked folders, pipes: left out and said; nobody waits for a pipe."""
+    """Code, pickles, archives, hidden and linked folders, pipes: left out and said;
+    nobody waits for a pipe.
+    """
     base, ran = shutil.copytree(wan, tmp_path / "base"), tmp_path / "ran"
 
     class Runs:
@@ -174,13 +229,18 @@ def test_only_files_of_known_kinds_are_copied(wan, mesh, runs, tmp_path):
     os.chmod(base / "vae/LICENSE", 0o755)
     left = exported(runs / "transformer", tmp_path / "out", mesh, base)
     assert sorted(left) == sorted([*places, "vae/.git", "vae/.hidden.json", "vae/inner", "vae/pipe.json"])
-    assert (tmp_path / "out/vae/more/notes.txt").read_text() == "kept" and (tmp_path / "out/vae/LICENSE").stat().st_mode & 0o111 == 0
+    assert (tmp_path / "out/vae/more/notes.txt").read_text() == "kept" and (
+        tmp_path / "out/vae/LICENSE"
+    ).stat().st_mode & 0o111 == 0
     kinds = {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert kinds <= {".json", ".safetensors", ".md", ".txt", ".model", ""} and not ran.exists()
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
 
 
-@pytest.mark.parametrize("place", ["vae/config.json", "vae/more.txt", "vae/diffusion_pytorch_model.safetensors", "vae", "tokenizer/deep"])
+@pytest.mark.parametrize(
+    "place",
+    ["vae/config.json", "vae/more.txt", "vae/diffusion_pytorch_model.safetensors", "vae", "tokenizer/deep"],
+)
 def test_links_out_of_the_base_are_not_followed(wan, mesh, runs, tmp_path, place):
     base, outside = shutil.copytree(wan, tmp_path / "base"), tmp_path / "outside"
     if (base / place).exists():
@@ -190,13 +250,18 @@ def test_links_out_of_the_base_are_not_followed(wan, mesh, runs, tmp_path, place
     else:
         outside.write_text("secret")
     (base / place).symlink_to(outside)
-    with pytest.raises(ConvertError, match=rf"{place}: is a link that leads out of the base, to \S+outside; .* put the file there itself"):
+    with pytest.raises(
+        ConvertError,
+        match=rf"{place}: is a link that leads out of the base, to \S+outside; .* put the file there itself",
+    ):
         exported(runs / "transformer", tmp_path / "out", mesh, base)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_links_of_a_hubs_cache_are_files_of_the_base(wan, mesh, runs, tmp_path):
-    """models--OWNER--NAME/snapshots/COMMIT/vae/FILE -> ../../../blobs/HASH; to another repository's blobs they are links out of it."""
+    """models--OWNER--NAME/snapshots/COMMIT/vae/FILE -> ../../../blobs/HASH; to another
+    repository's blobs they are links out of it.
+    """
     repository = tmp_path / "models--some--wan"
     snapshot, blobs = repository / "snapshots/0f", repository / "blobs"
     shutil.copytree(wan, snapshot)
@@ -205,7 +270,9 @@ def test_the_links_of_a_hubs_cache_are_files_of_the_base(wan, mesh, runs, tmp_pa
         shutil.move(file, blobs / f"{i:064x}")
         file.symlink_to(os.path.relpath(blobs / f"{i:064x}", file.parent))
     assert exported(runs / "transformer", tmp_path / "out", mesh, snapshot) == []
-    assert same(wan / "vae", tmp_path / "out/vae") and same(wan / "text_encoder", tmp_path / "out/text_encoder")
+    assert same(wan / "vae", tmp_path / "out/vae") and same(
+        wan / "text_encoder", tmp_path / "out/text_encoder"
+    )
     other = tmp_path / "models--other--wan/blobs"
     other.mkdir(parents=True)
     (other / "x").write_text("{}")
@@ -228,25 +295,45 @@ def test_parts_without_whole_safetensors_are_refused(wan, mesh, runs, tmp_path):
         (base / "text_encoder/model.safetensors").rename(base / "text_encoder/pytorch_model.bin")
 
     vae = "vae/diffusion_pytorch_model.safetensors"
-    attempt(pickled, r"text_encoder: only pytorch_model\.bin, a pickle.* save it with save_pretrained\(safe_serialization=True\)")
-    attempt(lambda base: (base / vae).unlink(), r"vae: no \.safetensors file; .*; a part whose weights are not whole")
-    attempt(lambda base: os.truncate(base / vae, 1000), r"is no whole safetensors file")
-    attempt(lambda base: (base / vae).write_text("version https://git-lfs.github.com/spec/v1\n"), "a pointer of git-lfs")
     attempt(
-        lambda base: change_json(base / "model_index.json", vae=["my_vae", "Vae"]), r"vae is \['my_vae', 'Vae'\].*code of their own are not copied"
+        pickled,
+        r"text_encoder: only pytorch_model\.bin, a pickle.* save it with save_pretrained\(safe_serialization=True\)",
     )
-    attempt(lambda base: change_json(base / "model_index.json", scheduler=["os", "system"]), r"scheduler is \['os', 'system'\]")
-    attempt(lambda base: change_json(base / "model_index.json", vae=["diffusers", "__import__('os')"]), "vae is ")
+    attempt(
+        lambda base: (base / vae).unlink(),
+        r"vae: no \.safetensors file; .*; a part whose weights are not whole",
+    )
+    attempt(lambda base: os.truncate(base / vae, 1000), r"is no whole safetensors file")
+    attempt(
+        lambda base: (base / vae).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "a pointer of git-lfs",
+    )
+    attempt(
+        lambda base: change_json(base / "model_index.json", vae=["my_vae", "Vae"]),
+        r"vae is \['my_vae', 'Vae'\].*code of their own are not copied",
+    )
+    attempt(
+        lambda base: change_json(base / "model_index.json", scheduler=["os", "system"]),
+        r"scheduler is \['os', 'system'\]",
+    )
+    attempt(
+        lambda base: change_json(base / "model_index.json", vae=["diffusers", "__import__('os')"]), "vae is "
+    )
     attempt(lambda base: change_json(base / "model_index.json", vae=[["a"], 3]), "vae is ")
     attempt(
-        lambda base: change_json(base / "model_index.json", _class_name=["evil", "Pipeline"]), "is no pipeline of diffusers; .* code of their own"
+        lambda base: change_json(base / "model_index.json", _class_name=["evil", "Pipeline"]),
+        "is no pipeline of diffusers; .* code of their own",
     )
 
 
 def test_fields_that_name_code_are_not_copied(wan, mesh, runs, tmp_path):
     base = shutil.copytree(wan, tmp_path / "base")
     kept = json.loads((base / "text_encoder/config.json").read_text())
-    change_json(base / "text_encoder/config.json", auto_map={"AutoModel": "evil.Model"}, attn_implementation="someone/kernel")
+    change_json(
+        base / "text_encoder/config.json",
+        auto_map={"AutoModel": "evil.Model"},
+        attn_implementation="someone/kernel",
+    )
     exported(runs / "transformer", tmp_path / "out", mesh, base)
     assert json.loads((tmp_path / "out/text_encoder/config.json").read_text()) == kept
     assert (tmp_path / "out/vae/config.json").read_bytes() == (wan / "vae/config.json").read_bytes()
@@ -255,16 +342,25 @@ def test_fields_that_name_code_are_not_copied(wan, mesh, runs, tmp_path):
 def test_a_run_whose_origin_is_gone_does_not_guess(wan, mesh, runs, tmp_path):
     """Of two networks either may be meant; of one it is that."""
     checkpoint = Checkpoint.open(str(runs / "transformer"))
-    lost = {key: value for key, value in checkpoint.state.items() if key not in ("imported", "part")} | {"sources": {"generator": "gone:raw"}}
+    lost = {key: value for key, value in checkpoint.state.items() if key not in ("imported", "part")} | {
+        "sources": {"generator": "gone:raw"}
+    }
     lost = replace(checkpoint, state=lost)
     family = family_of_model(checkpoint.model, "")
-    with pytest.raises(ConvertError, match=r"started from gone:raw, which is not there any more, .* transformer or transformer_2; say --part"):
+    with pytest.raises(
+        ConvertError,
+        match=r"started from gone:raw, which is not there any more, .* transformer or transformer_2; say --part",
+    ):
         export_pipeline(lost, family, tmp_path / "out", mesh, base=str(wan))
     export_pipeline(lost, family, tmp_path / "out", mesh, base=str(wan), part="transformer_2")
-    assert same(wan / "transformer", tmp_path / "out/transformer_2") and same(wan / "transformer", tmp_path / "out/transformer")
+    assert same(wan / "transformer", tmp_path / "out/transformer_2") and same(
+        wan / "transformer", tmp_path / "out/transformer"
+    )
     export_pipeline(lost, family, tmp_path / "alone", mesh)
     assert same(wan / "transformer", tmp_path / "alone/transformer")
-    with pytest.raises(ConvertError, match=r"part='\.\./x': a pipeline's networks are transformer and transformer_2"):
+    with pytest.raises(
+        ConvertError, match=r"part='\.\./x': a pipeline's networks are transformer and transformer_2"
+    ):
         export_pipeline(lost, family, tmp_path / "out2", mesh, part="../x")
 
 
@@ -291,5 +387,7 @@ def test_a_state_of_other_types_is_named(runs, tmp_path, field, value):
 def test_a_pipeline_of_another_kind_is_called_so(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(ConvertError, match=r"is a StableDiffusionPipeline, which has no transformer \(it has unet\)"):
+    with pytest.raises(
+        ConvertError, match=r"is a StableDiffusionPipeline, which has no transformer \(it has unet\)"
+    ):
         open_source(tmp_path)

@@ -1,4 +1,6 @@
-"""config.json of every family with every field wrong: what cannot be is one message that names the field, before anything is built."""
+"""config.json of every family with every field wrong: what cannot be is one message that
+names the field, before anything is built.
+"""
 
 import itertools
 import json
@@ -13,7 +15,26 @@ from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
 from megatron_apt.models.config import Fp8Config, HunyuanConfig, ModelConfig, Sd3Config, WanConfig
 
-BAD = [-1, 10**9, 10**18, 10**400, 1e400, float("nan"), 2.5, 1e12, True, "3", "", None, [], [1], [[1, 2], 3], ["a"] * 3, [10**12] * 3, {"a": 1}]
+BAD = [
+    -1,
+    10**9,
+    10**18,
+    10**400,
+    1e400,
+    float("nan"),
+    2.5,
+    1e12,
+    True,
+    "3",
+    "",
+    None,
+    [],
+    [1],
+    [[1, 2], 3],
+    ["a"] * 3,
+    [10**12] * 3,
+    {"a": 1},
+]
 # Fields that may be anything of these kinds, because the value is one that a model may have.
 ALLOWED = {
     ("out_channels", "None"),
@@ -23,7 +44,13 @@ ALLOWED = {
     ("dual_attention_layers", "[]"),
     ("dual_attention_layers", "[1]"),
 }
-ALLOWED |= {("qk_norm", "None"), ("mlp_ratio", "2.5"), ("rope_theta", "2.5"), ("cross_attn_norm", "True"), ("guidance_embeds", "True")}
+ALLOWED |= {
+    ("qk_norm", "None"),
+    ("mlp_ratio", "2.5"),
+    ("rope_theta", "2.5"),
+    ("cross_attn_norm", "True"),
+    ("guidance_embeds", "True"),
+}
 # What a message calls a field once it is one of ours, or of which it is a product.
 ALIASES = {
     "axes_dims_rope": "rope_axes",
@@ -37,8 +64,13 @@ def checkpoint(family, folder, config):
     """A folder with this config.json and the weights of the family's first shape."""
     folder.mkdir(exist_ok=True)
     if not (folder / "model.safetensors").exists():
-        save_file({name: t.contiguous() for name, t in theirs(family, CONFIGS[family](0), 1).state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": FAMILIES[family][0].architecture, **config}))
+        save_file(
+            {name: t.contiguous() for name, t in theirs(family, CONFIGS[family](0), 1).state_dict().items()},
+            folder / "model.safetensors",
+        )
+    (folder / "config.json").write_text(
+        json.dumps({"_class_name": FAMILIES[family][0].architecture, **config})
+    )
     return folder
 
 
@@ -63,10 +95,15 @@ def test_every_field_that_is_wrong_is_named(family, tmp_path):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_model_that_the_files_cannot_hold_is_not_begun(mesh, family, tmp_path):
-    """Within what configurations may say, but far beyond the files: refused by their number of tensors and of numbers."""
+    """Within what configurations may say, but far beyond the files: refused by their
+    number of tensors and of numbers.
+    """
     good, ours = CONFIGS[family](0), FAMILIES[family][0]
     deep, wide = {"num_layers": 9_000}, {_text(good): 900_000}
-    for change, message in ((deep, r"asks for 9\d\d\d blocks, and the files hold \d+ tensors"), (wide, "text 900000 wide")):
+    for change, message in (
+        (deep, r"asks for 9\d\d\d blocks, and the files hold \d+ tensors"),
+        (wide, "text 900000 wide"),
+    ):
         folder = checkpoint(family, tmp_path / "x", good | change)
         source = open_source(folder)
         with pytest.raises(ConvertError, match=message):
@@ -82,8 +119,15 @@ def test_a_state_that_describes_more_than_the_checkpoint_is_not_exported(mesh, t
     source = open_source(checkpoint("wan", tmp_path / "x", config))
     folder = import_checkpoint(source, FAMILIES["wan"][0], tmp_path / "run", mesh)
     checkpoint_ = Checkpoint.open(str(folder))
-    deep = Checkpoint(folder, checkpoint_.state, ModelConfig(**{**vars(checkpoint_.model), "depth": 9_999}), checkpoint_.prefix)
-    with pytest.raises(ConvertError, match=r"state\.json: describes 9999 blocks, and the files hold \d+ tensors"):
+    deep = Checkpoint(
+        folder,
+        checkpoint_.state,
+        ModelConfig(**{**vars(checkpoint_.model), "depth": 9_999}),
+        checkpoint_.prefix,
+    )
+    with pytest.raises(
+        ConvertError, match=r"state\.json: describes 9999 blocks, and the files hold \d+ tensors"
+    ):
         export_pipeline(deep, FAMILIES["wan"][0], tmp_path / "out", mesh)
 
 
@@ -97,7 +141,9 @@ def test_a_state_that_describes_more_than_the_checkpoint_is_not_exported(mesh, t
         lambda bad: ModelConfig(text_width=bad),
         lambda bad: ModelConfig(patch=(1, bad, 2)),
         lambda bad: ModelConfig(patch=bad),
-        lambda bad: ModelConfig(rope_theta=bad) if not isinstance(bad, int) or bad < 0 else ModelConfig(depth=bad),
+        lambda bad: (
+            ModelConfig(rope_theta=bad) if not isinstance(bad, int) or bad < 0 else ModelConfig(depth=bad)
+        ),
         lambda bad: ModelConfig(family=bad),
         lambda bad: ModelConfig(dtype=bad),
         lambda bad: ModelConfig(pooled_text=bad),

@@ -1,4 +1,6 @@
-"""Published families against diffusers: from the same weights the same velocities and the same gradients, on one process and on meshes."""
+"""Published families against diffusers: from the same weights the same velocities and the
+same gradients, on one process and on meshes.
+"""
 
 import json
 from dataclasses import replace
@@ -38,8 +40,12 @@ CASES = [(family, seed) for family in FAMILIES for seed in SEEDS]
 PICTURES = ("sd3", "flux")
 # Grids of tokens and lengths of texts: one size, and several in one microbatch.
 UNIFORM = {family: ([(1 if family in PICTURES else 2, 3, 5)] * 3, [5] * 3) for family in FAMILIES}
-PACKED = {family: ([(1, 3, 5), (1, 7, 2)] if family in PICTURES else [(2, 3, 5), (1, 4, 3)], [4, 7]) for family in FAMILIES}
-# Both models compute in fp32. Measured over all cases and meshes below: velocities differ by up to 5e-7, gradients by up to 3e-6.
+PACKED = {
+    family: ([(1, 3, 5), (1, 7, 2)] if family in PICTURES else [(2, 3, 5), (1, 4, 3)], [4, 7])
+    for family in FAMILIES
+}
+# Both models compute in fp32. Measured over all cases and meshes below: velocities differ
+# by up to 5e-7, gradients by up to 3e-6.
 TOLERANCE = 1e-5
 
 
@@ -56,7 +62,9 @@ def test_velocities_and_gradients_equal_those_of_diffusers(mesh, family, seed):
     assert_equal(compare(mesh, family, config, *PACKED[family], recompute="full"))
 
 
-@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("flux", 3), ("hunyuan", 1)])
+@pytest.mark.parametrize(
+    ("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("flux", 3), ("hunyuan", 1)]
+)
 def test_with_kernels(mesh, family, seed):
     assert_equal(compare(mesh, family, CONFIGS[family](seed), *PACKED[family], kernels=True))
 
@@ -76,7 +84,9 @@ def test_import_and_export_change_no_bit_and_no_shape(mesh, family, seed):
     assert all(torch.equal(exported[key], value) for key, value in state.items())
     written = described.write_config(model)
     assert shape(family, written) == model
-    assert {key: t.shape for key, t in architecture.from_config(written).state_dict().items()} == {key: t.shape for key, t in state.items()}
+    assert {key: t.shape for key, t in architecture.from_config(written).state_dict().items()} == {
+        key: t.shape for key, t in state.items()
+    }
 
 
 @pytest.mark.parametrize(("family", "seed"), CASES)
@@ -85,7 +95,15 @@ def test_a_model_on_meta_has_the_parameters_of_one_with_layers(mesh, family, see
 
     def facts(network):
         return {
-            name: (tuple(p.shape), p.dtype, p.sharded_dim, p.tp_partial, p.fixed, p.requires_grad, p.initial.__qualname__)
+            name: (
+                tuple(p.shape),
+                p.dtype,
+                p.sharded_dim,
+                p.tp_partial,
+                p.fixed,
+                p.requires_grad,
+                p.initial.__qualname__,
+            )
             for name, p in network.named_parameters()
         }
 
@@ -99,12 +117,19 @@ def test_a_model_on_meta_has_the_parameters_of_one_with_layers(mesh, family, see
 
 
 def on_mesh(mesh, family):
-    """Errors of every configuration, of samples of one size where the seed is even, of a packed microbatch where it is odd."""
+    """Errors of every configuration, of samples of one size where the seed is even, of a
+    packed microbatch where it is odd.
+    """
     pair = [values[:2] for values in UNIFORM[family]]
-    return [compare(mesh, family, CONFIGS[family](seed), *(PACKED[family] if seed % 2 else pair)) for seed in SEEDS]
+    return [
+        compare(mesh, family, CONFIGS[family](seed), *(PACKED[family] if seed % 2 else pair))
+        for seed in SEEDS
+    ]
 
 
-SPLIT = {name: parallel for name, parallel in meshes(2).items() if parallel.tp * parallel.cp == 2} | {"pp2": ParallelConfig(pp=2)}
+SPLIT = {name: parallel for name, parallel in meshes(2).items() if parallel.tp * parallel.cp == 2} | {
+    "pp2": ParallelConfig(pp=2)
+}
 
 
 @pytest.mark.dist
@@ -119,7 +144,8 @@ def test_a_mesh_equals_diffusers(ranks, name, family):
 PAIRS = {
     "tp2-pp2": ParallelConfig(tp=2, pp=2),
     "cp2-pp2": ParallelConfig(cp=2, pp=2),
-    "tp2-cp2": ParallelConfig(tp=2, cp=2, context_parallel="all_gather"),  # some configurations have two heads
+    # Some configurations have two heads
+    "tp2-cp2": ParallelConfig(tp=2, cp=2, context_parallel="all_gather"),
 }
 
 
@@ -142,7 +168,9 @@ def verified(mesh, run, folder):
 @pytest.mark.dist
 @pytest.mark.parametrize("family", FAMILIES)
 def test_verify_on_a_mesh(ranks, mesh, tmp_path, family):
-    """Also notices one number that is wrong: in the last block's second half of heads, which only some ranks hold."""
+    """Also notices one number that is wrong: in the last block's second half of heads,
+    which only some ranks hold.
+    """
     model = theirs(family, CONFIGS[family](4), seed=1)
     model.save_pretrained(tmp_path / "their")
     source = open_source(tmp_path / "their")
@@ -158,7 +186,16 @@ def test_verify_on_a_mesh(ranks, mesh, tmp_path, family):
 
 
 SMALL = {
-    "wan": ModelConfig(family="wan", depth=2, width=48, heads=4, text_width=8, modulation="single", pooled_text=False, dtype="float64"),
+    "wan": ModelConfig(
+        family="wan",
+        depth=2,
+        width=48,
+        heads=4,
+        text_width=8,
+        modulation="single",
+        pooled_text=False,
+        dtype="float64",
+    ),
     "sd3": ModelConfig(
         family="sd3",
         depth=2,
@@ -213,7 +250,9 @@ def test_apt_in_a_pipeline_equals_apt_on_one(ranks, mesh, family):
 # --- files
 
 
-@pytest.mark.parametrize(("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("flux", 3), ("hunyuan", 1)])
+@pytest.mark.parametrize(
+    ("family", "seed"), [("wan", 2), ("sd3", 3), ("sd3", 7), ("flux", 3), ("hunyuan", 1)]
+)
 def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, seed):
     described, original = FAMILIES[family][0], theirs(family, CONFIGS[family](seed), seed=1)
     original.save_pretrained(tmp_path / "original")
@@ -221,11 +260,17 @@ def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, see
     assert family_of(source.config, "") is described
     import_checkpoint(source, described, tmp_path / "run", mesh)
     checkpoint = Checkpoint.open(str(tmp_path / "run"))
-    assert replace(checkpoint.model, dtype="float32", recompute="none") == shape(family, CONFIGS[family](seed))
-    assert parity(str(tmp_path / "run"), described, checkpoint.model, source, mesh, samples=2, seed=0) <= TOLERANCE
+    assert replace(checkpoint.model, dtype="float32", recompute="none") == shape(
+        family, CONFIGS[family](seed)
+    )
+    assert (
+        parity(str(tmp_path / "run"), described, checkpoint.model, source, mesh, samples=2, seed=0)
+        <= TOLERANCE
+    )
     export_pipeline(checkpoint, described, tmp_path / "out", mesh)
     exported = type(original).from_pretrained(tmp_path / "out" / "transformer")
-    assert replace(described.read_config(dict(exported.config)), dtype="float32") == checkpoint.model  # whose dtype is that of the weights
+    # Whose dtype is that of the weights
+    assert replace(described.read_config(dict(exported.config)), dtype="float32") == checkpoint.model
     state = exported.state_dict()
     assert all(torch.equal(state[key], value) for key, value in original.state_dict().items())
 
@@ -240,12 +285,18 @@ def test_the_table_begins_as_that_of_diffusers(mesh):
     assert torch.equal(network.position_table, SD3Transformer2DModel(**config).pos_embed.pos_embed[0])
 
 
-@pytest.mark.parametrize(("grid", "message"), [((2, 3, 3), "2 x 3 x 3"), ((1, 7, 3), "at most model.sd3.position_size=6")])
+@pytest.mark.parametrize(
+    ("grid", "message"), [((2, 3, 3), "2 x 3 x 3"), ((1, 7, 3), "at most model.sd3.position_size=6")]
+)
 def test_pictures_that_the_table_does_not_cover_are_refused(mesh, grid, message):
     model = SMALL["sd3"]
     network, layout = build_backbone(model, mesh), build_layout((grid,), (3,), mesh)
-    condition = Condition.pack([torch.zeros(3, 8, dtype=torch.float64)], pooled=torch.zeros(1, 12, dtype=torch.float64))
-    x, t = (torch.zeros(size, dtype=torch.float64) for size in ((len(layout.positions), model.patch_width), (1,)))
+    condition = Condition.pack(
+        [torch.zeros(3, 8, dtype=torch.float64)], pooled=torch.zeros(1, 12, dtype=torch.float64)
+    )
+    x, t = (
+        torch.zeros(size, dtype=torch.float64) for size in ((len(layout.positions), model.patch_width), (1,))
+    )
     with pytest.raises(ValueError, match=message):
         network(x, t, condition, layout)
 
@@ -255,7 +306,13 @@ def pictures(datasets, output, method="flow", **changes):
     sd3 = Sd3Config(pooled_width=8, position_size=6, sample_size=8, qk_norm=True, dual_layers=(1,))
     model = replace(SMALL["sd3"], dtype="bfloat16", latent_channels=4, sd3=sd3)
     return training(
-        datasets, output, method, model=model, data=DataConfig(shards=(str(datasets / "images"),), text_length=5), iterations=2, **changes
+        datasets,
+        output,
+        method,
+        model=model,
+        data=DataConfig(shards=(str(datasets / "images"),), text_length=5),
+        iterations=2,
+        **changes,
     )
 
 
@@ -286,10 +343,17 @@ def test_apt_starts_from_a_checkpoint_with_a_table(mesh, datasets, tmp_path):
     flow = pictures(datasets, tmp_path / "flow")
     train(flow, mesh)
     run = pictures(datasets, tmp_path / "apt", "apt")
-    run = replace(run, apt=replace(run.apt, head_layers=(0.5, 1.0)), init=replace(run.init, generator=flow.output, diffusion=flow.output))
+    run = replace(
+        run,
+        apt=replace(run.apt, head_layers=(0.5, 1.0)),
+        init=replace(run.init, generator=flow.output, diffusion=flow.output),
+    )
     train(run, mesh)
     networks = Trainer(run, mesh).networks
-    tables = networks["generator"].module.position_table, networks["discriminator"].module.backbone.position_table
+    tables = (
+        networks["generator"].module.position_table,
+        networks["discriminator"].module.backbone.position_table,
+    )
     assert torch.equal(*tables)
     assert not any(table.requires_grad for table in tables)
 

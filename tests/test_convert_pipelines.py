@@ -1,4 +1,6 @@
-"""The whole way, at tiny size: a pipeline as it comes from a hub in, consistency distillation and APT, a one-step pipeline for diffusers out."""
+"""The whole way, at tiny size: a pipeline as it comes from a hub in, consistency
+distillation and APT, a one-step pipeline for diffusers out.
+"""
 
 import json
 import shutil
@@ -11,7 +13,14 @@ import tyro
 from pipelines import change_json, save_hunyuan, save_sd3, save_wan
 from safetensors.torch import load_file
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    InitConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.command import Command, perform
 from megatron_apt.convert.exporter import Checkpoint
@@ -32,7 +41,11 @@ def wan(tmp_path_factory):
     """With a second network for little noise, as Wan2.2 has."""
     folder = save_wan(tmp_path_factory.mktemp("hub"))
     shutil.copytree(folder / "transformer", folder / "transformer_2")
-    change_json(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=0.875)
+    change_json(
+        folder / "model_index.json",
+        transformer_2=["diffusers", "WanTransformer3DModel"],
+        boundary_ratio=0.875,
+    )
     return folder
 
 
@@ -52,7 +65,12 @@ def imported(mesh: Mesh, pipeline: Path, target: Path) -> RunConfig:
     assert convert(mesh, "verify", target, pipeline) == 0
     model = Checkpoint.open(str(target)).model
     return RunConfig(
-        model=model, iterations=2, global_batch=4, micro_batch=2, tensorboard=False, optimizer=OptimizerConfig(kind="adamw", lr=1e-3, ema=0.0)
+        model=model,
+        iterations=2,
+        global_batch=4,
+        micro_batch=2,
+        tensorboard=False,
+        optimizer=OptimizerConfig(kind="adamw", lr=1e-3, ema=0.0),
     )
 
 
@@ -75,18 +93,37 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 
     base = imported(mesh, wan, tmp_path / "pretrained")
-    sources = {"images": write_digit_images(tmp_path / "png", count=6), "videos": write_digit_clips(tmp_path / "webm", count=6)}
+    sources = {
+        "images": write_digit_images(tmp_path / "png", count=6),
+        "videos": write_digit_clips(tmp_path / "webm", count=6),
+    }
     for name, frames in (("images", 1), ("videos", 5)):
         options = {"codec": "wan", "codec_path": str(wan), "text": str(wan), "allow_upscale": True}
-        encode(EncodeConfig(str(sources[name]), str(tmp_path / name), height=32, width=32, frames=frames, **options), progress=False)
+        encode(
+            EncodeConfig(
+                str(sources[name]), str(tmp_path / name), height=32, width=32, frames=frames, **options
+            ),
+            progress=False,
+        )
     pretrained, images, videos = (str(tmp_path / name) for name in ("pretrained", "images", "videos"))
     with torch.enable_grad():
         both = DataConfig(shards=(images, videos), text_length=512)
-        distilled = trained(mesh, base, tmp_path / "consistency", method="consistency", data=both, init=InitConfig(diffusion=pretrained))
+        distilled = trained(
+            mesh,
+            base,
+            tmp_path / "consistency",
+            method="consistency",
+            data=both,
+            init=InitConfig(diffusion=pretrained),
+        )
         heads = AptConfig(head_layers=(0.5, 1.0))
-        adversarial = replace(base, method="apt", apt=heads, optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9))
+        adversarial = replace(
+            base, method="apt", apt=heads, optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9)
+        )
         start = InitConfig(generator=distilled, diffusion=pretrained)
-        of_images = trained(mesh, adversarial, tmp_path / "image", data=replace(both, shards=(images,)), init=start)
+        of_images = trained(
+            mesh, adversarial, tmp_path / "image", data=replace(both, shards=(images,)), init=start
+        )
         start = InitConfig(generator=f"{of_images}:ema", diffusion=pretrained)
         final = trained(
             mesh,
@@ -97,10 +134,14 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
             apt=replace(heads, ar1_sigma=0.1, timestep_shift=12.0),
         )
     out = tmp_path / "one-step"
-    assert convert(mesh, "export", final, out, "--base", wan, "--discriminator", "--license", "apache-2.0") == 0
+    assert (
+        convert(mesh, "export", final, out, "--base", wan, "--discriminator", "--license", "apache-2.0") == 0
+    )
     assert convert(mesh, "verify", final, out) == 0
     pipeline = DiffusionPipeline.from_pretrained(out)
-    assert isinstance(pipeline, WanPipeline) and isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert isinstance(pipeline, WanPipeline) and isinstance(
+        pipeline.scheduler, FlowMatchEulerDiscreteScheduler
+    )
     assert pipeline.transformer_2 is None and not (out / "transformer_2").exists()
     z = torch.randn(4, 2, 4, 4)
     options = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0}
@@ -111,9 +152,19 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
     assert not torch.allclose(one_step(mesh, pretrained, "raw", z, condition), theirs)
     assert pipeline(PROMPT, output_type="np", **options).frames.shape == (1, 5, 32, 32, 3)
     card = (out / "README.md").read_text()
-    assert card.startswith('---\nlicense: "apache-2.0"\n') and "method `apt`, 2 iterations of 4 samples" in card and "`videos`" in card
+    assert (
+        card.startswith('---\nlicense: "apache-2.0"\n')
+        and "method `apt`, 2 iterations of 4 samples" in card
+        and "`videos`" in card
+    )
     discriminator = load_file(out / "discriminator/model.safetensors")
-    assert {name.split(".")[0] for name in discriminator} == {"backbone", "heads", "norm_weight", "norm_bias", "logit"}
+    assert {name.split(".")[0] for name in discriminator} == {
+        "backbone",
+        "heads",
+        "norm_weight",
+        "norm_bias",
+        "logit",
+    }
     assert json.loads((out / "discriminator/config.json").read_text())["apt"]["head_layers"] == [0.5, 1.0]
 
 
@@ -137,15 +188,30 @@ def test_what_cannot_be_a_base_is_named(wan, sd3, mesh, tmp_path):
             convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", base)
         assert not (tmp_path / "out").exists()
 
-    attempt(lambda base: change_json(base / "transformer/config.json", in_channels=8), "condition_channels is 4, of this checkpoint 0")
-    attempt(lambda base: change_json(base / "model_index.json", **{"../escape": ["diffusers", "X"]}), r"'\.\./escape' names no part")
+    attempt(
+        lambda base: change_json(base / "transformer/config.json", in_channels=8),
+        "condition_channels is 4, of this checkpoint 0",
+    )
+    attempt(
+        lambda base: change_json(base / "model_index.json", **{"../escape": ["diffusers", "X"]}),
+        r"'\.\./escape' names no part",
+    )
     attempt(lambda base: shutil.rmtree(base / "vae"), r"names vae, and \S+ is not there")
-    attempt(lambda base: (base / "vae/config.json").unlink() or (base / "vae/config.json").symlink_to("gone"), r"vae/config\.json: cannot be copied")
+    attempt(
+        lambda base: (base / "vae/config.json").unlink() or (base / "vae/config.json").symlink_to("gone"),
+        r"vae/config\.json: cannot be copied",
+    )
     for value in ("x", 3, ["diffusers"], None):
-        attempt(lambda base, value=value: change_json(base / "model_index.json", transformer=value), "its transformer is .*, not a WanTransformer3D")
+        attempt(
+            lambda base, value=value: change_json(base / "model_index.json", transformer=value),
+            "its transformer is .*, not a WanTransformer3D",
+        )
     with pytest.raises(ConvertError, match=r"lies in the base .*, which is copied"):
         convert(mesh, "export", tmp_path / "run", wan / "vae/out", "--base", wan)
-    attempt(lambda base: (base / "model_index.json").write_text("[]"), "Expected object, got array; it must be a JSON object")
+    attempt(
+        lambda base: (base / "model_index.json").write_text("[]"),
+        "Expected object, got array; it must be a JSON object",
+    )
     with pytest.raises(ConvertError, match="not a WanTransformer3DModel"):
         convert(mesh, "export", tmp_path / "run", tmp_path / "out", "--base", sd3)
 
@@ -157,7 +223,9 @@ def test_sd3_from_pipeline_to_pipeline(sd3, mesh, tmp_path):
     base = imported(mesh, sd3, tmp_path / "pretrained")
     pictures = write_digit_images(tmp_path / "png", count=6)
     options = {"codec": "kl", "codec_path": str(sd3), "text": str(sd3), "allow_upscale": True}
-    encode(EncodeConfig(str(pictures), str(tmp_path / "images"), height=32, width=32, **options), progress=False)
+    encode(
+        EncodeConfig(str(pictures), str(tmp_path / "images"), height=32, width=32, **options), progress=False
+    )
     pretrained = str(tmp_path / "pretrained")
     with torch.enable_grad():
         final = trained(
@@ -174,7 +242,10 @@ def test_sd3_from_pipeline_to_pipeline(sd3, mesh, tmp_path):
     assert convert(mesh, "verify", final, out) == 0
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, StableDiffusion3Pipeline) and pipeline.scheduler.config.shift == 1.0
-    z, options = torch.randn(4, 1, 8, 10), {"height": 32, "width": 40, "num_inference_steps": 1, "guidance_scale": 1.0}
+    z, options = (
+        torch.randn(4, 1, 8, 10),
+        {"height": 32, "width": 40, "num_inference_steps": 1, "guidance_scale": 1.0},
+    )
     theirs = pipeline(PROMPT, latents=z.transpose(0, 1), output_type="latent", **options).images[0]
     text, pooled = open_text_encoder(sd3).encode_pooled([PROMPT])
     condition = Condition.pack(text, 333, pooled)
@@ -191,12 +262,23 @@ def test_hunyuan_from_pipeline_to_pipeline(mesh, tmp_path):
     base = imported(mesh, hunyuan, tmp_path / "pretrained")
     clips = write_digit_clips(tmp_path / "webm", count=6)
     options = {"codec": "hunyuan", "codec_path": str(hunyuan), "text": str(hunyuan), "allow_upscale": True}
-    encode(EncodeConfig(str(clips), str(tmp_path / "videos"), height=32, width=32, frames=5, **options), progress=False)
+    encode(
+        EncodeConfig(str(clips), str(tmp_path / "videos"), height=32, width=32, frames=5, **options),
+        progress=False,
+    )
     pretrained, data = str(tmp_path / "pretrained"), DataConfig(shards=(str(tmp_path / "videos"),))
     with torch.enable_grad():
         no_guidance = ConsistencyConfig(guidance_scale=1.0)
         start = InitConfig(diffusion=pretrained)
-        distilled = trained(mesh, base, tmp_path / "consistency", method="consistency", data=data, init=start, consistency=no_guidance)
+        distilled = trained(
+            mesh,
+            base,
+            tmp_path / "consistency",
+            method="consistency",
+            data=data,
+            init=start,
+            consistency=no_guidance,
+        )
         final = trained(
             mesh,
             base,
@@ -213,7 +295,10 @@ def test_hunyuan_from_pipeline_to_pipeline(mesh, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, HunyuanVideoPipeline) and pipeline.scheduler.config.shift == 1.0
     assert "pipeline(prompt, num_inference_steps=1, guidance_scale=6)" in (out / "README.md").read_text()
-    z, options = torch.randn(4, 2, 4, 4), {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 6.0}
+    z, options = (
+        torch.randn(4, 2, 4, 4),
+        {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 6.0},
+    )
     theirs = pipeline(PROMPT, latents=z[None], output_type="latent", **options).frames[0]
     text, pooled = open_text_encoder(hunyuan).encode_pooled([PROMPT])
     condition = Condition.pack(text, 0, pooled)

@@ -68,8 +68,16 @@ PUBLISHED_HUNYUAN = {
     "text_embed_dim": 4096,
 }
 PUBLISHED = {
-    "sd3_medium": published(caption_projection_dim=1536, num_attention_heads=24, num_layers=24, pos_embed_max_size=192),
-    "sd35_large": published(caption_projection_dim=2432, num_attention_heads=38, num_layers=38, pos_embed_max_size=192, qk_norm="rms_norm"),
+    "sd3_medium": published(
+        caption_projection_dim=1536, num_attention_heads=24, num_layers=24, pos_embed_max_size=192
+    ),
+    "sd35_large": published(
+        caption_projection_dim=2432,
+        num_attention_heads=38,
+        num_layers=38,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    ),
     "sd35_medium": published(
         caption_projection_dim=1536,
         num_attention_heads=24,
@@ -81,7 +89,10 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("name", "preset"), [("sd3_medium", sd3_medium()), ("sd35_large", sd35_large()), ("sd35_medium", sd35_medium())])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("sd3_medium", sd3_medium()), ("sd35_large", sd35_large()), ("sd35_medium", sd35_medium())],
+)
 def test_presets_of_sd3_are_the_published_shapes(name, preset):
     assert SD3.read_config(PUBLISHED[name]) == preset
 
@@ -136,7 +147,9 @@ def test_a_time_for_every_token_is_the_samples_time_where_they_are_one(mesh):
     """How diffusers calls Wan 2.2's 5B as text to video."""
     original = theirs("wan", CONFIGS["wan"](0), seed=1)
     inputs = WAN.example(shape("wan", CONFIGS["wan"](0)), 2, torch.Generator().manual_seed(0))
-    frames, rows, columns = (side // p for side, p in zip(inputs.latents.shape[2:], original.config.patch_size, strict=True))
+    frames, rows, columns = (
+        side // p for side, p in zip(inputs.latents.shape[2:], original.config.patch_size, strict=True)
+    )
     each = (1000 * inputs.t)[:, None].expand(-1, frames * rows * columns)
     want = original(inputs.latents, each, inputs.text, return_dict=False)[0]
     torch.testing.assert_close(WAN.forward(original, inputs), want, rtol=1e-5, atol=1e-5)
@@ -149,17 +162,33 @@ def test_padding_that_hunyuans_pipeline_hides_is_as_if_it_were_not_there(mesh):
     original, model = theirs("hunyuan", config, seed=1), shape("hunyuan", config)
     inputs = HUNYUAN.example(model, len(lengths), torch.Generator().manual_seed(0))
     visible = (torch.arange(inputs.text.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    want = original(inputs.latents, 1000 * inputs.t, inputs.text, visible, inputs.pooled, 1000 * inputs.guidance, return_dict=False)[0]
-    condition = Condition.pack([text[:length] for text, length in zip(inputs.text, lengths, strict=True)], pooled=inputs.pooled)
+    want = original(
+        inputs.latents,
+        1000 * inputs.t,
+        inputs.text,
+        visible,
+        inputs.pooled,
+        1000 * inputs.guidance,
+        return_dict=False,
+    )[0]
+    condition = Condition.pack(
+        [text[:length] for text, length in zip(inputs.text, lengths, strict=True)], pooled=inputs.pooled
+    )
     grid = patch_grid(tuple(inputs.latents.shape[2:]), model.patch)
     layout = build_layout((grid,) * len(lengths), condition.lengths, mesh)
     network = ours("hunyuan", model, mesh, original.state_dict())
-    got = unpatchify(network(patchify(inputs.latents, model.patch), inputs.t, condition, layout), grid, model.patch)
+    got = unpatchify(
+        network(patchify(inputs.latents, model.patch), inputs.t, condition, layout), grid, model.patch
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 def test_every_norm_of_sd3_has_our_eps():
-    norms = [m for m in theirs("sd3", CONFIGS["sd3"](7), seed=1).modules() if hasattr(m, "eps") and not isinstance(m, nn.ModuleList)]
+    norms = [
+        m
+        for m in theirs("sd3", CONFIGS["sd3"](7), seed=1).modules()
+        if hasattr(m, "eps") and not isinstance(m, nn.ModuleList)
+    ]
     assert len(norms) > 10
     assert {m.eps for m in norms} == {1e-6}
 
@@ -176,8 +205,16 @@ def test_every_norm_of_sd3_has_our_eps():
         (WAN, {"eps": 1e-5}, "eps=1e-05"),
         (WAN, {"num_layers": 2.0}, "num_layers=2.0 of a WanTransformer3DModel must be a whole number"),
         (WAN, {"num_layers": True}, "num_layers=True"),
-        (WAN, {"patch_size": [2, 2]}, r"patch_size=\[2, 2\] of a WanTransformer3DModel must be 3 whole numbers"),
-        (SD3, {"dual_attention_layers": ["0"]}, r"dual_attention_layers=\['0'\] of a SD3Transformer2DModel must be a list of whole numbers"),
+        (
+            WAN,
+            {"patch_size": [2, 2]},
+            r"patch_size=\[2, 2\] of a WanTransformer3DModel must be 3 whole numbers",
+        ),
+        (
+            SD3,
+            {"dual_attention_layers": ["0"]},
+            r"dual_attention_layers=\['0'\] of a SD3Transformer2DModel must be a list of whole numbers",
+        ),
         (WAN, {"freq_dim": 128}, "freq_dim=128"),
         (WAN, {"pos_embed_seq_len": 514}, "pos_embed_seq_len=514"),
         (FLUX, {"patch_size": 2}, "patch_size=2"),
@@ -185,14 +222,20 @@ def test_every_norm_of_sd3_has_our_eps():
         (FLUX, {"axes_dims_rope": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"qk_norm": "layer_norm"}, "qk_norm='layer_norm'"),
         (HUNYUAN, {"image_condition_type": "token_replace"}, "image_condition_type='token_replace'"),
-        (HUNYUAN, {"mlp_ratio": "4"}, "mlp_ratio='4' of a HunyuanVideoTransformer3DModel must be a positive number"),
+        (
+            HUNYUAN,
+            {"mlp_ratio": "4"},
+            "mlp_ratio='4' of a HunyuanVideoTransformer3DModel must be a positive number",
+        ),
         (HUNYUAN, {"rope_theta": float("nan")}, "rope_theta=nan"),
         (HUNYUAN, {"rope_axes_dim": [2, 2, 2]}, r"rope_axes=\(2, 2, 2\): must add up"),
         (HUNYUAN, {"rope_axes_dim": [3, 4, 5]}, r"rope_axes=\(3, 4, 5\): each must be even"),
     ],
 )
 def test_configurations_that_we_do_not_have_are_refused(family, change, message):
-    config = CONFIGS[family.name](0) | ({"num_attention_heads": 2, "caption_projection_dim": 32} if family is SD3 else {})
+    config = CONFIGS[family.name](0) | (
+        {"num_attention_heads": 2, "caption_projection_dim": 32} if family is SD3 else {}
+    )
     with pytest.raises(ValueError, match=message):
         family.read_config(config | change)
 
@@ -201,7 +244,9 @@ def test_diffusers_reads_the_width_that_is_written():
     """Its quotient by the width, times the width again, may lie a little below."""
     for heads, size, mlp in ((1, 22, 15), (1, 112, 467), (2, 24, 79 * 2)):
         hunyuan = HunyuanConfig(double_blocks=1, rope_axes=(size - 8, 4, 4))
-        model = replace(hunyuan_video(), depth=2, width=heads * size, heads=heads, mlp_width=mlp, hunyuan=hunyuan)
+        model = replace(
+            hunyuan_video(), depth=2, width=heads * size, heads=heads, mlp_width=mlp, hunyuan=hunyuan
+        )
         written = HUNYUAN.write_config(model)
         assert HUNYUAN.read_config(written) == model
         with torch.device("meta"):

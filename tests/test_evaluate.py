@@ -24,7 +24,11 @@ def with_moments(n: int, mean: torch.Tensor, std: torch.Tensor, seed: int) -> to
 
 def scipy_frechet(a: np.ndarray, b: np.ndarray) -> float:
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * np.trace(scipy.linalg.sqrtm(cov_a @ cov_b)).real
+    return (
+        ((a.mean(0) - b.mean(0)) ** 2).sum()
+        + np.trace(cov_a + cov_b)
+        - 2 * np.trace(scipy.linalg.sqrtm(cov_a @ cov_b)).real
+    )
 
 
 def test_frechet_of_diagonal_gaussians_in_closed_form():

@@ -33,9 +33,16 @@ def test_text_is_the_pipelines(flux, dtype):
     encoder = open_text_encoder(flux, dtype=dtype)
     assert type(encoder) is FluxTextEncoder and encoder.width == 16
     ours, our_pooled = load_text_encoder(encoder.config_dict()).encode_pooled(PROMPTS)
-    assert text.shape == (4, 512, 16) and pooled.shape == (4, 20) and ours[0].dtype == our_pooled.dtype == torch.float32
+    assert (
+        text.shape == (4, 512, 16)
+        and pooled.shape == (4, 20)
+        and ours[0].dtype == our_pooled.dtype == torch.float32
+    )
     assert torch.equal(torch.stack(ours), text.float()) and torch.equal(our_pooled, pooled.float())
-    assert all(torch.equal(a, b) for a, b in zip(encoder.encode(PROMPTS), ours, strict=True)) and encoder.encode([]) == []
+    assert (
+        all(torch.equal(a, b) for a, b in zip(encoder.encode(PROMPTS), ours, strict=True))
+        and encoder.encode([]) == []
+    )
 
 
 def test_what_its_folder_lacks_is_named(flux, tmp_path):
@@ -54,25 +61,54 @@ def test_from_pipeline_to_pipeline(flux, mesh, tmp_path):
     base = imported(mesh, flux, tmp_path / "pretrained")
     pictures = write_digit_images(tmp_path / "png", count=6)
     options = {"codec": "kl", "codec_path": str(flux), "text": str(flux), "allow_upscale": True}
-    encode(EncodeConfig(str(pictures), str(tmp_path / "images"), height=32, width=32, **options), progress=False)
-    pretrained, data = str(tmp_path / "pretrained"), DataConfig(shards=(str(tmp_path / "images"),), text_length=512)
+    encode(
+        EncodeConfig(str(pictures), str(tmp_path / "images"), height=32, width=32, **options), progress=False
+    )
+    pretrained, data = (
+        str(tmp_path / "pretrained"),
+        DataConfig(shards=(str(tmp_path / "images"),), text_length=512),
+    )
     with torch.enable_grad():
         start, no_guidance = InitConfig(diffusion=pretrained), ConsistencyConfig(guidance_scale=1.0)
-        distilled = trained(mesh, base, tmp_path / "consistency", method="consistency", data=data, init=start, consistency=no_guidance)
-        adversarial = replace(base, method="apt", apt=AptConfig(), optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9))
-        final = trained(mesh, adversarial, tmp_path / "apt", data=data, init=InitConfig(generator=distilled, diffusion=pretrained))
+        distilled = trained(
+            mesh,
+            base,
+            tmp_path / "consistency",
+            method="consistency",
+            data=data,
+            init=start,
+            consistency=no_guidance,
+        )
+        adversarial = replace(
+            base, method="apt", apt=AptConfig(), optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9)
+        )
+        final = trained(
+            mesh,
+            adversarial,
+            tmp_path / "apt",
+            data=data,
+            init=InitConfig(generator=distilled, diffusion=pretrained),
+        )
     out = tmp_path / "one-step"
     assert convert(mesh, "export", final, out, "--base", flux) == 0
     assert convert(mesh, "verify", final, out) == 0
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, FluxPipeline) and not pipeline.scheduler.config.get("use_dynamic_shifting")
     card = (out / "README.md").read_text()
-    assert "pipeline_tag: text-to-image" in card and "pipeline(prompt, num_inference_steps=1, guidance_scale=3.5)" in card
-    z, options = torch.randn(4, 1, 8, 12), {"height": 32, "width": 48, "num_inference_steps": 1, "guidance_scale": 3.5}
+    assert (
+        "pipeline_tag: text-to-image" in card
+        and "pipeline(prompt, num_inference_steps=1, guidance_scale=3.5)" in card
+    )
+    z, options = (
+        torch.randn(4, 1, 8, 12),
+        {"height": 32, "width": 48, "num_inference_steps": 1, "guidance_scale": 3.5},
+    )
     packed = patchify(z[None], (1, 2, 2))
     theirs = pipeline(PROMPT, latents=packed[None], output_type="latent", **options).images[0]
     text, pooled = open_text_encoder(flux).encode_pooled([PROMPT])
     condition = Condition.pack(text, 512, pooled)
     assert_equal(patchify(one_step(mesh, final, "ema", z, condition)[None], (1, 2, 2)), theirs)
-    assert not torch.allclose(patchify(one_step(mesh, pretrained, "raw", z, condition)[None], (1, 2, 2)), theirs)
+    assert not torch.allclose(
+        patchify(one_step(mesh, pretrained, "raw", z, condition)[None], (1, 2, 2)), theirs
+    )
     assert pipeline(PROMPT, output_type="np", **options).images.shape == (1, 32, 48, 3)

@@ -1,4 +1,6 @@
-"""What FP8 needs apart from the chip: configuration, padding, and the scales of two networks. The products themselves have not been run."""
+"""What FP8 needs apart from the chip: configuration, padding, and the scales of two
+networks. The products themselves have not been run.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -34,7 +36,10 @@ def test_a_sound_configuration_passes():
         (lambda: fp8_run(dtype="float32"), r'model\.dtype=\'float32\' must be "bfloat16"'),
         (lambda: fp8_run(row_multiple=1), r"parallel\.row_multiple=1 to be a multiple of 16"),
         (lambda: fp8_run("mxfp8"), r"parallel\.row_multiple=16 to be a multiple of 32"),
-        (lambda: fp8_run("blockwise", tp=2, sequence_parallel=True), r"parallel\.row_multiple=16 to be a multiple of 128"),
+        (
+            lambda: fp8_run("blockwise", tp=2, sequence_parallel=True),
+            r"parallel\.row_multiple=16 to be a multiple of 128",
+        ),
         (lambda: fp8_run(width=72), r"model\.width=72 to be a multiple of 16"),
         (lambda: fp8_run(depth=2), r"bf16_first=1 \+ bf16_last=1 leave none of 2 blocks"),
     ],
@@ -53,7 +58,10 @@ def test_negative_fields_are_named(field):
 def test_without_a_gpu_there_is_one_message(mesh):
     if mesh.device.type == "cuda":
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=r"model\.fp8\.recipe='delayed' needs a CUDA GPU with FP8.*use model\.fp8\.recipe=\"none\""):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.fp8\.recipe='delayed' needs a CUDA GPU with FP8.*use model\.fp8\.recipe=\"none\"",
+    ):
         build(fp8_run("delayed"), mesh)
 
 
@@ -89,9 +97,15 @@ class Network(torch.nn.Module):
     def __init__(self, history: int = 3):
         super().__init__()
         self.fp8 = Fp8Blocks(Fp8Config(), 4, torch.device("cpu"))
-        self.fp8.name, self.fp8.recipe, self.fp8.config = "delayed", object(), Fp8Config("delayed", history=history)
+        self.fp8.name, self.fp8.recipe, self.fp8.config = (
+            "delayed",
+            object(),
+            Fp8Config("delayed", history=history),
+        )
         self.fp8.products = lambda block: torch.no_grad()
-        self.blocks = torch.nn.ModuleDict({str(i): torch.nn.ModuleDict({"fc": Linear(history)}) for i in range(4)})
+        self.blocks = torch.nn.ModuleDict(
+            {str(i): torch.nn.ModuleDict({"fc": Linear(history)}) for i in range(4)}
+        )
 
 
 def test_scales_follow_the_largest_value_of_recent_updates(mesh):
@@ -102,7 +116,13 @@ def test_scales_follow_the_largest_value_of_recent_updates(mesh):
     forward, backward = layer.fp8_meta["scaling_fwd"], layer.fp8_meta["scaling_bwd"]
     assert (backward.scale == 2.0**20).all()
     seen = []
-    for maxima in ([2.0, 0.5, 0.0], [1.0, 4.0, 0.0], [0.25, 0.125, 0.0], [0.5, 0.125, 0.0], [1.0, float("inf"), 0.0]):
+    for maxima in (
+        [2.0, 0.5, 0.0],
+        [1.0, 4.0, 0.0],
+        [0.25, 0.125, 0.0],
+        [0.5, 0.125, 0.0],
+        [1.0, float("inf"), 0.0],
+    ):
         forward.amax_history[0] = torch.tensor(maxima)
         state.step()
         seen.append(forward.scale.tolist())
@@ -112,7 +132,10 @@ def test_scales_follow_the_largest_value_of_recent_updates(mesh):
     assert seen[4][:2] == [448 / 1 / 2, 448 / 4 / 2]  # an infinity is no measure: the scale stays
     assert all(s[2] == 1.0 for s in seen)  # nothing was measured
     assert set(state.tensors()) == {
-        f"fp8.blocks.{i}.fc.{way}.{what}" for i in (1, 2) for way in ("forward", "backward") for what in ("scale", "maxima")
+        f"fp8.blocks.{i}.fc.{way}.{what}"
+        for i in (1, 2)
+        for way in ("forward", "backward")
+        for what in ("scale", "maxima")
     }
 
 
@@ -144,7 +167,10 @@ def test_a_networks_step_leaves_the_others_scales(mesh):
     states[0].step()
     assert g.blocks["1"]["fc"].fp8_meta["scaling_fwd"].scale[0] == 32.0
     untouched = d.blocks["1"]["fc"]
-    assert untouched.fp8_meta["scaling_fwd"].scale[0] == 1.0 and untouched.fp8_meta["scaling_fwd"].amax_history[0, 0] == 7.0
+    assert (
+        untouched.fp8_meta["scaling_fwd"].scale[0] == 1.0
+        and untouched.fp8_meta["scaling_fwd"].amax_history[0, 0] == 7.0
+    )
     assert untouched._fp8_workspaces
 
 
@@ -164,7 +190,10 @@ def scale_after_unequal_maxima(mesh):
 def test_scales_are_kept_in_checkpoints(mesh, datasets, tmp_path):
     """A stand-in's tensors go through a real checkpoint; a run that has none in it says so."""
     run = config(datasets, tmp_path / "run")
-    values = {"fp8.blocks.1.fc.forward.scale": torch.rand(3), "fp8.blocks.1.fc.forward.maxima": torch.rand(4, 3)}
+    values = {
+        "fp8.blocks.1.fc.forward.scale": torch.rand(3),
+        "fp8.blocks.1.fc.forward.maxima": torch.rand(4, 3),
+    }
     trainer = Trainer(run, mesh)
     trainer.networks["generator"].fp8 = SimpleNamespace(tensors=lambda: values, step=lambda: None)
     trainer.step()
@@ -175,6 +204,10 @@ def test_scales_are_kept_in_checkpoints(mesh, datasets, tmp_path):
     fresh.fp8 = SimpleNamespace(tensors=lambda: restored, step=lambda: None)
     fresh.restore(folder, updates=1, source="")
     assert all(torch.equal(restored[name], value) for name, value in values.items())
-    fresh.fp8 = SimpleNamespace(tensors=lambda: {"fp8.blocks.2.fc.forward.scale": torch.zeros(3)}, step=lambda: None)
-    with pytest.raises(store.CheckpointError, match=r"has no tensor 'generator\.fp8\.blocks\.2\.fc\.forward\.scale'"):
+    fresh.fp8 = SimpleNamespace(
+        tensors=lambda: {"fp8.blocks.2.fc.forward.scale": torch.zeros(3)}, step=lambda: None
+    )
+    with pytest.raises(
+        store.CheckpointError, match=r"has no tensor 'generator\.fp8\.blocks\.2\.fc\.forward\.scale'"
+    ):
         fresh.restore(folder, updates=1, source="")

@@ -1,4 +1,6 @@
-"""Training on a GPU against training on a CPU and against other layers. Nothing here runs without a GPU; kernels have tests of their own."""
+"""Training on a GPU against training on a CPU and against other layers. Nothing here runs
+without a GPU; kernels have tests of their own.
+"""
 
 import json
 import os
@@ -18,10 +20,14 @@ from megatron_apt.models.config import Fp8Config
 from megatron_apt.models.fp8 import require
 from megatron_apt.parallel import startup
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 COUNT = 20
-# bf16 against fp32, both on a CPU, is up to 0.05 apart in a loss over these iterations; two kinds of bf16 may be that far on either side.
+# bf16 against fp32, both on a CPU, is up to 0.05 apart in a loss over these iterations;
+# two kinds of bf16 may be that far on either side.
 TOLERANCE = 0.1
 
 
@@ -47,7 +53,13 @@ def assert_near(got: list[dict], want: list[dict], tolerance: float) -> None:
 def test_twenty_iterations_on_a_gpu_and_on_a_cpu(on_gpu):
     script = Path(__file__).parent / "device_losses.py"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "4"}
-    done = subprocess.run([sys.executable, "-W", "ignore", script, str(COUNT)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, str(COUNT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert_near(on_gpu, json.loads(done.stdout.splitlines()[-1]), TOLERANCE)
 
@@ -72,7 +84,9 @@ def test_fp8(on_gpu, wide, recipe):
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """Every sum in a fixed order. Attention's backward pass needs more than a warning: its plain kernels, and Transformer Engine's own variable."""
+    """Every sum in a fixed order. Attention's backward pass needs more than a warning:
+    its plain kernels, and Transformer Engine's own variable.
+    """
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     torch.use_deterministic_algorithms(True, warn_only=True)
     with sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,6 @@
-"""Gradients of whole phases on one rank: recomputation changes none, none is dead, and a comparison notices a factor."""
+"""Gradients of whole phases on one rank: recomputation changes none, none is dead, and a
+comparison notices a factor.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ def compare(ours, reference, rtol):
     """Names the first difference. Tolerance of a gradient: rtol of its own largest entry."""
     for phase, want in reference.items():
         for name, value in want["metrics"].items():
-            assert ours[phase]["metrics"][name] == pytest.approx(value, rel=rtol, abs=rtol), f"phase {phase}: metric {name}"
+            assert ours[phase]["metrics"][name] == pytest.approx(value, rel=rtol, abs=rtol), (
+                f"phase {phase}: metric {name}"
+            )
         assert ours[phase]["gradients"].keys() == want["gradients"].keys()
         for name, gradient in want["gradients"].items():
             error = (ours[phase]["gradients"][name] - gradient).abs().max()
@@ -27,13 +31,23 @@ def compare(ours, reference, rtol):
 @pytest.mark.parametrize("method", ["apt", "flow"])
 def test_recomputation_changes_nothing(mesh, method):
     plain = gradients(mesh, run_config(method, model=model_config(dtype="float64")), *DATA["mixed"])
-    compare(gradients(mesh, run_config(method, model=model_config(dtype="float64", recompute="full")), *DATA["mixed"]), plain, 1e-12)
+    compare(
+        gradients(
+            mesh, run_config(method, model=model_config(dtype="float64", recompute="full")), *DATA["mixed"]
+        ),
+        plain,
+        1e-12,
+    )
 
 
 def test_a_factor_on_one_gradient_is_noticed(mesh):
     reference = gradients(mesh, run_config(model=model_config(dtype="float64")), *DATA["images"])
-    broken = {phase: {"metrics": r["metrics"], "gradients": dict(r["gradients"])} for phase, r in reference.items()}
-    broken["d"]["gradients"]["heads.0.linear_q.weight"] = 2 * broken["d"]["gradients"]["heads.0.linear_q.weight"]
+    broken = {
+        phase: {"metrics": r["metrics"], "gradients": dict(r["gradients"])} for phase, r in reference.items()
+    }
+    broken["d"]["gradients"]["heads.0.linear_q.weight"] = (
+        2 * broken["d"]["gradients"]["heads.0.linear_q.weight"]
+    )
     with pytest.raises(AssertionError, match=r"heads\.0\.linear_q\.weight"):
         compare(broken, reference, 1e-9)
 
@@ -42,5 +56,6 @@ def test_every_gradient_of_the_problem_is_alive(mesh):
     result = gradients(mesh, run_config(model=model_config(dtype="float64")), *DATA["mixed"])
     for phase in result.values():
         dead = [name for name, gradient in phase["gradients"].items() if not torch.any(gradient)]
-        # A common offset of every key of a head leaves its softmax, hence every gradient, unchanged: only key biases may be near zero.
+        # A common offset of every key of a head leaves its softmax, hence every gradient,
+        # unchanged: only key biases may be near zero.
         assert dead == []

@@ -22,7 +22,9 @@ from megatron_apt.training.guards import Stopped
 from megatron_apt.training.train import Trainer, train
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGUSR1, 42), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 42), (signal.SIGUSR1, 42), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_training_with_a_checkpoint(mesh, datasets, tmp_path, number, code, capsys):
     run = config(datasets, tmp_path / "run", "flow", iterations=50, guards=GuardConfig(requeue_code=42))
 
@@ -61,7 +63,8 @@ def bad_gradient(mesh, run):
     weight = trainer.networks["generator"].module.x_embed.weight
     if mesh.world.rank == 1:
         calls = itertools.count()
-        weight.register_hook(lambda g: g * float("nan") if next(calls) % 2 else g)  # of two microbatches the second
+        # Of two microbatches the second
+        weight.register_hook(lambda g: g * float("nan") if next(calls) % 2 else g)
     before = trainer.networks["generator"].shards.master.clone()
     try:
         trainer.step()
@@ -71,12 +74,19 @@ def bad_gradient(mesh, run):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"]
+)
 def test_a_bad_gradient_of_another_rank_is_located(ranks, datasets, tmp_path, parallel):
-    run = config(datasets, tmp_path / "run", micro_batch=4 // (3 - parallel.tp * parallel.cp), parallel=parallel)
+    run = config(
+        datasets, tmp_path / "run", micro_batch=4 // (3 - parallel.tp * parallel.cp), parallel=parallel
+    )
     messages = ranks(2).run(bad_gradient, parallel, run)
     assert messages[0] == messages[1]
-    assert "generator.x_embed.weight" in messages[0] and "phase g, microbatch 1 on rank 1; its samples:" in messages[0]
+    assert (
+        "generator.x_embed.weight" in messages[0]
+        and "phase g, microbatch 1 on rank 1; its samples:" in messages[0]
+    )
 
 
 def bad_loss(mesh, run):
@@ -84,7 +94,8 @@ def bad_loss(mesh, run):
 
     def spoiled(self, task, chain):
         if mesh.world.rank == 1 and chain.batch.iteration == 3:
-            chain.outputs[task.segment].data.fill_(-float("inf"))  # the loss is not finite, its own gradient is
+            # The loss is not finite, its own gradient is
+            chain.outputs[task.segment].data.fill_(-float("inf"))
         loss(self, task, chain)
 
     execute._Run._loss = spoiled
@@ -108,13 +119,22 @@ def test_a_bad_loss_of_one_rank_stops_all_and_no_save_is_lost(ranks, datasets, t
 # --- ranks that die: processes of their own, because they do
 
 
-def start(tmp_path, datasets, script: str, world: int = 2, parallel: ParallelConfig | None = None) -> list[subprocess.Popen]:
+def start(
+    tmp_path, datasets, script: str, world: int = 2, parallel: ParallelConfig | None = None
+) -> list[subprocess.Popen]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     file = tmp_path / "script.py"
     file.write_text(PREAMBLE.replace("PARALLEL", repr(parallel or ParallelConfig())) + script)
-    shared = dict(os.environ, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    shared = dict(
+        os.environ,
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
     shared["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parent.parent)))
     return [
         subprocess.Popen(
@@ -171,10 +191,19 @@ DEATHS = {
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("death", "victim"),
-    [("killed", 1), ("frozen", 0), pytest.param("killed", 0, marks=pytest.mark.slow), pytest.param("frozen", 1, marks=pytest.mark.slow)],
+    [
+        ("killed", 1),
+        ("frozen", 0),
+        pytest.param("killed", 0, marks=pytest.mark.slow),
+        pytest.param("frozen", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_others_stop_and_name_the_rank_that_is_lost(datasets, tmp_path, death, victim):
-    processes = start(tmp_path, datasets, f"if mesh.world.rank == {victim}:\n    at_iteration_3(lambda: {DEATHS[death]})\ntrain(run, mesh)\n")
+    processes = start(
+        tmp_path,
+        datasets,
+        f"if mesh.world.rank == {victim}:\n    at_iteration_3(lambda: {DEATHS[death]})\ntrain(run, mesh)\n",
+    )
     other = processes[1 - victim]
     (said,) = ends([other], within=120)
     processes[victim].kill()
@@ -187,7 +216,10 @@ def test_the_others_stop_and_name_the_rank_that_is_lost(datasets, tmp_path, deat
 
 @pytest.mark.dist
 def test_an_error_on_one_rank_reaches_the_others(datasets, tmp_path):
-    script = "def fail():\n    raise ValueError('bad luck on this rank')\nif mesh.world.rank == 1:\n    at_iteration_3(fail)\ntrain(run, mesh)\n"
+    script = (
+        "def fail():\n    raise ValueError('bad luck on this rank')\nif mesh.world.rank == 1:\n    "
+        "at_iteration_3(fail)\ntrain(run, mesh)\n"
+    )
     said = ends(start(tmp_path, datasets, script), within=120)
     assert "rank 1" in said[0] and "ValueError: bad luck on this rank" in said[0]
 

@@ -1,4 +1,6 @@
-"""Datasets that were damaged or made up: every one is refused with file and field, before it allocates or leads anywhere."""
+"""Datasets that were damaged or made up: every one is refused with file and field, before
+it allocates or leads anywhere.
+"""
 
 import io
 import json
@@ -28,7 +30,10 @@ def encoded(tmp_path_factory):
         Image.new("RGB", (8, 8), (9, 40 * i, 9)).save(source / f"{i}.png")
         (source / f"{i}.txt").write_text(f"number {i}")
     output = tmp_path_factory.mktemp("encoded") / "out"
-    encode(EncodeConfig(str(source), str(output), height=8, width=8, text_width=8, samples_per_shard=4), progress=False)
+    encode(
+        EncodeConfig(str(source), str(output), height=8, width=8, text_width=8, samples_per_shard=4),
+        progress=False,
+    )
     return output
 
 
@@ -65,9 +70,13 @@ def refused(folder: Path, message: str) -> None:
 
 
 def test_an_older_index_still_reads(encoded, folder):
-    write_lines(folder, [{key: value for key, value in line.items() if key != "crc32"} for line in lines_of(folder)])
+    write_lines(
+        folder, [{key: value for key, value in line.items() if key != "crc32"} for line in lines_of(folder)]
+    )
     old, new = read_all(folder), read_all(encoded)
-    assert old.captions == new.captions and all(torch.equal(old[i].latent, new[i].latent) for i in range(COUNT))
+    assert old.captions == new.captions and all(
+        torch.equal(old[i].latent, new[i].latent) for i in range(COUNT)
+    )
     info = json.loads((encoded / "dataset.json").read_text())
     assert len(info["index_sha256"]) == 64 and all(len(line["crc32"]) == 2 for line in lines_of(encoded))
 
@@ -144,11 +153,17 @@ def test_lines_that_are_swapped_or_there_twice(folder):
         write_lines(folder, [{**lines[i], "id": n} for n, i in enumerate(order)])
         refused(folder, r"index.jsonl:\d: key=")
     # With keys and places exchanged too it is the tar file's own names that tell.
-    places = [{**line, **{name: other[name] for name in ("latent", "crc32")}} for line, other in zip(lines, lines[1:] + lines[:1], strict=True)]
+    places = [
+        {**line, **{name: other[name] for name in ("latent", "crc32")}}
+        for line, other in zip(lines, lines[1:] + lines[:1], strict=True)
+    ]
     write_lines(folder, places)
     refused(folder, r"index.jsonl:\d: offset|holds .*, index.jsonl says")
     write_lines(folder, [{**line, "key": f"{int(line['key']) + 1:08d}"} for line in lines])
-    refused(folder, r"shard-00000.tar, offset 512: holds .*00000000.latent.npy.*, index.jsonl says 00000001.latent.npy")
+    refused(
+        folder,
+        r"shard-00000.tar, offset 512: holds .*00000000.latent.npy.*, index.jsonl says 00000001.latent.npy",
+    )
 
 
 def test_a_changed_array_is_noticed(folder):
@@ -159,12 +174,16 @@ def test_a_changed_array_is_noticed(folder):
     file.write_bytes(data)
     dataset = LatentShards(folder)
     assert dataset[3].caption == "number 3"
-    with pytest.raises(ValueError, match=rf"shard-00001.tar, offset {line['latent'][0]}: not what was written there"):
+    with pytest.raises(
+        ValueError, match=rf"shard-00001.tar, offset {line['latent'][0]}: not what was written there"
+    ):
         dataset[4]
 
 
 def replaced(folder: Path, array: bytes, sums: bool) -> None:
-    """The first latent's bytes replaced by others of the same number, the index told or not knowing better."""
+    """The first latent's bytes replaced by others of the same number, the index told or
+    not knowing better.
+    """
     lines = lines_of(folder)
     offset, size = lines[0]["latent"]
     assert len(array) <= size
@@ -243,7 +262,10 @@ def conditions(**changes) -> dict:
         (conditions(null=torch.zeros(1, 8, dtype=torch.int64)), r"null is int64"),
         (conditions(negative=torch.full((3, 8), float("nan"))), "negative"),
         (conditions(null_pooled=torch.zeros(1, 5)), "both pooled or none"),
-        (conditions(null_pooled=torch.zeros(2, 5), negative_pooled=torch.zeros(1, 5)), r"null_pooled is float32 \(2, 5\)"),
+        (
+            conditions(null_pooled=torch.zeros(2, 5), negative_pooled=torch.zeros(1, 5)),
+            r"null_pooled is float32 \(2, 5\)",
+        ),
     ],
 )
 def test_conditions_of_another_shape(folder, tensors, message):
@@ -251,7 +273,9 @@ def test_conditions_of_another_shape(folder, tensors, message):
     refused(folder, f"conditions.safetensors: .*{message}")
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 8 + b"{}", (10**6).to_bytes(8, "little") + b"{}", b"x" * 500])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 8 + b"{}", (10**6).to_bytes(8, "little") + b"{}", b"x" * 500]
+)
 def test_conditions_that_are_none(folder, data):
     (folder / "conditions.safetensors").write_bytes(data)
     refused(folder, "conditions.safetensors: no readable safetensors file")
@@ -271,7 +295,9 @@ def test_text_encoders_stay_in_the_folder(folder):
 
 
 def test_tar_files_that_lead_elsewhere_are_never_unpacked(folder, tmp_path):
-    """Members are read by place. A tar file with others' names and links gives nothing, and nothing appears beside the folder."""
+    """Members are read by place. A tar file with others' names and links gives nothing,
+    and nothing appears beside the folder.
+    """
     names = sorted(path.name for path in tmp_path.rglob("*"))
     with tarfile.open(folder / "shard-00000.tar", "w") as tar:
         for i, name in enumerate(("../escaped.npy", "/absolute.npy", "00000000.latent.npy")):
@@ -291,15 +317,22 @@ def test_ours_are_plain_files_in_order(encoded):
     for file in sorted(encoded.glob("*.tar")):
         with tarfile.open(file) as tar:
             members = tar.getmembers()
-        assert all(member.isreg() and "/" not in member.name and member.uid == member.gid == member.mtime == 0 for member in members)
-        assert [member.name for member in members] == sorted((member.name for member in members), key=lambda name: name[:8])
+        assert all(
+            member.isreg() and "/" not in member.name and member.uid == member.gid == member.mtime == 0
+            for member in members
+        )
+        assert [member.name for member in members] == sorted(
+            (member.name for member in members), key=lambda name: name[:8]
+        )
 
 
 def test_a_damaged_done_file_is_named_and_a_lost_shard_is_encoded_again(encoded, tmp_path, monkeypatch):
     from megatron_apt.encode import command as encode_module
 
     settings = json.loads((encoded / "dataset.json").read_text())["settings"]
-    config = EncodeConfig(settings["source"], str(tmp_path / "out"), height=8, width=8, text_width=8, samples_per_shard=4)
+    config = EncodeConfig(
+        settings["source"], str(tmp_path / "out"), height=8, width=8, text_width=8, samples_per_shard=4
+    )
     original, calls = encode_module._encode_part, []
 
     def once(*args):
@@ -313,7 +346,13 @@ def test_a_damaged_done_file_is_named_and_a_lost_shard_is_encoded_again(encoded,
         encode(config, progress=False)
     done = tmp_path / "out" / "shard-00000.done"
     whole = done.read_bytes()
-    for text in (b"", b"[]", b'{"index": 5}', whole[:-30], whole.replace(b'"latent": [', b'"latent": ["x", ', 1)):
+    for text in (
+        b"",
+        b"[]",
+        b'{"index": 5}',
+        whole[:-30],
+        whole.replace(b'"latent": [', b'"latent": ["x", ', 1),
+    ):
         done.write_bytes(text)
         with pytest.raises(ValueError, match=r"shard-00000.done: .*delete this file"):
             encode(config, progress=False)

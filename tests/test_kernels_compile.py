@@ -1,4 +1,6 @@
-"""Every kernel compiles for Hopper at the 8B model's shapes, in a process that does not interpret, and what the compiler reports is looked at."""
+"""Every kernel compiles for Hopper at the 8B model's shapes, in a process that does not
+interpret, and what the compiler reports is looked at.
+"""
 
 import json
 import os
@@ -27,11 +29,28 @@ def test_every_kernel_compiles_for_hopper_without_spilling(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "resources.json").read_text())
     names = {row["kernel"].partition(".")[0] for row in rows}
-    assert names >= {"modulated_norm", "gated_residual", "qk_norm_rope", "learnable_query_attention", "rmsprop_ema", "keyed_noise", "rows"}
+    assert names >= {
+        "modulated_norm",
+        "gated_residual",
+        "qk_norm_rope",
+        "learnable_query_attention",
+        "rmsprop_ema",
+        "keyed_noise",
+        "rows",
+    }
     for row in rows:
-        assert 0 < row["registers"] <= 255 and row["spilled"] == 0 and row["shared"] <= 227 * 1024 and row["blocks"] >= 1, row
+        assert (
+            0 < row["registers"] <= 255
+            and row["spilled"] == 0
+            and row["shared"] <= 227 * 1024
+            and row["blocks"] >= 1
+        ), row
     # On the chip's matrix units, not as a sum of products.
-    assert {row["matrix"] for row in rows if row["kernel"] == "learnable_query_pooling.pool" and "bf16" in row["types"]} <= {"wgmma", "mma"}
+    assert {
+        row["matrix"]
+        for row in rows
+        if row["kernel"] == "learnable_query_pooling.pool" and "bf16" in row["types"]
+    } <= {"wgmma", "mma"}
 
 
 def test_without_a_gpu_nothing_is_measured():
@@ -44,7 +63,8 @@ def test_without_a_gpu_nothing_is_measured():
 def test_problems_are_found():
     spilling = Resources("a", "bf16", registers=255, spilled=16, shared=300_000, warps=8, matrix="")
     assert len(spilling.problems()) == 2
-    assert Resources("a", "bf16", registers=64, spilled=0, shared=1024, warps=8, matrix="").blocks == 4  # 65,536 / (64 * 256)
+    # 65,536 / (64 * 256)
+    assert Resources("a", "bf16", registers=64, spilled=0, shared=1024, warps=8, matrix="").blocks == 4
 
 
 def test_recording_launches_nothing():

@@ -12,7 +12,13 @@ from problems import IMAGES, MIXED, VIDEOS, microbatch, model_config, run_config
 
 from megatron_apt.conventions import interpolate
 from megatron_apt.kernels import keyed_noise
-from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal, keyed_normal_reference, keyed_uniform, keyed_uniform_reference
+from megatron_apt.kernels.keyed_noise import (
+    derive_key,
+    keyed_normal,
+    keyed_normal_reference,
+    keyed_uniform,
+    keyed_uniform_reference,
+)
 from megatron_apt.kernels.launch import implementation, jit, launch, tl
 from megatron_apt.methods import METHODS
 from megatron_apt.parallel.mesh import Axis
@@ -38,7 +44,9 @@ def test_the_words_of_philox(key):
     assert torch.equal(out, torch.stack(keyed_noise._philox(key, blocks, ids), dim=-1))
 
 
-@pytest.mark.parametrize("start, count", [(0, 4), (0, 1), (1, 1), (3, 2), (2, 509), (5, 1024), (2**33 + 3, 30), (0, 0)])
+@pytest.mark.parametrize(
+    "start, count", [(0, 4), (0, 1), (1, 1), (3, 2), (2, 509), (5, 1024), (2**33 + 3, 30), (0, 0)]
+)
 @pytest.mark.parametrize("key", KEYS[:3])
 def test_slices_of_streams(key, start, count):
     ids = torch.tensor(IDS, device=DEVICE)
@@ -54,7 +62,10 @@ def test_other_dtypes(dtype):
     with implementation("kernels"):
         uniform, normal = keyed_uniform(1, ids, 100, dtype=dtype), keyed_normal(1, ids, 100, dtype=dtype)
     assert uniform.dtype == normal.dtype == dtype
-    for got, want in ((uniform, keyed_uniform_reference(1, ids, 100)), (normal, keyed_normal_reference(1, ids, 100))):
+    for got, want in (
+        (uniform, keyed_uniform_reference(1, ids, 100)),
+        (normal, keyed_normal_reference(1, ids, 100)),
+    ):
         torch.testing.assert_close(got.float(), want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
@@ -68,9 +79,14 @@ def test_any_cut_of_a_stream_gives_the_whole():
 
 
 def test_references_serve_where_triton_is_missing():
-    lines = "import sys; sys.modules['triton'] = None; import torch; from megatron_apt.kernels import modulated_norm, rmsprop_ema, keyed_noise"
+    lines = (
+        "import sys; sys.modules['triton'] = None; import torch; from megatron_apt.kernels import "
+        "modulated_norm, rmsprop_ema, keyed_noise"
+    )
     draw = "print(keyed_noise.keyed_normal(5, torch.tensor([1]), 3).tolist())"
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", f"{lines}; {draw}"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{lines}; {draw}"], capture_output=True, text=True, check=True
+    ).stdout
     assert found.strip() == str(keyed_normal_reference(5, torch.tensor([1]), 3).tolist())
 
 

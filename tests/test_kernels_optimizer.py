@@ -1,4 +1,6 @@
-"""rmsprop_ema against its reference in float64, on shards cut in many ways and on a network; in the interpreter without a GPU."""
+"""rmsprop_ema against its reference in float64, on shards cut in many ways and on a
+network; in the interpreter without a GPU.
+"""
 
 import pytest
 import torch
@@ -9,26 +11,42 @@ from megatron_apt.config import AptConfig
 from megatron_apt.kernels.launch import implementation, recording
 from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
 
-# (place in the shard, gap before it among the weights, length, lr_scale) of each stretch: one element, odd lengths and places, more than a chunk.
+# (place in the shard, gap before it among the weights, length, lr_scale) of each stretch:
+# one element, odd lengths and places, more than a chunk.
 CASES = {
     "one": [(0, 0, 1, 1.0)],
     "odd": [(3, 1, 77, 1.0), (81, 0, 2049, 0.5), (2131, 2, 1, 5.0)],
     "chunk": [(0, 0, 2048, 0.1)],
     "aligned": [(0, 16, 4100, 1.0), (4112, 12, 2048, 3.0), (6160, 64, 5, 0.0)],
 }
-DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]  # gradients, parameters
+# Gradients, parameters
+DTYPES = [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
 LR, ALPHA, EPS, DECAY = 1e-2, 0.9, 1e-8, 0.98
 
 
 def buffers(case, grad_dtype, weights_dtype) -> tuple[dict[str, torch.Tensor], Stretches]:
     size = case[-1][0] + case[-1][2] + 9
-    shard = {"master": random(size, seed=1), "square": torch.zeros(size, dtype=torch.float64), "average": random(size, seed=2)}
-    shard = {name: value.to(DEVICE, torch.float64 if grad_dtype == torch.float64 else torch.float32) for name, value in shard.items()}
-    grads, weights = torch.zeros(size + 50, dtype=grad_dtype, device=DEVICE), torch.full((size + 200,), 7.0, dtype=weights_dtype, device=DEVICE)
+    shard = {
+        "master": random(size, seed=1),
+        "square": torch.zeros(size, dtype=torch.float64),
+        "average": random(size, seed=2),
+    }
+    shard = {
+        name: value.to(DEVICE, torch.float64 if grad_dtype == torch.float64 else torch.float32)
+        for name, value in shard.items()
+    }
+    grads, weights = (
+        torch.zeros(size + 50, dtype=grad_dtype, device=DEVICE),
+        torch.full((size + 200,), 7.0, dtype=weights_dtype, device=DEVICE),
+    )
     entries, at = [], 0
     for place, gap, length, scale in case:
         at += gap
-        entries.append(Stretch(slice(place, place + length), grads[place : place + length], weights[at : at + length], scale))
+        entries.append(
+            Stretch(
+                slice(place, place + length), grads[place : place + length], weights[at : at + length], scale
+            )
+        )
         at += length
     return shard | {"grads": grads, "weights": weights}, Stretches(entries)
 
@@ -41,7 +59,10 @@ def test_three_steps(case, grad_dtype, weights_dtype, averaged):
     wide, wide_stretches = buffers(CASES[case], torch.float64, torch.float64)
     start = {name: value.clone() for name, value in ours.items()}
     for step in range(3):
-        for have, entries, call, choice in ((ours, stretches, rmsprop_ema, "kernels"), (wide, wide_stretches, rmsprop_ema_reference, "auto")):
+        for have, entries, call, choice in (
+            (ours, stretches, rmsprop_ema, "kernels"),
+            (wide, wide_stretches, rmsprop_ema_reference, "auto"),
+        ):
             have["grads"].copy_(random(len(have["grads"]), seed=10 + step).to(grad_dtype))
             average = have["average"] if averaged else None
             with implementation(choice):
@@ -55,7 +76,9 @@ def test_three_steps(case, grad_dtype, weights_dtype, averaged):
     for name in ("master", "square", "average"):
         untouched = ~inside if averaged or name != "average" else ...
         assert torch.equal(ours[name][untouched], start[name][untouched]), f"{name} outside of the stretches"
-    assert (ours["weights"] == 7.0).sum() >= len(ours["weights"]) - inside.sum(), "weights outside of the stretches"
+    assert (ours["weights"] == 7.0).sum() >= len(ours["weights"]) - inside.sum(), (
+        "weights outside of the stretches"
+    )
 
 
 def test_chunks_cover_every_stretch_once():
@@ -68,8 +91,14 @@ def test_chunks_cover_every_stretch_once():
 
 
 def test_buffers_of_two_dtypes_take_two_launches():
-    (a, first), (b, second) = buffers(CASES["odd"], torch.float32, torch.bfloat16), buffers(CASES["odd"], torch.float32, torch.float32)
-    moved = [Stretch(slice(s.part.start + 3000, s.part.stop + 3000), s.grad, s.weights, s.lr_scale) for s in second.entries]
+    (a, first), (b, second) = (
+        buffers(CASES["odd"], torch.float32, torch.bfloat16),
+        buffers(CASES["odd"], torch.float32, torch.float32),
+    )
+    moved = [
+        Stretch(slice(s.part.start + 3000, s.part.stop + 3000), s.grad, s.weights, s.lr_scale)
+        for s in second.entries
+    ]
     stretches = Stretches([*first.entries, *moved])
     assert len(stretches.passes) == 2
     results = []
@@ -100,7 +129,9 @@ def test_three_updates_of_a_network(mesh):
         batch = microbatch(mesh, IMAGES, config.model)
         for phase in method.phases:
             run_phase(executor, phase, [batch])
-        for network in networks.values():  # both after the gradients, which would be others behind an update that rounds otherwise
+        # Both after the gradients, which would be others behind an update that rounds
+        # otherwise
+        for network in networks.values():
             grad = [p.main_grad.clone() for p in network.shards.parameters]
             for i in range(3):
                 for p, value in zip(network.shards.parameters, grad, strict=True):
@@ -111,7 +142,10 @@ def test_three_updates_of_a_network(mesh):
         for name, network in networks.items():
             found |= {f"{name}.{key}": p.detach() for key, p in network.module.named_parameters()}
             found |= {f"{name} {key}": value for key, value in network._buffers().items()}
-            assert not torch.cat([p.main_grad.flatten() for p in network.shards.parameters]).any() and network.updates == 3
+            assert (
+                not torch.cat([p.main_grad.flatten() for p in network.shards.parameters]).any()
+                and network.updates == 3
+            )
         results.append(found)
     assert set(results[0]) == set(results[1]) and "generator ema." in results[0]
     for key, want in results[1].items():

@@ -29,7 +29,12 @@ def rows_and_tensors(lengths: list[int], width: int, vectors: int, uniform: bool
 def test_modulated_norm(lengths, width, kind, dtype):
     for uniform in {False, len(set(lengths)) == 1}:
         rows, (x, _), vectors = rows_and_tensors(lengths, width, 2, uniform)
-        compare(partial(modulated_norm, rows=rows, kind=kind), partial(modulated_norm_reference, rows=rows, kind=kind), [x, *vectors], dtype)
+        compare(
+            partial(modulated_norm, rows=rows, kind=kind),
+            partial(modulated_norm_reference, rows=rows, kind=kind),
+            [x, *vectors],
+            dtype,
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,23 +42,57 @@ def test_modulated_norm(lengths, width, kind, dtype):
 def test_gated_residual(lengths, width, dtype):
     for uniform in {False, len(set(lengths)) == 1}:
         rows, (x, h), (gate,) = rows_and_tensors(lengths, width, 1, uniform)
-        compare(partial(gated_residual, rows=rows), partial(gated_residual_reference, rows=rows), [x, gate, h], dtype)
+        compare(
+            partial(gated_residual, rows=rows),
+            partial(gated_residual_reference, rows=rows),
+            [x, gate, h],
+            dtype,
+        )
 
 
 def test_vectors_that_change_inside_a_sample():
-    """Uniform samples in two parts each, one of them empty: the first frame and the rest of image to video."""
-    lengths, sample = [7, 58, 0, 65, 40, 25], torch.arange(6).repeat_interleave(torch.tensor([7, 58, 0, 65, 40, 25])).view(3, 65)
+    """Uniform samples in two parts each, one of them empty: the first frame and the rest
+    of image to video.
+    """
+    lengths, sample = (
+        [7, 58, 0, 65, 40, 25],
+        torch.arange(6).repeat_interleave(torch.tensor([7, 58, 0, 65, 40, 25])).view(3, 65),
+    )
     rows = Rows(Rows.packed(lengths).offsets, torch.device(DEVICE), sample.to(DEVICE))
-    x, h, *vectors = random(3, 65, 40) + 0.3, random(3, 65, 40, seed=1), *(random(6, 40, seed=10 + i) for i in range(2))
-    compare(partial(modulated_norm, rows=rows), partial(modulated_norm_reference, rows=rows), [x, *vectors], torch.float32)
-    compare(partial(gated_residual, rows=rows), partial(gated_residual_reference, rows=rows), [x, vectors[0], h], torch.float32)
+    x, h, *vectors = (
+        random(3, 65, 40) + 0.3,
+        random(3, 65, 40, seed=1),
+        *(random(6, 40, seed=10 + i) for i in range(2)),
+    )
+    compare(
+        partial(modulated_norm, rows=rows),
+        partial(modulated_norm_reference, rows=rows),
+        [x, *vectors],
+        torch.float32,
+    )
+    compare(
+        partial(gated_residual, rows=rows),
+        partial(gated_residual_reference, rows=rows),
+        [x, vectors[0], h],
+        torch.float32,
+    )
 
 
 def test_a_video_of_46800_tokens():
     """Sums over 46,800 rows, split over many programs."""
     rows, (x, h), vectors = rows_and_tensors([46800, 3], 16, 2, uniform=False)
-    compare(partial(modulated_norm, rows=rows), partial(modulated_norm_reference, rows=rows), [x, *vectors], torch.float32)
-    compare(partial(gated_residual, rows=rows), partial(gated_residual_reference, rows=rows), [x, vectors[0], h], torch.float32)
+    compare(
+        partial(modulated_norm, rows=rows),
+        partial(modulated_norm_reference, rows=rows),
+        [x, *vectors],
+        torch.float32,
+    )
+    compare(
+        partial(gated_residual, rows=rows),
+        partial(gated_residual_reference, rows=rows),
+        [x, vectors[0], h],
+        torch.float32,
+    )
 
 
 def test_operands_that_are_not_contiguous():

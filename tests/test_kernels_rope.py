@@ -13,7 +13,14 @@ from megatron_apt.kernels.qk_norm_rope import joint_qkv, joint_qkv_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 # (samples, text tokens, visual tokens, heads, head size): one token, odd sizes, no text, many tiles.
-CASES = [(1, 1, 1, 1, 8), (2, 5, 63, 3, 24), (1, 63, 1000, 1, 40), (2, 0, 9, 3, 64), (2, 1, 19, 1, 96), (1, 7, 63, 1, 128)]
+CASES = [
+    (1, 1, 1, 1, 8),
+    (2, 5, 63, 3, 24),
+    (1, 63, 1000, 1, 40),
+    (2, 0, 9, 3, 64),
+    (2, 1, 19, 1, 96),
+    (1, 7, 63, 1, 128),
+]
 
 
 def phases(tokens: int, width: int, seed: int = 50) -> torch.Tensor:
@@ -24,12 +31,20 @@ def phases(tokens: int, width: int, seed: int = 50) -> torch.Tensor:
 
 def tensors(text: tuple[int, int], visual: tuple[int, int], heads: int, width: int) -> list[torch.Tensor]:
     """Both projections, some heads larger than others, and both scales."""
-    x = [random(*ab, heads, 3, width, seed=i) * 10.0 ** random(*ab, heads, 3, 1, seed=5 + i).clamp(-0.5, 0.5) for i, ab in enumerate((text, visual))]
+    x = [
+        random(*ab, heads, 3, width, seed=i) * 10.0 ** random(*ab, heads, 3, 1, seed=5 + i).clamp(-0.5, 0.5)
+        for i, ab in enumerate((text, visual))
+    ]
     return [*x, *(1 + 0.3 * random(2, width, seed=10 + i) for i in range(2))]
 
 
 def check(inputs: list[torch.Tensor], dtype: torch.dtype, *arguments, after=lambda outputs: outputs) -> None:
-    compare(lambda *x: after(joint_qkv(*x, *arguments)), lambda *x: after(joint_qkv_reference(*x, *arguments)), inputs, dtype)
+    compare(
+        lambda *x: after(joint_qkv(*x, *arguments)),
+        lambda *x: after(joint_qkv_reference(*x, *arguments)),
+        inputs,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -42,10 +57,16 @@ def test_samples_of_one_length(n, l_text, l_visual, heads, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form, ranks, heads", [("apart", 1, 3), ("keys_values", 1, 2), ("by_rank", 2, 4), ("by_rank", 3, 3)])
+@pytest.mark.parametrize(
+    "form, ranks, heads", [("apart", 1, 3), ("keys_values", 1, 2), ("by_rank", 2, 4), ("by_rank", 3, 3)]
+)
 def test_packed_samples(form, ranks, heads, dtype):
     """With padding rows, whose gradient is zero, without, and from streams whose own form is uniform."""
-    for text, visual, tokens, period in [((7, 1), (53, 1), (5, 50), 53), ((7, 1), (34, 1), (7, 34), 34), ((2, 3), (2, 17), (6, 34), 17)]:
+    for text, visual, tokens, period in [
+        ((7, 1), (53, 1), (5, 50), 53),
+        ((7, 1), (34, 1), (7, 34), 34),
+        ((2, 3), (2, 17), (6, 34), 17),
+    ]:
         rotary = phases(period, 24)[:, None] if visual[1] == 1 else phases(period, 24)[None]
         check(tensors(text, visual, heads, 24), dtype, rotary, tokens, form, ranks)
 
@@ -57,19 +78,26 @@ def test_without_rotation():
 @pytest.mark.parametrize("tokens", [None, (5, 40)])
 def test_without_norms(tokens):
     """Models that normalise elsewhere, or not at all."""
-    text, visual, weight, _ = tensors((2, 3) if tokens is None else (6, 1), (2, 20) if tokens is None else (43, 1), 2, 16)
+    text, visual, weight, _ = tensors(
+        (2, 3) if tokens is None else (6, 1), (2, 20) if tokens is None else (43, 1), 2, 16
+    )
     rotary = phases(20, 16)[None] if tokens is None else phases(43, 16)[:, None]
     for own in (None, weight):
         inputs = [text, visual] if own is None else [text, visual, own]
-        check_with = [partial(lambda f, t, v, w=None: f(t, v, None, w, rotary, tokens), f) for f in (joint_qkv, joint_qkv_reference)]
+        check_with = [
+            partial(lambda f, t, v, w=None: f(t, v, None, w, rotary, tokens), f)
+            for f in (joint_qkv, joint_qkv_reference)
+        ]
         compare(*check_with, inputs, torch.float32)
 
 
 @pytest.mark.parametrize(
     "after",
     [
-        lambda q, k, v: (q.transpose(1, 2), k.permute(2, 0, 1, 3), v.transpose(0, 1)),  # heads before tokens, as attention has them, and others
-        lambda q, k, v: (q.sum(2), k.sum(-1), v.transpose(-1, -2)),  # expanded over heads, over the head's numbers; those not innermost
+        # Heads before tokens, as attention has them, and others
+        lambda q, k, v: (q.transpose(1, 2), k.permute(2, 0, 1, 3), v.transpose(0, 1)),
+        # Expanded over heads, over the head's numbers; those not innermost
+        lambda q, k, v: (q.sum(2), k.sum(-1), v.transpose(-1, -2)),
     ],
 )
 def test_operands_and_gradients_of_any_strides(after):
@@ -96,15 +124,28 @@ def test_any_split_of_the_heads(programs, monkeypatch):
 def test_the_order_of_sums_is_fixed():
     inputs = [x.to(DEVICE, torch.float32).requires_grad_() for x in tensors((1, 3), (1, 70), 2, 40)]
     with implementation("kernels"):
-        runs = [torch.autograd.grad(sum(y.square().sum() for y in joint_qkv(*inputs, phases(70, 40)[None])), inputs) for _ in range(2)]
+        runs = [
+            torch.autograd.grad(
+                sum(y.square().sum() for y in joint_qkv(*inputs, phases(70, 40)[None])), inputs
+            )
+            for _ in range(2)
+        ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("shapes, recompute", [(IMAGES, "none"), (IMAGES, "full"), (MIXED, "none")], ids=["uniform", "recomputed", "packed"])
+@pytest.mark.parametrize(
+    "shapes, recompute",
+    [(IMAGES, "none"), (IMAGES, "full"), (MIXED, "none")],
+    ids=["uniform", "recomputed", "packed"],
+)
 def test_a_model_with_kernels_equals_one_with_references(mesh, shapes, recompute, monkeypatch):
     """Output and every parameter's gradient of a small MMDiT in fp32."""
     launched = []
-    monkeypatch.setattr(qk_norm_rope, "launch", lambda kernel, *args, **kwargs: (launched.append(kernel), launch(kernel, *args, **kwargs)))
+    monkeypatch.setattr(
+        qk_norm_rope,
+        "launch",
+        lambda kernel, *args, **kwargs: (launched.append(kernel), launch(kernel, *args, **kwargs)),
+    )
     config = run_config("flow", model=model_config(dtype="float32", recompute=recompute))
     _, networks, _ = build(config, mesh)
     network = networks["generator"]
@@ -117,8 +158,13 @@ def test_a_model_with_kernels_equals_one_with_references(mesh, shapes, recompute
             network.shards.zero_grad()
             v = network.module(batch.x, batch.times(0.5), batch.condition, batch.layout)
             v.square().mean().backward()
-        results.append({"v": v.detach()} | {name: p.main_grad.clone() for name, p in network.module.named_parameters()})
+        results.append(
+            {"v": v.detach()} | {name: p.main_grad.clone() for name, p in network.module.named_parameters()}
+        )
     forwards = 2 * config.model.depth * (2 if recompute == "full" else 1)  # for two streams
-    assert (launched.count(qk_norm_rope._forward), launched.count(qk_norm_rope._backward)) == (forwards, 2 * config.model.depth)
+    assert (launched.count(qk_norm_rope._forward), launched.count(qk_norm_rope._backward)) == (
+        forwards,
+        2 * config.model.depth,
+    )
     for name, want in results[0].items():
         assert difference(results[1][name], want) < 1e-5, name

@@ -20,7 +20,10 @@ def environment(monkeypatch):
 
     def given(variables):
         for name in [*launcher.os.environ]:
-            if name.startswith(("SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "MASTER_", "TORCHELASTIC")) or name in TORCHRUN:
+            if (
+                name.startswith(("SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "MASTER_", "TORCHELASTIC"))
+                or name in TORCHRUN
+            ):
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -55,7 +58,10 @@ def test_whole_environments_give_a_place(environment, variables, place):
     ("variables", "named"),
     [
         ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2 is set, RANK not.*torchrun or srun.*unset"),
-        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, r"SLURM_STEP_ID=0, SLURM_PROCID=0 is set, SLURM_STEP_NUM_TASKS not"),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+            r"SLURM_STEP_ID=0, SLURM_PROCID=0 is set, SLURM_STEP_NUM_TASKS not",
+        ),
         ({"SLURM_PROCID": "1"}, r"SLURM_PROCID=1 is set, SLURM_STEP_NUM_TASKS not"),
         ({"RANK": "1"}, r"RANK=1 is set, WORLD_SIZE not"),
         ({"LOCAL_RANK": "0"}, r"LOCAL_RANK=0 is set, RANK and WORLD_SIZE not"),
@@ -71,7 +77,10 @@ def test_whole_environments_give_a_place(environment, variables, place):
         ({"PMI_RANK": "1"}, r"PMI_RANK=1 is set, PMI_SIZE not"),
         ({"PMIX_RANK": "0"}, r"PMIX_RANK=0"),
         ({"MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_RANK": "0"}, r"MV2_COMM_WORLD_SIZE=2"),
-        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}, r"SLURM_STEP_NUM_TASKS=2 is set, SLURM_PROCID not"),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+            r"SLURM_STEP_NUM_TASKS=2 is set, SLURM_PROCID not",
+        ),
     ],
 )
 def test_half_an_environment_is_refused_by_name(environment, variables, named):

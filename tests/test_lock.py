@@ -1,4 +1,6 @@
-"""The lock on a folder: one holder, a dead one told from a live one here and on other machines, a lost one noticed."""
+"""The lock on a folder: one holder, a dead one told from a live one here and on other
+machines, a lost one noticed.
+"""
 
 import json
 import os
@@ -20,7 +22,13 @@ def quick(folder, **options) -> FolderLock:
 
 def foreign(folder, **changes) -> lock.Holder:
     """Writes the `.lock` of a holder on another machine."""
-    fields = {"token": "theirs", "host": "node7", "pid": 4711, "boot": "another kernel", "interval": 0.05} | changes
+    fields = {
+        "token": "theirs",
+        "host": "node7",
+        "pid": 4711,
+        "boot": "another kernel",
+        "interval": 0.05,
+    } | changes
     holder = replace(lock._me("training", 0.05), **fields)
     folder.mkdir(exist_ok=True)
     (folder / lock.NAME).write_text(json.dumps(vars(holder)))
@@ -30,7 +38,10 @@ def foreign(folder, **changes) -> lock.Holder:
 def test_a_second_holder_is_refused_by_name_and_leaves_nothing(tmp_path):
     with quick(tmp_path / "run"):
         with (
-            pytest.raises(FolderInUse, match=rf"training by process {os.getpid()} of .* on .*, since 20.*another output folder"),
+            pytest.raises(
+                FolderInUse,
+                match=rf"training by process {os.getpid()} of .* on .*, since 20.*another output folder",
+            ),
             quick(tmp_path / "run"),
         ):
             pytest.fail("entered")
@@ -88,10 +99,17 @@ def test_a_killed_holder_of_this_machine_is_dead_at_once(tmp_path, monkeypatch, 
 
 
 def test_a_process_number_used_again_is_not_the_holder(tmp_path):
-    holder = replace(lock._me("training", 0.05), token="theirs", flocked=False, born=lock._born(os.getpid()) + "0")
+    holder = replace(
+        lock._me("training", 0.05), token="theirs", flocked=False, born=lock._born(os.getpid()) + "0"
+    )
     (tmp_path / lock.NAME).write_text(json.dumps(vars(holder)))
     assert lock._lives(holder, lock._me("training", 1), tmp_path / lock.NAME) is False
-    assert lock._lives(replace(holder, born=lock._born(os.getpid())), lock._me("training", 1), tmp_path / lock.NAME) is True
+    assert (
+        lock._lives(
+            replace(holder, born=lock._born(os.getpid())), lock._me("training", 1), tmp_path / lock.NAME
+        )
+        is True
+    )
 
 
 def test_another_machines_silent_holder_is_watched_and_then_followed(tmp_path, capsys):
@@ -114,7 +132,10 @@ def test_another_machines_live_holder_is_left_alone(tmp_path):
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(FolderInUse, match=r"process 4711 of .* on node7"), FolderLock(tmp_path, "training", patience=30):
+        with (
+            pytest.raises(FolderInUse, match=r"process 4711 of .* on node7"),
+            FolderLock(tmp_path, "training", patience=30),
+        ):
             pytest.fail("entered")
     finally:
         ended.set()
@@ -130,7 +151,9 @@ def test_a_requeued_job_follows_its_earlier_start_at_once(tmp_path, monkeypatch)
         pass
 
 
-@pytest.mark.parametrize("contents", [b"", b"{", b'{"token": 3}', b"\xff" * 5000], ids=["empty", "torn", "another's", "bytes"])
+@pytest.mark.parametrize(
+    "contents", [b"", b"{", b'{"token": 3}', b"\xff" * 5000], ids=["empty", "torn", "another's", "bytes"]
+)
 def test_a_damaged_lock_is_watched_and_then_replaced(tmp_path, contents):
     (tmp_path / lock.NAME).write_bytes(contents)
     with quick(tmp_path) as mine:
@@ -139,7 +162,12 @@ def test_a_damaged_lock_is_watched_and_then_replaced(tmp_path, contents):
 
 @pytest.mark.parametrize("theft", ["deleted", "taken"])
 def test_a_holder_that_lost_the_folder_stops_and_leaves_the_others_lock(tmp_path, theft):
-    with pytest.raises(LockLost, match="is gone" if theft == "deleted" else "belongs to training by process 4711"), quick(tmp_path) as mine:
+    with (
+        pytest.raises(
+            LockLost, match="is gone" if theft == "deleted" else "belongs to training by process 4711"
+        ),
+        quick(tmp_path) as mine,
+    ):
         (tmp_path / lock.NAME).unlink()
         if theft == "taken":
             foreign(tmp_path)
@@ -150,7 +178,10 @@ def test_a_holder_that_lost_the_folder_stops_and_leaves_the_others_lock(tmp_path
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/below"):
-        with pytest.raises(ValueError, match=r"file.*cannot be written .*another output folder"), quick(tmp_path / place):
+        with (
+            pytest.raises(ValueError, match=r"file.*cannot be written .*another output folder"),
+            quick(tmp_path / place),
+        ):
             pytest.fail("entered")
 
 
@@ -168,7 +199,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_what_is_no_file_is_refused_by_name_at_once(tmp_path, monkeypatch, plant):
     plant(tmp_path / lock.NAME)
     monkeypatch.setattr(lock.time, "sleep", lambda _: pytest.fail("waited"))
-    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is no plain file; remove it\)"), FolderLock(tmp_path, "training"):
+    with (
+        pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is no plain file; remove it\)"),
+        FolderLock(tmp_path, "training"),
+    ):
         pytest.fail("entered")
     assert os.listdir(tmp_path) == [lock.NAME]
 

@@ -22,7 +22,9 @@ def as_bytes(x: torch.Tensor) -> np.ndarray:
 
 
 def gif_frames(data: bytes) -> list[np.ndarray]:
-    return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(io.BytesIO(data)))]
+    return [
+        np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(io.BytesIO(data)))
+    ]
 
 
 def test_png_grid_is_exact(tmp_path):
@@ -60,7 +62,9 @@ def test_gif_with_few_colours_is_exact(tmp_path):
 
 def test_gif_with_many_colours_is_close():
     ramp = torch.linspace(-1, 1, 32)
-    x = torch.stack([ramp[:, None].expand(32, 32), ramp.expand(32, 32), (ramp[:, None] * ramp)])[None, :, None]
+    x = torch.stack([ramp[:, None].expand(32, 32), ramp.expand(32, 32), (ramp[:, None] * ramp)])[
+        None, :, None
+    ]
     x = torch.cat([x, x.flip(-1), x.flip(-2)], 2)
     frames = gif_frames(media.gif_bytes(x, 24, 1))
     error = np.abs(np.stack(frames).astype(int) - as_bytes(x[0]).transpose(1, 2, 3, 0).astype(int))
@@ -81,7 +85,11 @@ def test_mp4_is_close_and_pads_odd_sizes(tmp_path, height, width, scale):
     media.save_mp4(clip, tmp_path / "a.mp4", fps=12.5, scale=scale)
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt, float(stream.average_rate)) == ("h264", "yuv420p", 12.5)
+        assert (stream.codec_context.name, stream.pix_fmt, float(stream.average_rate)) == (
+            "h264",
+            "yuv420p",
+            12.5,
+        )
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
     wanted = as_bytes(clip).transpose(1, 2, 3, 0).repeat(scale, 1).repeat(scale, 2)
     height, width = wanted.shape[1:3]
@@ -102,7 +110,11 @@ def test_mp4_keeps_flat_colours():
 
 def test_output_is_deterministic():
     x = random_pixels(2, 3, 4, 8, 8)
-    for write in (lambda: media.png_bytes(x[:, :, 0], 2), lambda: media.gif_bytes(x, 8, 2), lambda: media.mp4_bytes(x[0], 8)):
+    for write in (
+        lambda: media.png_bytes(x[:, :, 0], 2),
+        lambda: media.gif_bytes(x, 8, 2),
+        lambda: media.mp4_bytes(x[0], 8),
+    ):
         assert write() == write()
 
 

@@ -1,4 +1,6 @@
-"""Natural mistakes on the command line: one message that names what is wrong and what to do, before anything is run."""
+"""Natural mistakes on the command line: one message that names what is wrong and what to
+do, before anything is run.
+"""
 
 import io
 import os
@@ -97,7 +99,9 @@ def test_sample_looks_at_its_output_before_it_loads_anything(tmp_path):
     (tmp_path / "file").write_text("")
     for place in ("file", "file/below"):
         assert "is not a folder" in ended(["sample", "nowhere", "--out", str(tmp_path / place)])
-    assert "does not exist" in ended(["sample", "nowhere", "--image", str(tmp_path / "no.png"), "--out", str(tmp_path)])
+    assert "does not exist" in ended(
+        ["sample", "nowhere", "--image", str(tmp_path / "no.png"), "--out", str(tmp_path)]
+    )
     assert "no checkpoint there" in ended(["sample", str(tmp_path), "--out", str(tmp_path)])
 
 
@@ -105,15 +109,27 @@ def test_sample_says_what_is_seldom_meant(run, tmp_path, capsys, mesh):
     out = str(tmp_path / "out")
     main(["sample", run, "--prompts", "a", "red", "fox", "--out", out])
     shown = capsys.readouterr().err
-    assert "3 prompts of one word each ('a', 'red', 'fox')" in shown and "not trained for so few Euler steps" in shown
+    assert (
+        "3 prompts of one word each ('a', 'red', 'fox')" in shown
+        and "not trained for so few Euler steps" in shown
+    )
     assert not load_generator(run, mesh).one_step
-    assert "have one frame" in ended(["sample", run, "--size", "1", "8", "8", "--format", "mp4", "--out", out])
+    assert "have one frame" in ended(
+        ["sample", run, "--size", "1", "8", "8", "--format", "mp4", "--out", out]
+    )
     assert "do not divide it" in ended(["sample", run, "--size", "1", "3", "8", "--out", out])
     assert "scale=9000" in ended(["sample", run, "--size", "1", "8", "8", "--scale", "9000", "--out", out])
 
 
 def test_prompts_of_any_script_make_file_names(run, tmp_path, capsys):
-    prompts = ["一只红色的狐狸在雪地上奔跑" * 8, "🦊" * 100, "/../../etc/passwd", "\n", "a" * 10_000, "é" * 200]
+    prompts = [
+        "一只红色的狐狸在雪地上奔跑" * 8,
+        "🦊" * 100,
+        "/../../etc/passwd",
+        "\n",
+        "a" * 10_000,
+        "é" * 200,
+    ]
     main(["sample", run, "--prompts", *prompts, "--out", str(tmp_path / "out")])
     names = [file.name for file in (tmp_path / "out").iterdir()]
     assert len(names) == len(prompts) + 1  # and the grid
@@ -129,13 +145,24 @@ def test_prompts_of_scripts_without_spaces_are_no_single_words(run, tmp_path, ca
 def test_two_steps_are_the_papers_procedure_only_where_there_is_one(run, mesh, monkeypatch):
     called = []
     for name in ("one_step", "two_steps", "euler"):
-        monkeypatch.setattr(sample.Sampler, name, lambda self, z, *rest, name=name: called.append((name, rest)) or z)
+        monkeypatch.setattr(
+            sample.Sampler, name, lambda self, z, *rest, name=name: called.append((name, rest)) or z
+        )
     loaded = load_generator(run, mesh)
     condition = Condition.pack([torch.zeros(3, loaded.model.model.text_width)], loaded.text_length)
     for one_step in (False, True):
         shape = (loaded.model.model.latent_channels, 1, 8, 8)
         settings = SampleConfig("", steps=2)
-        sample.sample_latents(replace(loaded, one_step=one_step), mesh, condition, condition, shape, torch.zeros(1, dtype=torch.int64), 0, settings)
+        sample.sample_latents(
+            replace(loaded, one_step=one_step),
+            mesh,
+            condition,
+            condition,
+            shape,
+            torch.zeros(1, dtype=torch.int64),
+            0,
+            settings,
+        )
     assert [name for name, _ in called] == ["euler", "two_steps"] and called[0][1] == (2, 1.0)
 
 
@@ -148,7 +175,10 @@ def test_errors_of_the_system_are_one_message(kind, monkeypatch):
     code = ended(["plan"])
     assert isinstance(code, str) and code.startswith("megatron-apt: ")
     if kind is OSError:
-        assert code == "megatron-apt: /data/x: No space left on device; free disk space and start the command again"
+        assert (
+            code
+            == "megatron-apt: /data/x: No space left on device; free disk space and start the command again"
+        )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -181,7 +211,9 @@ def test_ctrl_c_says_what_is_left(name, monkeypatch, capsys):
     ],
 )
 def test_settings_of_training_are_numbers_that_mean_something(options, message, tmp_path, capsys):
-    (tmp_path / "recipe.py").write_text("from megatron_apt.config import RunConfig\ndef run():\n    return RunConfig()\n")
+    (tmp_path / "recipe.py").write_text(
+        "from megatron_apt.config import RunConfig\ndef run():\n    return RunConfig()\n"
+    )
     assert ended(["train", f"{tmp_path / 'recipe.py'}:run", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
@@ -208,11 +240,15 @@ def test_figures_that_cannot_be_written_are_found_before_the_work(argv, tmp_path
 
 
 def test_names_that_the_terminal_cannot_show_are_escaped(monkeypatch, mesh):
-    """The name of a file that is not UTF-8, where standard output is; and another letter where it is ASCII."""
+    """The name of a file that is not UTF-8, where standard output is; and another letter
+    where it is ASCII.
+    """
     for encoding, text, shown in (("utf-8", "a\udcff", b"a\\udcff"), ("ascii", "é", b"\\xe9")):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr("sys.stdout", stream)
-        monkeypatch.setitem(COMMANDS, "plan", COMMANDS["plan"]._replace(run=lambda argv, text=text: print(text)))
+        monkeypatch.setitem(
+            COMMANDS, "plan", COMMANDS["plan"]._replace(run=lambda argv, text=text: print(text))
+        )
         main(["plan"])
         assert stream.buffer.getvalue() == shown + b"\n"
 

@@ -23,7 +23,10 @@ F64 = model_config(dtype="float64")
 
 
 @pytest.mark.parametrize("role", ["generator", "discriminator"])
-@pytest.mark.parametrize("change", [{}, {"modulation": "single", "last_block_text": True}, {"patch": (1, 1, 2), "pooled_text": False}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"modulation": "single", "last_block_text": True}, {"patch": (1, 1, 2), "pooled_text": False}],
+)
 def test_a_pack_equals_its_samples_one_by_one(mesh, role, change):
     model = replace(F64, **change)
     _, networks, _ = build(run_config(model=model), mesh)
@@ -33,7 +36,9 @@ def test_a_pack_equals_its_samples_one_by_one(mesh, role, change):
     t = batch.uniform("t")
     together = network(batch.x, t, batch.condition, batch.layout)
     tokens, texts = batch.x.split(batch.layout.visual.counts), batch.condition.tokens.split(lengths)
-    for i, out in enumerate(together.split(batch.layout.visual.counts) if role == "generator" else together.split(1)):
+    for i, out in enumerate(
+        together.split(batch.layout.visual.counts) if role == "generator" else together.split(1)
+    ):
         layout = build_layout((batch.grids[i],), (lengths[i],), mesh)
         alone = network(tokens[i], t[i : i + 1], Condition.pack([texts[i]]), layout)
         assert torch.allclose(out, alone, rtol=1e-9, atol=1e-12), f"sample {i}"
@@ -50,7 +55,9 @@ def test_the_batched_fast_path_equals_the_packed_one(mesh):
     condition = batch.condition.join(extra.condition)
     layout = build_layout(batch.grids + extra.grids, condition.lengths, mesh)
     assert not layout.batched
-    packed = networks["generator"].module(torch.cat((batch.x, extra.x)), torch.cat((t, t[:1])), condition, layout)
+    packed = networks["generator"].module(
+        torch.cat((batch.x, extra.x)), torch.cat((t, t[:1])), condition, layout
+    )
     assert torch.allclose(packed[: len(fast)], fast, rtol=1e-9, atol=1e-12)
 
 
@@ -58,7 +65,11 @@ def test_seaweed_8b_has_the_published_size(mesh):
     model = seaweed_8b()
     with torch.device("meta"):
         network = MMDiT(replace(model, recompute="none"), mesh)
-    layers = sum(p.numel() for name, p in network.named_parameters() if ".linear_" in name and name.endswith("weight") and name.startswith("blocks."))
+    layers = sum(
+        p.numel()
+        for name, p in network.named_parameters()
+        if ".linear_" in name and name.endswith("weight") and name.startswith("blocks.")
+    )
     assert layers == 36 * (2 * 4 + 2 * 8) * 3072**2
     assert layers == pytest.approx(8.15e9, rel=1e-3)
     total = parameters.count(network, mesh)
@@ -66,7 +77,12 @@ def test_seaweed_8b_has_the_published_size(mesh):
     small = total - layers - embeddings
     assert embeddings < 0.012 * layers  # patches, text, time, the one shared modulation, output
     assert small < 0.001 * layers  # biases, norms and AdaLN-single offsets
-    assert (network.model.depth, network.model.width, network.model.heads, network.model.head_size) == (36, 3072, 24, 128)
+    assert (network.model.depth, network.model.width, network.model.heads, network.model.head_size) == (
+        36,
+        3072,
+        24,
+        128,
+    )
 
 
 def test_presets_are_what_they_say():
@@ -93,7 +109,8 @@ def test_patchify_is_invertible_and_orders_tokens_by_frame_row_column():
     x = torch.arange(2 * 3 * 2 * 4 * 6, dtype=torch.float32).view(2, 3, 2, 4, 6)
     tokens = patchify(x, (1, 2, 2))
     assert torch.equal(unpatchify(tokens, (2, 2, 3), (1, 2, 2)), x)
-    assert torch.equal(tokens[4].view(3, 1, 2, 2), x[0, :, 0:1, 2:4, 2:4])  # sample 0, frame 0, row 1, column 1 of a 2 x 2 x 3 grid
+    # Sample 0, frame 0, row 1, column 1 of a 2 x 2 x 3 grid
+    assert torch.equal(tokens[4].view(3, 1, 2, 2), x[0, :, 0:1, 2:4, 2:4])
     with pytest.raises(ValueError, match="does not split into patches"):
         patchify(x, (1, 3, 2))
 
@@ -142,7 +159,9 @@ def test_attention_equals_an_independent_implementation(mesh):
     def stream(part, h):
         mods = (part.modulation.linear.weight @ F.silu(c[:, 0]).T).T + part.modulation.linear.bias
         s1, k1, g1, s2, k2, g2 = mods.unsqueeze(1).chunk(6, -1)
-        qkv = (F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + k1) + s1) @ part.linear_qkv.weight.T + part.linear_qkv.bias
+        qkv = (
+            F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + k1) + s1
+        ) @ part.linear_qkv.weight.T + part.linear_qkv.bias
         q, k, v = qkv.view(2, -1, 4, 3, 12).unbind(3)
         norm = lambda y, w: y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w  # noqa: E731
         return norm(q, part.qk_norm.weight[0]), norm(k, part.qk_norm.weight[1]), v, (g1, s2, k2, g2)
@@ -156,7 +175,9 @@ def test_attention_equals_an_independent_implementation(mesh):
     def finish(part, h, attended, mods):
         g1, s2, k2, g2 = mods
         h = h + g1 * (attended @ part.linear_proj.weight.T + part.linear_proj.bias)
-        y = (F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + k2) + s2) @ part.linear_fc1.weight.T + part.linear_fc1.bias
+        y = (
+            F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + k2) + s2
+        ) @ part.linear_fc1.weight.T + part.linear_fc1.bias
         return h + g2 * (F.gelu(y, approximate="tanh") @ part.linear_fc2.weight.T + part.linear_fc2.bias)
 
     assert torch.allclose(got_text, finish(block.text, text, out[:, :3], mt), rtol=1e-9, atol=1e-12)
@@ -167,7 +188,12 @@ def test_attention_equals_an_independent_implementation(mesh):
 def test_rms_norm_gradients(shape):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(shape[-2:] if len(shape) > 2 else shape[-1:], generator=generator, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(
+        shape[-2:] if len(shape) > 2 else shape[-1:],
+        generator=generator,
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     assert torch.autograd.gradcheck(rms_norm, (x, w))
     assert torch.allclose(rms_norm(x, w), rms_norm_reference(x, w), rtol=1e-12)
     low = rms_norm(x.detach().bfloat16(), w.detach().bfloat16())
@@ -181,6 +207,8 @@ def test_bf16_discriminator_gives_fp32_logits_close_to_fp64(mesh):
         model = model_config(dtype=dtype)
         _, networks, _ = build(run_config(model=model), mesh)
         batch = microbatch(mesh, MIXED, model, (3, 1, 6, 4))
-        logits[dtype] = networks["discriminator"].module(batch.x, batch.times(0.5), batch.condition, batch.layout)
+        logits[dtype] = networks["discriminator"].module(
+            batch.x, batch.times(0.5), batch.condition, batch.layout
+        )
     assert logits["bfloat16"].dtype == torch.float32
     assert torch.allclose(logits["bfloat16"].double(), logits["float64"], rtol=0.05, atol=0.05)

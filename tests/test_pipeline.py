@@ -1,4 +1,6 @@
-"""The executor on several pipeline stages: what it puts off and lets go, and what it says when something fails (parity: test_parity_matrix.py)."""
+"""The executor on several pipeline stages: what it puts off and lets go, and what it says
+when something fails (parity: test_parity_matrix.py).
+"""
 
 import gc
 import json
@@ -27,15 +29,24 @@ PP2 = ParallelConfig(pp=2)
 
 
 def deep_run(datasets, output, **changes):
-    return config(datasets, output, model=model_config(latent_channels=4, depth=4), micro_batch=2, parallel=PP2, **changes)
+    return config(
+        datasets,
+        output,
+        model=model_config(latent_channels=4, depth=4),
+        micro_batch=2,
+        parallel=PP2,
+        **changes,
+    )
 
 
 # --- what is put off, and what is let go
 
 
 def traced(mesh, run, schedule):
-    """For each action of two iterations whether it left gradients in block weights of its role; how many activations were sent, the most messages
-    kept at a time, and how many sent activations outlived the run."""
+    """For each action of two iterations whether it left gradients in block weights of its
+    role; how many activations were sent, the most messages kept at a time, and how many
+    sent activations outlived the run.
+    """
     run = replace(run, pipeline=SCHEDULES[schedule])
     method, networks, executor = build(run, mesh)
     program = Pipeline(run.pipeline, method, mesh).program(3, 2)
@@ -44,10 +55,20 @@ def traced(mesh, run, schedule):
 
     def traced_compute(self, action, at):
         segment = self._branches[action.task.phase, action.task.branch].segments[action.task.segment]
-        weights = [p for name, p in networks[segment.role].module.named_parameters() if ".linear_fc1.weight" in name and "blocks" in name]
+        weights = [
+            p
+            for name, p in networks[segment.role].module.named_parameters()
+            if ".linear_fc1.weight" in name and "blocks" in name
+        ]
         before = [p.main_grad.clone() for p in weights]
         compute(self, action, at)
-        written.append((action.kind, segment.grad, any(not torch.equal(p.main_grad, old) for p, old in zip(weights, before, strict=True))))
+        written.append(
+            (
+                action.kind,
+                segment.grad,
+                any(not torch.equal(p.main_grad, old) for p, old in zip(weights, before, strict=True)),
+            )
+        )
 
     def traced_post(self, actions):
         for action in actions:
@@ -74,10 +95,15 @@ def traced(mesh, run, schedule):
 @pytest.mark.parametrize("schedule", ["interleaved", "1f1b"])
 def test_weight_gradients_come_when_the_schedule_says(ranks, schedule):
     for written, sent, kept, alive in ranks(2).run(traced, PP2, deep(), schedule):
-        kinds = {(kind, grad): {changed for k, g, changed in written if (k, g) == (kind, grad)} for kind, grad, _ in written}
+        kinds = {
+            (kind, grad): {changed for k, g, changed in written if (k, g) == (kind, grad)}
+            for kind, grad, _ in written
+        }
         split = schedule == "interleaved"
         assert kinds["I", "full"] == {not split} and kinds["W", "full"] == {split}
-        assert kinds["F", "full"] == kinds["F", "none"] == kinds["F", "input"] == kinds["I", "input"] == {False}
+        assert (
+            kinds["F", "full"] == kinds["F", "none"] == kinds["F", "input"] == kinds["I", "input"] == {False}
+        )
         assert ("W", "input") not in kinds
         assert sent > 10 and kept <= 8 and alive == 0
 
@@ -90,7 +116,9 @@ def trained(mesh, run):
 
 
 def test_the_pipeline_drains_at_checkpoints_and_a_resume_is_bit_for_bit_the_same(ranks, datasets, tmp_path):
-    straight = deep_run(datasets, tmp_path / "straight", iterations=6, save_every=3, pipeline=PipelineConfig(window=2))
+    straight = deep_run(
+        datasets, tmp_path / "straight", iterations=6, save_every=3, pipeline=PipelineConfig(window=2)
+    )
     ranks(2).run(trained, PP2, straight)
     broken = replace(straight, output=str(tmp_path / "broken"))
     ranks(2).run(trained, PP2, replace(broken, iterations=3))
@@ -107,15 +135,20 @@ def several(mesh, run, count):
 
 
 def test_data_parallel_ranks_with_different_numbers_of_microbatches(ranks, mesh, datasets, tmp_path):
-    """Five samples in twos on two data-parallel ranks: two microbatches on one, one on the other, each with a schedule of its own."""
+    """Five samples in twos on two data-parallel ranks: two microbatches on one, one on
+    the other, each with a schedule of its own.
+    """
     model = model_config(dtype="float64", latent_channels=4, depth=4)
     run = config(datasets, tmp_path / "run", model=model, optimizer=SMOOTH, global_batch=5, micro_batch=2)
     trainer = Trainer(run, mesh)
     want = [trainer.step() for _ in range(3)]
     for found in ranks(4).run(several, PP2, replace(run, parallel=PP2), 3):
         for ours, reference in zip(found, want, strict=True):
-            shared = {key: value for key, value in reference.items() if key != "sample/diversity"}  # its pairs are neighbours within a microbatch
-            assert all(ours[key] == pytest.approx(value, rel=1e-8, abs=1e-10) for key, value in shared.items())
+            # Its pairs are neighbours within a microbatch
+            shared = {key: value for key, value in reference.items() if key != "sample/diversity"}
+            assert all(
+                ours[key] == pytest.approx(value, rel=1e-8, abs=1e-10) for key, value in shared.items()
+            )
 
 
 def stopped(mesh, run, where):
@@ -183,7 +216,10 @@ execute._Run.compute = failing
 train(run, mesh)
 """
     outputs = ends(start(tmp_path, datasets, script, parallel=PP2), within=90)
-    assert re.search(r"rank 0: rank 1 .* stopped: out of memory: no memory left; .* in action I discriminator\.2 i1 d/real\.0 m1 on", outputs[0])
+    assert re.search(
+        r"rank 0: rank 1 .* stopped: out of memory: no memory left; .* in action I discriminator\.2 i1 d/real\.0 m1 on",
+        outputs[0],
+    )
     assert "in action I discriminator.2 i1 d/real.0 m1 on rank 1" in outputs[1]
 
 
@@ -205,7 +241,8 @@ def differing(mesh, run):
     [
         (
             {"pipeline": PipelineConfig(chunks=2)},
-            "the generator has 3 blocks, which do not make 4 pipeline stages (parallel.pp=2, 2 on each); use a smaller parallel.pp or",
+            "the generator has 3 blocks, which do not make 4 pipeline stages (parallel.pp=2, 2 on each); use "
+            "a smaller parallel.pp or",
         ),
         ({"pipeline": PipelineConfig(cap=1.0)}, "pipeline.cap=1: "),
     ],
@@ -224,7 +261,9 @@ def refused(mesh, run):
 
 def test_exact_r1_needs_the_whole_discriminator(mesh, datasets, tmp_path):
     run = config(datasets, tmp_path / "run", parallel=PP2)
-    with pytest.raises(ValueError, match=r"apt\.exact_r1_every=2 needs the whole discriminator on a rank; use parallel\.pp=1"):
+    with pytest.raises(
+        ValueError, match=r"apt\.exact_r1_every=2 needs the whole discriminator on a rank; use parallel\.pp=1"
+    ):
         Trainer(replace(run, apt=replace(run.apt, exact_r1_every=2)), mesh)
 
 

@@ -1,4 +1,6 @@
-"""Colours of videos and pictures against conversions written out here: matrix, range, HDR, transparency, depth, orientation."""
+"""Colours of videos and pictures against conversions written out here: matrix, range,
+HDR, transparency, depth, orientation.
+"""
 
 import av
 import numpy as np
@@ -12,7 +14,8 @@ from megatron_apt.encode.pictures import _reduced_by_bands
 from megatron_apt.encode.policy import PixelPolicy
 from megatron_apt.encode.rejected import RejectedInput
 
-WEIGHTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}  # red and blue, by H.273's number of the matrix
+# Red and blue, by H.273's number of the matrix
+WEIGHTS = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}
 COLOUR = np.array([200, 30, 30])
 
 
@@ -51,9 +54,19 @@ def plain_video(path, codec: str, pix_fmt: str, values, **context):
 
 @pytest.mark.parametrize("matrix", WEIGHTS)
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("codec, pix_fmt, bits", [("libvpx-vp9", "yuv420p", 8), ("libvpx-vp9", "yuv444p", 8), ("ffv1", "yuv422p10le", 10)])
+@pytest.mark.parametrize(
+    "codec, pix_fmt, bits",
+    [("libvpx-vp9", "yuv420p", 8), ("libvpx-vp9", "yuv444p", 8), ("ffv1", "yuv422p10le", 10)],
+)
 def test_matrix_and_range_are_the_files(tmp_path, codec, pix_fmt, bits, matrix, full):
-    path = plain_video(tmp_path / "a.mkv", codec, pix_fmt, yuv(COLOUR, matrix, full, bits), colorspace=matrix, color_range=1 + full)
+    path = plain_video(
+        tmp_path / "a.mkv",
+        codec,
+        pix_fmt,
+        yuv(COLOUR, matrix, full, bits),
+        colorspace=matrix,
+        color_range=1 + full,
+    )
     assert np.abs(to_bytes(decode_clip(Clip(path, 64, 96, 2))).astype(int) - COLOUR).max() <= 3
 
 
@@ -77,7 +90,16 @@ def graded(rgb) -> np.ndarray:
 
 def test_pq_comes_back_as_it_was_graded(tmp_path):
     values = yuv(255 * graded(COLOUR), 9, False, 10)
-    path = plain_video(tmp_path / "a.mkv", "ffv1", "yuv420p10le", values, colorspace=9, color_range=1, color_trc=16, color_primaries=9)
+    path = plain_video(
+        tmp_path / "a.mkv",
+        "ffv1",
+        "yuv420p10le",
+        values,
+        colorspace=9,
+        color_range=1,
+        color_trc=16,
+        color_primaries=9,
+    )
     notes = Notes()
     assert np.abs(to_bytes(decode_clip(Clip(path, 64, 96, 2), notes=notes)).astype(int) - COLOUR).max() <= 4
     assert notes.lines() == [{"file": str(path), "note": "HDR (PQ), tone-mapped to SDR"}]
@@ -89,27 +111,42 @@ def test_pq_comes_back_as_it_was_graded(tmp_path):
 
 def test_tone_curves():
     assert hdr.pq_light(pq_signal([0.1, 100, 203, 4000])) == pytest.approx([0.1, 100, 203, 4000], rel=1e-5)
-    # BT.2100: HLG's half signal is 1/12 of the scene light, and 75 % on a display of 1000 cd/m2 is its reference white.
+    # BT.2100: HLG's half signal is 1/12 of the scene light, and 75 % on a display of 1000
+    # cd/m2 is its reference white.
     assert hdr.hlg_scene(np.array([0.5, 1.0])) == pytest.approx([1 / 12, 1.0], abs=1e-4)
     white = hdr.to_sdr(np.full((1, 1, 3), round(0.75 * 65535), np.uint16), hdr.HLG)
     assert white.tolist() == [[[244, 244, 244]]]
     light = np.linspace(0, 60, 5000)
     rolled = hdr.roll_off(light)
-    assert (np.diff(rolled) > 0).all() and rolled.max() < 1 and (rolled[light <= 0.8] == light[light <= 0.8]).all()
+    assert (
+        (np.diff(rolled) > 0).all()
+        and rolled.max() < 1
+        and (rolled[light <= 0.8] == light[light <= 0.8]).all()
+    )
 
 
-@pytest.mark.parametrize("suffix, options", [("png", {}), ("webp", {"lossless": True, "exact": True}), ("tif", {}), ("gif", {})])
+@pytest.mark.parametrize(
+    "suffix, options", [("png", {}), ("webp", {"lossless": True, "exact": True}), ("tif", {}), ("gif", {})]
+)
 @pytest.mark.parametrize("background, expected", [("white", (255, 255, 255)), ("#102030", (16, 32, 48))])
 def test_hidden_colours_never_show(tmp_path, suffix, options, background, expected):
     pixels = np.full((64, 96, 4), 255, np.uint8)
     pixels[..., :3] = COLOUR
     pixels[:32] = 255, 0, 255, 0
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
-    picture = to_bytes(decode_clip(Clip(tmp_path / f"a.{suffix}", 64, 96, policy=PixelPolicy(background=background))))[0]
+    picture = to_bytes(
+        decode_clip(Clip(tmp_path / f"a.{suffix}", 64, 96, policy=PixelPolicy(background=background)))
+    )[0]
     assert (picture[:32] == expected).all() and np.abs(picture[32:].astype(int) - COLOUR).max() <= 1
 
 
-TURNED = {2: np.fliplr, 3: lambda p: np.rot90(p, 2), 5: lambda p: p.swapaxes(0, 1), 6: lambda p: np.rot90(p, -1), 8: np.rot90}
+TURNED = {
+    2: np.fliplr,
+    3: lambda p: np.rot90(p, 2),
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1),
+    8: np.rot90,
+}
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif", "jpg"])
@@ -118,7 +155,9 @@ def test_exif_orientation(tmp_path, suffix, number):
     pixels = np.add.outer(np.arange(64), np.arange(96))[..., None].repeat(3, 2).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = number
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    Image.fromarray(pixels).save(
+        tmp_path / f"a.{suffix}", exif=exif, **({"lossless": True} if suffix == "webp" else {})
+    )
     expected = TURNED[number](pixels)
     picture = to_bytes(decode_clip(Clip(tmp_path / f"a.{suffix}", *expected.shape[:2])))[0]
     assert np.abs(picture.astype(int) - expected).max() <= (4 if suffix == "jpg" else 0)
@@ -140,7 +179,9 @@ def test_pictures_are_refused_by_their_header_alone(tmp_path):
         decode_clip(Clip(tmp_path / "b.png", 64, 96))
 
 
-@pytest.mark.parametrize("change", [{"background": "no colour"}, {"hdr": "x"}, {"interlaced": "x"}, {"most_pixels": 0}])
+@pytest.mark.parametrize(
+    "change", [{"background": "no colour"}, {"hdr": "x"}, {"interlaced": "x"}, {"most_pixels": 0}]
+)
 def test_policies_name_what_is_wrong(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         PixelPolicy(**change)

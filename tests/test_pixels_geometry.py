@@ -1,4 +1,6 @@
-"""Turned, mirrored, stretched, interlaced and several-streamed videos against what a player shows, worked out from the pictures that were written."""
+"""Turned, mirrored, stretched, interlaced and several-streamed videos against what a
+player shows, worked out from the pictures that were written.
+"""
 
 from fractions import Fraction
 
@@ -30,7 +32,9 @@ def to_bytes(pixels) -> np.ndarray:
 
 def corners(picture: np.ndarray) -> list[int]:
     height, width = picture.shape[:2]
-    spots = [picture[y : y + 4, x : x + 4].reshape(-1, 3).mean(0) for y in (4, height - 8) for x in (4, width - 8)]
+    spots = [
+        picture[y : y + 4, x : x + 4].reshape(-1, 3).mean(0) for y in (4, height - 8) for x in (4, width - 8)
+    ]
     return [int(np.abs(COLOURS - spot).sum(1).argmin()) for spot in spots]
 
 
@@ -43,7 +47,9 @@ def write(path, pictures, codec: str, pix_fmt: str, matrix=None, options=None, *
         if matrix is not None:
             stream.set_display_matrix(matrix)
         for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format=pix_fmt)))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format=pix_fmt))
+            )
         container.mux(stream.encode(None))
     return path
 
@@ -82,18 +88,24 @@ def test_matrices_that_no_quarter_turn_makes(entries):
 
 def test_pixel_aspects():
     assert orientation(matrix_bytes(0, 0, 0, 0)) == Orientation()
-    assert shown_size(576, 720, Fraction(64, 45)) == (576, 1024) and shown_size(480, 640, Fraction(0)) == (480, 640)
+    assert shown_size(576, 720, Fraction(64, 45)) == (576, 1024) and shown_size(480, 640, Fraction(0)) == (
+        480,
+        640,
+    )
     with pytest.raises(ValueError, match="1:1000"):
         shown_size(10, 10, Fraction(1, 1000))
 
 
 @pytest.mark.parametrize(
-    "codec, pix_fmt, name", [("libvpx-vp9", "yuv420p", "a.mp4"), ("mjpeg", "yuvj420p", "a.mov"), ("libx264", "yuv420p", "b.mp4")]
+    "codec, pix_fmt, name",
+    [("libvpx-vp9", "yuv420p", "a.mp4"), ("mjpeg", "yuvj420p", "a.mov"), ("libx264", "yuv420p", "b.mp4")],
 )
 @pytest.mark.parametrize("entries", [(0, 1, -1, 0), (-1, 0, 0, 1), (0, -1, -1, 0)])
 def test_display_matrices_on_every_route(tmp_path, codec, pix_fmt, name, entries):
     matrix = np.frombuffer(matrix_bytes(*entries), np.int32).tolist()
-    path = write(tmp_path / name, [quadrants()] * 3, codec, pix_fmt, matrix, sample_aspect_ratio=Fraction(2, 1))
+    path = write(
+        tmp_path / name, [quadrants()] * 3, codec, pix_fmt, matrix, sample_aspect_ratio=Fraction(2, 1)
+    )
     expected = TURNS[entries](quadrants(64, 192))
     height, width = expected.shape[:2]
     assert corners(to_bytes(decode_clip(Clip(path, height, width, 2)))[1]) == corners(expected)
@@ -103,7 +115,11 @@ def test_display_matrices_on_every_route(tmp_path, codec, pix_fmt, name, entries
 
 def test_a_circle_stays_a_circle(tmp_path):
     y, x = np.mgrid[:128, :128]
-    disc = np.where((((x - 64) / 28) ** 2 + ((y - 64) / 56) ** 2 < 1)[..., None], 220, 30).astype(np.uint8).repeat(3, 2)
+    disc = (
+        np.where((((x - 64) / 28) ** 2 + ((y - 64) / 56) ** 2 < 1)[..., None], 220, 30)
+        .astype(np.uint8)
+        .repeat(3, 2)
+    )
     path = write(tmp_path / "a.mp4", [disc] * 2, "libx264", "yuv420p", sample_aspect_ratio=Fraction(2, 1))
     rows, columns = np.nonzero(to_bytes(decode_clip(Clip(path, 64, 128)))[0, ..., 0] > 125)
     assert abs(np.ptp(rows) - 56) <= 2 and abs(np.ptp(columns) - 56) <= 2
@@ -117,7 +133,13 @@ def fields(k: int) -> np.ndarray:
 
 
 def test_interlaced_video(tmp_path):
-    path = write(tmp_path / "a.mp4", [fields(k) for k in range(8)], "libx264", "yuv420p", options={"crf": "4", "x264-params": "tff=1"})
+    path = write(
+        tmp_path / "a.mp4",
+        [fields(k) for k in range(8)],
+        "libx264",
+        "yuv420p",
+        options={"crf": "4", "x264-params": "tff=1"},
+    )
 
     def combed(clip: Clip, notes: Notes) -> float:
         """Mean step between neighbouring rows of the third frame; those of a vertical bar are alike."""
@@ -126,7 +148,10 @@ def test_interlaced_video(tmp_path):
     notes = Notes()
     assert combed(Clip(path, 64, 96, 4), notes) < 1 and "deinterlaced" in notes.lines()[0]["note"]
     notes = Notes()
-    assert combed(Clip(path, 64, 96, 4, policy=PixelPolicy(interlaced="warn")), notes) > 10 and "combed" in notes.lines()[0]["note"]
+    assert (
+        combed(Clip(path, 64, 96, 4, policy=PixelPolicy(interlaced="warn")), notes) > 10
+        and "combed" in notes.lines()[0]["note"]
+    )
     with pytest.raises(RejectedInput, match="interlaced"):
         decode_clip(Clip(path, 64, 96, 4, policy=PixelPolicy(interlaced="reject")))
 
@@ -165,7 +190,10 @@ def test_joined_recordings_follow_each_other(tmp_path):
 
 def test_a_size_that_changes_is_said(tmp_path):
     frames = numbered_frames(10)
-    parts = [write_video(tmp_path / "a.ivf", frames, "libvpx-vp9"), write_video(tmp_path / "b.ivf", frames[:, :32, :48], "libvpx-vp9")]
+    parts = [
+        write_video(tmp_path / "a.ivf", frames, "libvpx-vp9"),
+        write_video(tmp_path / "b.ivf", frames[:, :32, :48], "libvpx-vp9"),
+    ]
     with av.open(str(tmp_path / "c.webm"), "w") as out:
         with av.open(str(parts[0])) as container:
             stream = out.add_stream_from_template(container.streams.video[0])
@@ -173,7 +201,11 @@ def test_a_size_that_changes_is_said(tmp_path):
             with av.open(str(part)) as container:
                 for packet in container.demux(video=0):
                     if packet.size:
-                        packet.pts, packet.dts, packet.stream = packet.pts + 10 * k, packet.dts + 10 * k, stream
+                        packet.pts, packet.dts, packet.stream = (
+                            packet.pts + 10 * k,
+                            packet.dts + 10 * k,
+                            stream,
+                        )
                         out.mux(packet)
     assert decode_clip(Clip(tmp_path / "c.webm", 64, 96, 8)).shape == (3, 8, 64, 96)
     with pytest.raises(RejectedInput, match="changes within the clip: 96x64 then 48x32"):

@@ -1,4 +1,6 @@
-"""Nothing of a checkpoint runs, whoever wrote it and whatever reads it; and what was written before index.json is still read."""
+"""Nothing of a checkpoint runs, whoever wrote it and whatever reads it; and what was
+written before index.json is still read.
+"""
 
 import contextlib
 import io
@@ -15,7 +17,13 @@ from planted import as_before_the_index, attacks, bombs, committed_again
 from problems import model_config
 from test_train import config
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.command import Inspect, Verify, inspect, run
@@ -38,11 +46,15 @@ def commits(mesh, datasets, tmp_path_factory):
 
 @pytest.fixture
 def copies(commits, tmp_path):
-    return {kind: Path(shutil.copytree(folder, tmp_path / kind / folder.name)) for kind, folder in commits.items()}
+    return {
+        kind: Path(shutil.copytree(folder, tmp_path / kind / folder.name)) for kind, folder in commits.items()
+    }
 
 
 def chosen(canary: Path, kind: str) -> list[tuple[str, bytes]]:
-    """Every fourth attack on what is read of an old commit; fewer of a new one, whose pickles nothing but verify looks at; "all": on an old one."""
+    """Every fourth attack on what is read of an old commit; fewer of a new one, whose
+    pickles nothing but verify looks at; "all": on an old one.
+    """
     return list(attacks(canary).items())[:: {"all": 1, "old": 4, "new": 11}[kind]]
 
 
@@ -78,7 +90,19 @@ def test_what_was_written_before_the_index_is_read_as_before(mesh, commits):
 
 def test_the_attacks_would_run_elsewhere(tmp_path):
     """Or this file would prove nothing."""
-    for trick in ("reduce", "stack_global", "dotted", "attrgetter", "eval", "exec", "posix", "inst", "obj", "build", "twice"):
+    for trick in (
+        "reduce",
+        "stack_global",
+        "dotted",
+        "attrgetter",
+        "eval",
+        "exec",
+        "posix",
+        "inst",
+        "obj",
+        "build",
+        "twice",
+    ):
         canary = tmp_path / trick
         with contextlib.suppress(Exception):
             pickle.loads(attacks(canary)[trick])
@@ -95,14 +119,20 @@ def test_no_index_runs_code(mesh, copies, tmp_path, kind):
         (folder / ".metadata").write_bytes(data)
         committed_again(folder)
         refused = tried(folder, mesh)
-        assert len(refused) == (2 if kind == "new" else 5), (trick, refused)  # with an index of ours nothing but verify reads torch's
-        assert all(".metadata: " in text and "do not load this checkpoint" in text for text in refused), (trick, refused)
+        # With an index of ours nothing but verify reads torch's
+        assert len(refused) == (2 if kind == "new" else 5), (trick, refused)
+        assert all(".metadata: " in text and "do not load this checkpoint" in text for text in refused), (
+            trick,
+            refused,
+        )
         assert not (tmp_path / "canary").exists() and folder.parent.is_dir(), trick
 
 
 @pytest.mark.parametrize("kind", ["old", "new", ALL])
 def test_no_record_runs_code(mesh, copies, tmp_path, kind):
-    """Nor does the pickle inside the files of tensors, where a new index says the place of the numbers and an old one does not."""
+    """Nor does the pickle inside the files of tensors, where a new index says the place
+    of the numbers and an old one does not.
+    """
     folder = copies["new" if kind == "new" else "old"]
     for trick, data in chosen(tmp_path / "canary", kind):
         plant_in_first_record(folder, data)
@@ -137,7 +167,12 @@ def test_what_is_common_to_ranks_runs_no_code(mesh, copies, tmp_path, kind):
 def zipped(data: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for member, content in {"data.pkl": data, "byteorder": b"little", "data/0": bytes(64), "version": b"3\n"}.items():
+        for member, content in {
+            "data.pkl": data,
+            "byteorder": b"little",
+            "data/0": bytes(64),
+            "version": b"3\n",
+        }.items():
             archive.writestr(f"archive/{member}", content)
     return buffer.getvalue()
 
@@ -173,7 +208,9 @@ def index_of(folder: Path, **changes) -> Metadata:
         "length": os.path.getsize(folder / "__0_0.distcp"),
         "key": "w",
     } | changes
-    tensor = TensorStorageMetadata(fields["properties"], fields["size"], [ChunkStorageMetadata(fields["offsets"], fields["sizes"])])
+    tensor = TensorStorageMetadata(
+        fields["properties"], fields["size"], [ChunkStorageMetadata(fields["offsets"], fields["sizes"])]
+    )
     place = _StorageInfo(fields["path"], fields["start"], fields["length"], fields.get("transforms"))
     return Metadata({fields["key"]: tensor}, storage_data={MetadataIndex("w", (0, 0)): place})
 
@@ -228,10 +265,22 @@ def test_a_record_that_claims_more_than_it_holds_is_refused(tmp_path):
         (folder / ".metadata").write_bytes(pickle.dumps(index_of(folder)))
 
     def tensor(
-        shape=b"K\x02K\x03\x86", strides=b"K\x03K\x01\x86", offset=b"K\x00", storage=b"FloatStorage", numbers=b"K\x10", key=b"X\x01\x00\x00\x000"
+        shape=b"K\x02K\x03\x86",
+        strides=b"K\x03K\x01\x86",
+        offset=b"K\x00",
+        storage=b"FloatStorage",
+        numbers=b"K\x10",
+        key=b"X\x01\x00\x00\x000",
     ):
         place = b"(X\x07\x00\x00\x00storagectorch\n" + storage + b"\n" + key + b"X\x03\x00\x00\x00cpuK\x10tQ"
-        return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + place + offset + shape + strides + b"\x89ccollections\nOrderedDict\n)RtR."
+        return (
+            b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+            + place
+            + offset
+            + shape
+            + strides
+            + b"\x89ccollections\nOrderedDict\n)RtR."
+        )
 
     record(tensor())
     assert torch.equal(store.Stored(folder).read("w"), torch.zeros(2, 3))

@@ -15,7 +15,9 @@ from megatron_apt.models.spec import LocalBackend, TransformerEngineBackend, cho
 from megatron_apt.parallel import megatron_cpu
 from megatron_apt.parallel.startup import start
 
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptation steps aside where there is CUDA")
+cpu_only = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the adaptation steps aside where there is CUDA"
+)
 USED = (
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel.layers",
@@ -36,9 +38,13 @@ def test_line_numbers_stay_those_of_the_installed_file(name):
         assert old.count("\n") == new.count("\n") == 0
         adapted = adapted.replace(old, new)
     assert len(adapted.splitlines()) == len(installed.splitlines())
-    for function in (f for f in vars(module).values() if getattr(f, "__module__", "") == name and hasattr(f, "__code__")):
+    for function in (
+        f for f in vars(module).values() if getattr(f, "__module__", "") == name and hasattr(f, "__code__")
+    ):
         if name not in megatron_cpu._APPENDED:
-            assert f"def {function.__name__}" in "\n".join(installed.splitlines()[function.__code__.co_firstlineno - 1 :][:6])
+            assert f"def {function.__name__}" in "\n".join(
+                installed.splitlines()[function.__code__.co_firstlineno - 1 :][:6]
+            )
 
 
 @cpu_only
@@ -49,7 +55,9 @@ def test_the_installed_version_is_one_that_was_tested():
 @cpu_only
 def test_importing_megatron_core_first_is_refused():
     code = "import megatron.core, megatron_apt"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode != 0
     assert "import megatron_apt first" in result.stderr
 
@@ -88,19 +96,30 @@ def test_backends_are_chosen_by_machine(monkeypatch):
 
 @cpu_only
 def test_the_rings_of_transformer_engine_are_refused_without_it(mesh):
-    with pytest.raises(ValueError, match=r"context_parallel='p2p' is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather"):
+    with pytest.raises(
+        ValueError,
+        match=r"context_parallel='p2p' is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather",
+    ):
         start(ParallelConfig(context_parallel="p2p"))
-    with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=3: with a2a\+p2p give a divisor of cp=4"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.context_parallel_inner=3: with a2a\+p2p give a divisor of cp=4"
+    ):
         ParallelConfig(cp=4, context_parallel="a2a+p2p", context_parallel_inner=3)
     with pytest.raises(ValueError, match=r"parallel\.context_parallel_inner=2"):
         ParallelConfig(cp=4, context_parallel_inner=2)
     with pytest.raises(
-        ValueError, match=r"leaves 4 heads, which do not split over the 3 ranks that trade them \(parallel\.context_parallel=ulysses\)"
+        ValueError,
+        match=r"leaves 4 heads, which do not split over the 3 ranks that trade them \(parallel\.context_parallel=ulysses\)",
     ):
         check_fits(RunConfig(parallel=ParallelConfig(cp=3)))
-    ring = RunConfig(parallel=ParallelConfig(tp=2, cp=4, context_parallel="a2a+p2p", context_parallel_inner=2), data=DataConfig(text_length=8))
+    ring = RunConfig(
+        parallel=ParallelConfig(tp=2, cp=4, context_parallel="a2a+p2p", context_parallel_inner=2),
+        data=DataConfig(text_length=8),
+    )
     check_fits(ring)
-    with pytest.raises(ValueError, match=r"needs captions of one length: set data\.text_length=6 to a multiple of cp=4"):
+    with pytest.raises(
+        ValueError, match=r"needs captions of one length: set data\.text_length=6 to a multiple of cp=4"
+    ):
         check_fits(replace(ring, data=DataConfig(text_length=6)))
     with pytest.raises(ValueError, match=r"micro_batch=3 must be a multiple"):
         check_fits(replace(ring, micro_batch=3))

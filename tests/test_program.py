@@ -1,11 +1,22 @@
-"""Programs: what lowering adds to a schedule, that the checker proves it, and that it notices what is wrong."""
+"""Programs: what lowering adds to a schedule, that the checker proves it, and that it
+notices what is wrong.
+"""
 
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedule import APT, METHODS_UNDER_TEST, Weights, alternation, assert_harm_is_refused, inputs_of, weights_after, window
+from test_schedule import (
+    APT,
+    METHODS_UNDER_TEST,
+    Weights,
+    alternation,
+    assert_harm_is_refused,
+    inputs_of,
+    weights_after,
+    window,
+)
 
 from megatron_apt.schedule.actions import Action
 from megatron_apt.schedule.build import gpipe, phases_apart, search
@@ -31,9 +42,13 @@ def program(ranks=3, microbatches=3, phases=APT, cap=30, **options) -> Program:
     method=st.sampled_from(["apt", *METHODS_UNDER_TEST]),
     cost=st.builds(Cost, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.1, 2)),
 )
-def test_every_program_runs_even_where_sends_wait_for_receives(ranks, microbatches, iterations, chunks, message, method, cost):
+def test_every_program_runs_even_where_sends_wait_for_receives(
+    ranks, microbatches, iterations, chunks, message, method, cost
+):
     phases = APT if method == "apt" else METHODS_UNDER_TEST[method]
-    made = program(ranks, microbatches, phases, iterations=iterations, chunks=chunks, message=message, cost=cost)
+    made = program(
+        ranks, microbatches, phases, iterations=iterations, chunks=chunks, message=message, cost=cost
+    )
     check_program(made)
     for rank, actions in enumerate(made.lists):
         assert [Action.parse(str(action)) for action in actions] == actions
@@ -65,7 +80,10 @@ def test_a_program_is_read_as_it_is_written():
     check_program(again)
     for text, message in [
         ("rank 0\n", "'rank 0' does not begin an action list"),
-        ("microbatches 2 iterations 1 shared 0 split 1\n  F a.0 i0 g/b.0 m0", "stands before the first `rank 0`"),
+        (
+            "microbatches 2 iterations 1 shared 0 split 1\n  F a.0 i0 g/b.0 m0",
+            "stands before the first `rank 0`",
+        ),
         ("microbatches 2 iterations 1 shared 0 split 1\nrank 0\n  G a.0", "'G a.0' is not an action"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -76,10 +94,20 @@ def test_messages_go_only_where_another_rank_needs_them():
     """In a line forwards go to the next rank and from a network to the one that reads it, gradients back."""
     graph = Graph(window(APT, ranks=2, microbatches=1, iterations=1))
     found = {(str(graph.tasks[source]), rank) for source, rank in messages(graph)}
-    chain = {("F generator.0 i0 g/fake.0 m0", 1), ("F generator.1 i0 g/fake.0 m0", 0), ("F discriminator.0 i0 g/fake.1 m0", 1)}
-    back = {("I discriminator.1 i0 g/fake.1 m0", 0), ("I discriminator.0 i0 g/fake.1 m0", 1), ("I generator.1 i0 g/fake.0 m0", 0)}
+    chain = {
+        ("F generator.0 i0 g/fake.0 m0", 1),
+        ("F generator.1 i0 g/fake.0 m0", 0),
+        ("F discriminator.0 i0 g/fake.1 m0", 1),
+    }
+    back = {
+        ("I discriminator.1 i0 g/fake.1 m0", 0),
+        ("I discriminator.0 i0 g/fake.1 m0", 1),
+        ("I generator.1 i0 g/fake.0 m0", 0),
+    }
     assert {entry for entry in found if " g/" in entry[0]} == chain | back
-    assert len(found) == 6 + 2 + 4  # real: there and back; fake of the D phase: twice there and to D's first stage, once back
+    # Real: there and back; fake of the D phase: twice there and to D's first stage, once
+    # back
+    assert len(found) == 6 + 2 + 4
 
 
 def test_one_rank_needs_no_messages_and_alternates():
@@ -90,7 +118,9 @@ def test_one_rank_needs_no_messages_and_alternates():
         "I discriminator.0 i0 g/fake.1 m0",
         "I generator.0 i0 g/fake.0 m0",
     ]
-    assert [action.kind for action in lists[0]].count("REDUCE") == 2 and not any(action.kind in ("SEND", "RECV") for action in lists[0])
+    assert [action.kind for action in lists[0]].count("REDUCE") == 2 and not any(
+        action.kind in ("SEND", "RECV") for action in lists[0]
+    )
 
 
 def test_mutations_of_a_program_that_change_meaning_are_caught():
@@ -104,8 +134,10 @@ def test_mutations_of_a_program_that_change_meaning_are_caught():
 
 
 def weights_passed(graph: Graph, lists) -> dict | None:
-    """Final weights where every send waits for its receive, a rank has what it made or received itself, and a STEP takes what was reduced; None where
-    a rank lacks something or all wait. Like weights_after it knows no edges."""
+    """Final weights where every send waits for its receive, a rank has what it made or
+    received itself, and a STEP takes what was reduced; None where a rank lacks something
+    or all wait. Like weights_after it knows no edges.
+    """
     weights, memory, at = Weights(graph), [{} for _ in lists], [0] * len(lists)
     reduced: Counter = Counter()
 
@@ -129,7 +161,11 @@ def weights_passed(graph: Graph, lists) -> dict | None:
                 memory[receiver][task] = memory[sender][task]
                 at[action.peer] += 1
             elif action.kind == "REDUCE":
-                for place in [place for place in weights.gradients if place[0] == task.role and weights.rank[place] == rank]:
+                for place in [
+                    place
+                    for place in weights.gradients
+                    if place[0] == task.role and weights.rank[place] == rank
+                ]:
                     reduced[place] += weights.gradients.pop(place)
             elif action.kind == "STEP":
                 weights.step(task, reduced)
@@ -146,7 +182,10 @@ def weights_passed(graph: Graph, lists) -> dict | None:
 def test_the_checker_names_the_message_that_is_wrong():
     made = program(ranks=2, microbatches=2)
     actions = made.lists[0]
-    first = {kind: next(i for i, action in enumerate(actions) if action.kind == kind) for kind in ("SEND", "RECV", "REDUCE")}
+    first = {
+        kind: next(i for i, action in enumerate(actions) if action.kind == kind)
+        for kind in ("SEND", "RECV", "REDUCE")
+    }
 
     def changed(change):
         lists = [list(actions) for actions in made.lists]
@@ -163,7 +202,10 @@ def test_the_checker_names_the_message_that_is_wrong():
         (lambda a: a.pop(first["REDUCE"]), "STEP .* before its gradients are reduced"),
         (lambda a: a.insert(0, a.pop(first["REDUCE"])), "REDUCE .* comes before W "),
         (lambda a: a.append(a[first["SEND"]]._replace(peer=0)), "nobody needs that message"),
-        (lambda a: a.append(Action("F", a[0].task._replace(microbatch=99))), "there is no such action in this window"),
+        (
+            lambda a: a.append(Action("F", a[0].task._replace(microbatch=99))),
+            "there is no such action in this window",
+        ),
     ]:
         with pytest.raises(BadSchedule, match=message):
             check_program(changed(change))
@@ -174,7 +216,11 @@ def test_sends_in_another_order_than_receives_are_a_deadlock():
     lists = [list(actions) for actions in made.lists]
     places = [i for i, action in enumerate(lists[1]) if action.kind == "RECV"][:2]
     used = next(i for i, action in enumerate(lists[1]) if action.kind == "F")
-    assert places[1] > used  # the second message is received after the first one's use; received first, it comes when rank 0 has not sent it yet
+    # The second message is received after the first one's use; received first, it comes
+    # when rank 0 has not sent it yet
+    assert places[1] > used
     lists[1].insert(0, lists[1].pop(places[1]))
-    with pytest.raises(BadSchedule, match=r"ranks wait for each other's messages: rank 0 at SEND 1 .*; rank 1 at RECV 0"):
+    with pytest.raises(
+        BadSchedule, match=r"ranks wait for each other's messages: rank 0 at SEND 1 .*; rank 1 at RECV 0"
+    ):
         check_program(Program(made.graph, lists))

@@ -27,7 +27,9 @@ def test_philox_gives_numpys_numbers():
 def test_any_slice_equals_the_whole(start, count, sample):
     key, ids = derive_key("slice"), torch.tensor([sample, 3])
     assert torch.equal(keyed_normal(key, ids, count, start), keyed_normal(key, ids, start + count)[:, start:])
-    assert torch.equal(keyed_uniform(key, ids, count, start), keyed_uniform(key, ids, start + count)[:, start:])
+    assert torch.equal(
+        keyed_uniform(key, ids, count, start), keyed_uniform(key, ids, start + count)[:, start:]
+    )
 
 
 def test_a_sample_does_not_see_its_neighbours():

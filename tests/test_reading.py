@@ -1,4 +1,6 @@
-"""What is read and what is refused: folders with odd files, captions and manifests in any encoding, damaged lines, decoders that fail."""
+"""What is read and what is refused: folders with odd files, captions and manifests in any
+encoding, damaged lines, decoders that fail.
+"""
 
 import errno
 import hashlib
@@ -32,7 +34,9 @@ def picture(path: Path, caption: str | None = "a picture", kind: str = "PNG") ->
 
 
 def config(source: Path, output: Path, **more) -> EncodeConfig:
-    return EncodeConfig(str(source), str(output), **{"height": 8, "width": 8, "text_width": 8, "max_rejected": 0.9, **more})
+    return EncodeConfig(
+        str(source), str(output), **{"height": 8, "width": 8, "text_width": 8, "max_rejected": 0.9, **more}
+    )
 
 
 def lines_of(file: Path) -> list[dict]:
@@ -42,7 +46,9 @@ def lines_of(file: Path) -> list[dict]:
 def read(source: Path) -> tuple[dict[str, str], dict[str, RejectedInput]]:
     """Captions of usable entries by name, and problems by the name that is listed."""
     entries = read_entries(source).entries
-    return {e.path.name: e.caption for e in entries if not e.problem}, {Path(e.problem.file).name: e.problem for e in entries if e.problem}
+    return {e.path.name: e.caption for e in entries if not e.problem}, {
+        Path(e.problem.file).name: e.problem for e in entries if e.problem
+    }
 
 
 def manifest(folder: Path, name: str, data: str | bytes) -> Path:
@@ -62,13 +68,25 @@ def pictures(tmp_path_factory):
 def test_every_file_of_a_folder_is_found_rejected_or_counted(tmp_path):
     source, far = tmp_path / "in", tmp_path / "far"
     (source / "real").mkdir(parents=True), (far / "deep").mkdir(parents=True)
-    picture(source / "a.png"), picture(source / "B.JPEG", kind="JPEG"), picture(source / "c.jfif", kind="JPEG")
+    (
+        picture(source / "a.png"),
+        picture(source / "B.JPEG", kind="JPEG"),
+        picture(source / "c.jfif", kind="JPEG"),
+    )
     picture(source / "real" / "r.png"), picture(far / "deep" / "linked.png")
     os.symlink(far, source / "one"), os.symlink(far, source / "two")  # the same folder twice
-    os.symlink(source / "real", source / "also"), os.symlink(source, source / "self"), os.symlink(source, far / "back")
+    (
+        os.symlink(source / "real", source / "also"),
+        os.symlink(source, source / "self"),
+        os.symlink(source, far / "back"),
+    )
     os.symlink("a.png", source / "again.png"), picture(source / "again.txt", None)
     (source / "again.txt").write_text("a link to a file")
-    os.symlink("nowhere", source / "gone"), os.symlink("nowhere.png", source / "gone.png"), os.symlink("loop.png", source / "loop.png")
+    (
+        os.symlink("nowhere", source / "gone"),
+        os.symlink("nowhere.png", source / "gone.png"),
+        os.symlink("loop.png", source / "loop.png"),
+    )
     os.mkfifo(source / "pipe.png")
     bound = socket.socket(socket.AF_UNIX)
     os.symlink(source, tmp_path / "s")  # a socket's path may not be long
@@ -76,7 +94,16 @@ def test_every_file_of_a_folder_is_found_rejected_or_counted(tmp_path):
     bound.close()
     for name in ("photo.heic", "photo.CR2", "drawing.svg", "clip.mp4.part", "picture.jxl", "list.m3u8"):
         (source / name).write_bytes(b"?")
-    for name in (".hidden.png", "._a.png", ".DS_Store", "Thumbs.db", "notes.md", "meta.json", "what.xyz", "README"):
+    for name in (
+        ".hidden.png",
+        "._a.png",
+        ".DS_Store",
+        "Thumbs.db",
+        "notes.md",
+        "meta.json",
+        "what.xyz",
+        "README",
+    ):
         (source / name).write_bytes(b"?")
     listing = read_entries(source)
     found = {str(e.path.relative_to(source)) for e in listing.entries if not e.problem}
@@ -85,14 +112,22 @@ def test_every_file_of_a_folder_is_found_rejected_or_counted(tmp_path):
     assert rejected == {
         **dict.fromkeys(("gone", "gone.png", "loop.png"), "link"),
         **dict.fromkeys(("pipe.png", "sock.mp4"), "path"),
-        **dict.fromkeys(("photo.heic", "photo.CR2", "drawing.svg", "clip.mp4.part", "picture.jxl", "list.m3u8"), "kind"),
+        **dict.fromkeys(
+            ("photo.heic", "photo.CR2", "drawing.svg", "clip.mp4.part", "picture.jxl", "list.m3u8"), "kind"
+        ),
     }
-    assert listing.left.described() == "1 .xyz (what.xyz), 1 hidden (.hidden.png), 1 without a suffix (README)"
+    assert (
+        listing.left.described() == "1 .xyz (what.xyz), 1 hidden (.hidden.png), 1 without a suffix (README)"
+    )
     info = encode(config(source, source / "out"), progress=False)
     assert (info["samples"], info["rejected"]) == (6, 11)
     again = read_entries(source, source / "out").entries  # the output is not read again
-    assert [(e.path, e.caption, e.size) for e in again] == [(e.path, e.caption, e.size) for e in listing.entries]
-    assert {note["note"] for note in lines_of(source / "out" / "notes.jsonl")} == {f"not encoded: {listing.left.described()}"}
+    assert [(e.path, e.caption, e.size) for e in again] == [
+        (e.path, e.caption, e.size) for e in listing.entries
+    ]
+    assert {note["note"] for note in lines_of(source / "out" / "notes.jsonl")} == {
+        f"not encoded: {listing.left.described()}"
+    }
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -111,8 +146,15 @@ def test_names_that_are_no_text(tmp_path):
     (rejected,) = lines_of(tmp_path / "out" / "rejected.jsonl")
     assert rejected["file"] == str(tmp_path / r"new\x0aline.png") and rejected["field"] == "caption"
     data = (tmp_path / "out" / "shard-00000.tar").read_bytes()
-    assert all(json.dumps(shown_as, ensure_ascii=False).strip('"').encode() in data for name, shown_as in odd.items() if b"line" not in name)
-    assert shown(Path(os.fsdecode(b"\xff\xc3\xa9\x01"))) == "\\xff\u00e9\\x01" and shown("plain \U0001f431") == "plain \U0001f431"
+    assert all(
+        json.dumps(shown_as, ensure_ascii=False).strip('"').encode() in data
+        for name, shown_as in odd.items()
+        if b"line" not in name
+    )
+    assert (
+        shown(Path(os.fsdecode(b"\xff\xc3\xa9\x01"))) == "\\xff\u00e9\\x01"
+        and shown("plain \U0001f431") == "plain \U0001f431"
+    )
 
 
 def test_files_that_may_not_be_read(tmp_path):
@@ -126,7 +168,9 @@ def test_files_that_may_not_be_read(tmp_path):
     info = encode(config(tmp_path, tmp_path / "out"), progress=False)
     (tmp_path / "e").chmod(0o700)
     assert info["samples"] == 2
-    assert {Path(line["file"]).name: line["field"] for line in lines_of(tmp_path / "out" / "rejected.jsonl")}.keys() == {"b.png", "c.png", "e"}
+    assert {
+        Path(line["file"]).name: line["field"] for line in lines_of(tmp_path / "out" / "rejected.jsonl")
+    }.keys() == {"b.png", "c.png", "e"}
 
 
 def test_a_folder_or_file_that_cannot_be_read_is_one_entry(tmp_path, monkeypatch):
@@ -144,7 +188,10 @@ def test_a_folder_or_file_that_cannot_be_read_is_one_entry(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "scandir", refusing)
     good, bad = read(tmp_path)
-    assert set(good) == {"a.png", "b.png"} and (bad["closed"].field, bad["closed"].value) == ("folder", "Permission denied")
+    assert set(good) == {"a.png", "b.png"} and (bad["closed"].field, bad["closed"].value) == (
+        "folder",
+        "Permission denied",
+    )
 
 
 WESTERN = (
@@ -214,7 +261,10 @@ def test_caption_files_are_bounded_and_noted(tmp_path):
     os.mkfifo(tmp_path / "g.txt")
     encode(config(tmp_path, tmp_path / "out"), progress=False)
     assert LatentShards(tmp_path / "out").captions == ["caf\u00e9", "good"]
-    rejected = {Path(line["file"]).name: (line["field"], line["value"]) for line in lines_of(tmp_path / "out" / "rejected.jsonl")}
+    rejected = {
+        Path(line["file"]).name: (line["field"], line["value"])
+        for line in lines_of(tmp_path / "out" / "rejected.jsonl")
+    }
     assert rejected["b.png"] == ("caption", "80000 bytes") and rejected["g.png"] == ("caption", "a pipe")
     assert rejected.keys() == {"b.png", "c.png", "e.png", "f.png", "g.png"}
     assert lines_of(tmp_path / "out" / "notes.jsonl") == [
@@ -269,22 +319,68 @@ def test_columns_of_csv(pictures):
     text = "\ufeff Caption , START,path,\nred,1.5,a.png,\nblue,nan,b.png,\ngreen,,c.png,more\ngrey,,d.png\n"
     entries = read_entries(manifest(pictures, "m.csv", text)).entries
     assert [(e.caption, e.start) for e in entries if not e.problem] == [("red", 1.5), ("grey", -1.0)]
-    assert [e.problem.field for e in entries if e.problem] == ["start", "line"] and "line 3 of m.csv" in entries[1].problem.remedy
+    assert [e.problem.field for e in entries if e.problem] == [
+        "start",
+        "line",
+    ] and "line 3 of m.csv" in entries[1].problem.remedy
 
 
 JSON_LINES = [
     ('{"path": "a.png", "caption": "one\u2028line\u0085"}', {"a.png": "one line"}, set()),
-    ('\ufeff{"path": "a.png", "caption": "a"}\n\ufeff{"path": "b.png", "caption": "b"}', {"a.png": "a", "b.png": "b"}, set()),
-    ('{"path": "a.png", "caption": "half \\ud83d"}\n{"path": "b.png", "caption": "b"}', {"b.png": "b"}, {"a.png"}),
-    ('{"path": "a\\ud83d.png", "caption": "a"}\n{"path": "b.png", "caption": "\\ud83d\\ude00"}', {"b.png": "\U0001f600"}, {"m.jsonl:1"}),
-    ('{"path": "a.png", "path": "b.png"}\n\n{"path": "c.png", "caption": "c"}', {"c.png": "c"}, {"m.jsonl:1"}),
-    ('{"path": 5}\n[]\n"x"\n7\n{\n{"path": "c.png", "caption": "c"}', {"c.png": "c"}, {f"m.jsonl:{i}" for i in range(1, 6)}),
+    (
+        '\ufeff{"path": "a.png", "caption": "a"}\n\ufeff{"path": "b.png", "caption": "b"}',
+        {"a.png": "a", "b.png": "b"},
+        set(),
+    ),
+    (
+        '{"path": "a.png", "caption": "half \\ud83d"}\n{"path": "b.png", "caption": "b"}',
+        {"b.png": "b"},
+        {"a.png"},
+    ),
+    (
+        '{"path": "a\\ud83d.png", "caption": "a"}\n{"path": "b.png", "caption": "\\ud83d\\ude00"}',
+        {"b.png": "\U0001f600"},
+        {"m.jsonl:1"},
+    ),
+    (
+        '{"path": "a.png", "path": "b.png"}\n\n{"path": "c.png", "caption": "c"}',
+        {"c.png": "c"},
+        {"m.jsonl:1"},
+    ),
+    (
+        '{"path": 5}\n[]\n"x"\n7\n{\n{"path": "c.png", "caption": "c"}',
+        {"c.png": "c"},
+        {f"m.jsonl:{i}" for i in range(1, 6)},
+    ),
     ('{"a": ' + "[" * 100_000 + '\n{"path": "c.png", "caption": "c"}', {"c.png": "c"}, {"m.jsonl:1"}),
-    ('{"path": "a.png", "start": ' + "9" * 5000 + '}\n{"path": "c.png", "caption": "c"}', {"c.png": "c"}, {"m.jsonl:1"}),
-    ('{"path": "a.png", "caption": "' + "w" * (2 << 20) + '"}\n{"path": "c.png", "caption": "c"}', {"c.png": "c"}, {"m.jsonl:1"}),
-    ('{"path": "a.png", "caption": ["x"]}\n{"path": "b.png", "caption": "b", "start": NaN}', {}, {"a.png", "b.png"}),
-    ('{"path": "a.png", "caption": "a", "fps": true}\n{"path": "b.png", "caption": "b", "start": ' + "9" * 400 + "}", {}, {"a.png", "b.png"}),
-    ('{"path": ".", "caption": "a"}\n{"path": "~/b.png", "caption": "b"}\n{"path": "x\\\\c.png", "caption": "c"}', {}, {"", "b.png", "x\\c.png"}),
+    (
+        '{"path": "a.png", "start": ' + "9" * 5000 + '}\n{"path": "c.png", "caption": "c"}',
+        {"c.png": "c"},
+        {"m.jsonl:1"},
+    ),
+    (
+        '{"path": "a.png", "caption": "' + "w" * (2 << 20) + '"}\n{"path": "c.png", "caption": "c"}',
+        {"c.png": "c"},
+        {"m.jsonl:1"},
+    ),
+    (
+        '{"path": "a.png", "caption": ["x"]}\n{"path": "b.png", "caption": "b", "start": NaN}',
+        {},
+        {"a.png", "b.png"},
+    ),
+    (
+        '{"path": "a.png", "caption": "a", "fps": true}\n{"path": "b.png", "caption": "b", "start": '
+        + "9" * 400
+        + "}",
+        {},
+        {"a.png", "b.png"},
+    ),
+    (
+        '{"path": ".", "caption": "a"}\n{"path": "~/b.png", "caption": "b"}\n{"path": "x\\\\c.png", '
+        '"caption": "c"}',
+        {},
+        {"", "b.png", "x\\c.png"},
+    ),
     ('{"path": "m.jsonl", "caption": "text"}', {}, {"m.jsonl"}),
 ]
 
@@ -294,7 +390,9 @@ def test_lines_of_json(pictures, text, captions, named):
     source = manifest(pictures, "m.jsonl", text)
     good, bad = read(source)
     assert good == captions and {name if name != pictures.name else "" for name in bad} == named
-    assert json.loads(json.dumps([problem.as_dict() for problem in bad.values()], allow_nan=False)) is not None
+    assert (
+        json.loads(json.dumps([problem.as_dict() for problem in bad.values()], allow_nan=False)) is not None
+    )
 
 
 def test_a_json_array_is_no_json_lines(pictures):
@@ -306,19 +404,30 @@ def test_a_json_array_is_no_json_lines(pictures):
 def test_encodings_of_manifests(pictures):
     for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"):
         text = '{"path": "a.png", "caption": "caf\u00e9"}\n{"path": "b.png", "caption": "plain"}\n'
-        assert read(manifest(pictures, "m.jsonl", text.encode(encoding)))[0] == {"a.png": "caf\u00e9", "b.png": "plain"}, encoding
-        assert read(manifest(pictures, "m.csv", "path,caption\na.png,caf\u00e9\n".encode(encoding)))[0] == {"a.png": "caf\u00e9"}, encoding
-    entry = read_entries(manifest(pictures, "m.csv", "path,caption\na.png,caf\u00e9\n".encode("cp1252"))).entries[0]
+        assert read(manifest(pictures, "m.jsonl", text.encode(encoding)))[0] == {
+            "a.png": "caf\u00e9",
+            "b.png": "plain",
+        }, encoding
+        assert read(manifest(pictures, "m.csv", "path,caption\na.png,caf\u00e9\n".encode(encoding)))[0] == {
+            "a.png": "caf\u00e9"
+        }, encoding
+    entry = read_entries(
+        manifest(pictures, "m.csv", "path,caption\na.png,caf\u00e9\n".encode("cp1252"))
+    ).entries[0]
     assert "read as cp1252" in entry.note
-    # One line of another encoding in a UTF-8 file is that line's fault; so is every such line of a file in a code page that is not known for sure.
+    # One line of another encoding in a UTF-8 file is that line's fault; so is every such
+    # line of a file in a code page that is not known for sure.
     mixed = "path,caption\na.png,caf\u00e9\n".encode() + b"b.png,caf\xe9\nc.png,c\n"
     assert (
-        read(manifest(pictures, "m.csv", mixed)) == ({"a.png": "caf\u00e9", "c.png": "c"}, {"m.csv:3": read(pictures / "m.csv")[1]["m.csv:3"]})
+        read(manifest(pictures, "m.csv", mixed))
+        == ({"a.png": "caf\u00e9", "c.png": "c"}, {"m.csv:3": read(pictures / "m.csv")[1]["m.csv:3"]})
         or True
     )
     good, bad = read(pictures / "m.csv")
     assert good == {"a.png": "caf\u00e9", "c.png": "c"} and list(bad) == ["m.csv:3"]
-    good, bad = read(manifest(pictures, "m.csv", "path,caption\na.png,\u7ea2\u8272\u7684\nb.png,b\n".encode("gbk")))
+    good, bad = read(
+        manifest(pictures, "m.csv", "path,caption\na.png,\u7ea2\u8272\u7684\nb.png,b\n".encode("gbk"))
+    )
     assert good == {"b.png": "b"} and list(bad) == ["m.csv:2"]
 
 
@@ -336,22 +445,34 @@ def test_whatever_a_decoder_throws_rejects_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(each_module, "decode_clips", failing)
     info = encode(config(tmp_path, tmp_path / "out"), progress=False)
     (line,) = lines_of(tmp_path / "out" / "rejected.jsonl")
-    assert info["samples"] == 2 and (Path(line["file"]).name, line["field"]) == ("b.png", "decoder") and "AttributeError" in line["value"]
+    assert (
+        info["samples"] == 2
+        and (Path(line["file"]).name, line["field"]) == ("b.png", "decoder")
+        and "AttributeError" in line["value"]
+    )
     notes = lines_of(tmp_path / "out" / "notes.jsonl")
     assert len(notes) == 4 and {Path(note["file"]).name for note in notes} == {"a.png", "c.png"}
     assert {note["note"] for note in notes} == {
-        f"a decoder printed: {text}" for text in ("libpng warning: iCCP: known incorrect sRGB profile", "[mov] odd")
+        f"a decoder printed: {text}"
+        for text in ("libpng warning: iCCP: known incorrect sRGB profile", "[mov] odd")
     }
 
 
 def test_what_decoders_print_stays_off_the_terminal(tmp_path, capfd, monkeypatch):
     picture(tmp_path / "a.png")
     decode = each_module.decode_clips
-    monkeypatch.setattr(each_module, "decode_clips", lambda *args: (os.write(2, b"noise\n"), decode(*args))[1])
+    monkeypatch.setattr(
+        each_module, "decode_clips", lambda *args: (os.write(2, b"noise\n"), decode(*args))[1]
+    )
     encode(config(tmp_path, tmp_path / "out"))
     print("afterwards", file=sys.stderr)
     out, err = capfd.readouterr()
-    assert "noise" not in err and "1 samples" in out and "1 x a decoder printed: noise" in out and "afterwards" in err
+    assert (
+        "noise" not in err
+        and "1 samples" in out
+        and "1 x a decoder printed: noise" in out
+        and "afterwards" in err
+    )
 
 
 def test_interrupted_encode_says_where_to_go_on(tmp_path, monkeypatch):
@@ -361,7 +482,10 @@ def test_interrupted_encode_says_where_to_go_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(encode_module, "_encode_part", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="out: encoding was interrupted; finished shards are kept, the same command goes on"):
+    with pytest.raises(
+        KeyboardInterrupt,
+        match="out: encoding was interrupted; finished shards are kept, the same command goes on",
+    ):
         encode(config(tmp_path, tmp_path / "out"), progress=False)
     assert not list((tmp_path / "out").glob("*.tmp")) and not (tmp_path / "out" / ".lock").exists()
 
@@ -403,7 +527,9 @@ def test_inputs_mended_before_anything_is_encoded(tmp_path):
 
 
 def test_folders_begun_before_these_rules_continue(tmp_path):
-    """The hash of the entries is over the same facts in the same order as ever: path, size, caption, start, fps."""
+    """The hash of the entries is over the same facts in the same order as ever: path,
+    size, caption, start, fps.
+    """
     picture(tmp_path / "a.png", "one")
     picture(tmp_path / "b.mp4", None)
     rows = [
@@ -416,12 +542,20 @@ def test_folders_begun_before_these_rules_continue(tmp_path):
 
 
 def test_names_are_never_addresses(tmp_path, monkeypatch):
-    """FFmpeg takes `concat:a|b` for a request; here it is a name. A dataset's folder may have any name, too."""
+    """FFmpeg takes `concat:a|b` for a request; here it is a name. A dataset's folder may
+    have any name, too.
+    """
     write_video(tmp_path / "clip.mp4", numbered_frames(3)[:, :32, :32], "libx264")
     for name in ("concat:a|b.mp4", "file:%03d.mp4"):
         os.link(tmp_path / "clip.mp4", tmp_path / name)
     (tmp_path / "clip.mp4").unlink()
-    manifest(tmp_path, "m.jsonl", "".join(json.dumps({"path": name, "caption": name}) + "\n" for name in ("concat:a|b.mp4", "file:%03d.mp4")))
+    manifest(
+        tmp_path,
+        "m.jsonl",
+        "".join(
+            json.dumps({"path": name, "caption": name}) + "\n" for name in ("concat:a|b.mp4", "file:%03d.mp4")
+        ),
+    )
     monkeypatch.chdir(tmp_path)
     output = os.fsdecode(b"out\xfd")
     encode(config(Path("m.jsonl"), Path(output)), progress=False)
@@ -436,5 +570,17 @@ def test_interrupted_command_ends_with_130(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(encode_module, "_encode_part", interrupted)
     with pytest.raises(SystemExit) as ended:
-        main(["encode", "--source", str(tmp_path), "--output", str(tmp_path / "out"), "--height", "8", "--width", "8"])
+        main(
+            [
+                "encode",
+                "--source",
+                str(tmp_path),
+                "--output",
+                str(tmp_path / "out"),
+                "--height",
+                "8",
+                "--width",
+                "8",
+            ]
+        )
     assert ended.value.code == 130 and "the same command goes on" in capsys.readouterr().err

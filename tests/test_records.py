@@ -1,4 +1,6 @@
-"""Numbers, names of files and records that commands take from outside: each right, or refused by one message that names field, value and remedy."""
+"""Numbers, names of files and records that commands take from outside: each right, or
+refused by one message that names field, value and remedy.
+"""
 
 import json
 import math
@@ -68,7 +70,23 @@ def schedule_of(**changes):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "F", "F=", "F=1=2", "F=1,F=2", "F=nan", "F=inf", "F=0", "I=-1", "W=1e300", "memory=2", "f=1", "F=1;I=2", "F=" + "9" * 5000]
+    "text",
+    [
+        "",
+        "F",
+        "F=",
+        "F=1=2",
+        "F=1,F=2",
+        "F=nan",
+        "F=inf",
+        "F=0",
+        "I=-1",
+        "W=1e300",
+        "memory=2",
+        "f=1",
+        "F=1;I=2",
+        "F=" + "9" * 5000,
+    ],
 )
 def test_a_cost_that_is_none_is_quoted(text):
     with pytest.raises(ValueError, match=r"F=1,I=1\.8,W=0\.3") as caught:
@@ -119,12 +137,18 @@ def test_files_that_cannot_be_written_are_found_before_anything_is_read(tmp_path
     for options in ({"json": "json"}, {"dump": "dump"}, {"picture": "picture"}):
         (name,) = options
         with pytest.raises(ValueError, match=rf"^{name}=.*is a folder"):
-            schedule(ScheduleConfig(ranks=512, microbatches=4, **{name: str(tmp_path / "a folder")}))  # would take long
+            # Would take long
+            schedule(ScheduleConfig(ranks=512, microbatches=4, **{name: str(tmp_path / "a folder")}))
     with pytest.raises(ValueError, match=r"^json=.*is a folder"):
         plan(None, PlanConfig(json=str(tmp_path / "a folder")))
     with pytest.raises(ValueError, match=r"picture=.*ends with none of \.png, \.svg"):
         schedule(ScheduleConfig(picture=str(tmp_path / "timeline.bmp")))
-    assert (tmp_path / "file").read_text() == "kept" and sorted(path.name for path in tmp_path.iterdir()) == ["a folder", "dangling", "file", "pipe"]
+    assert (tmp_path / "file").read_text() == "kept" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "a folder",
+        "dangling",
+        "file",
+        "pipe",
+    ]
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
@@ -147,7 +171,11 @@ def test_good_places_are_written(tmp_path):
         outputs.write("json", tmp_path / name, "{}")
     assert (tmp_path / "a.json").read_text() == "{}"
     schedule(ScheduleConfig(**SMALL, json=str(tmp_path / "s.json"), dump=str(tmp_path / "s.txt")))
-    assert set(json.loads((tmp_path / "s.json").read_text())["bubble"]) == {"apart_1f1b", "apart_zb", "interleaved"}
+    assert set(json.loads((tmp_path / "s.json").read_text())["bubble"]) == {
+        "apart_1f1b",
+        "apart_zb",
+        "interleaved",
+    }
 
 
 def test_what_cannot_be_written_after_all_is_named():
@@ -172,13 +200,28 @@ def nested(depth: int) -> str:
         (nested(100_000), "nested too deeply"),
         (b"\xff\xfe\xfa", "not JSON"),
         *(({"device": value}, "device: Expected str") for value in (None, 3, [])),
-        *(({"width": value}, "width: (Expected int|Integer|Number)") for value in (0, -1, 1.5, "64", None, True, NAN, 10**30)),
-        *(({"mlp_ratio": value}, "mlp_ratio: (Expected int|Integer|Number)") for value in (0, -1, "4", None, NAN, INF, 10**30)),
-        *(({"visual_tokens": value}, "visual_tokens: (Expected int|Integer|Number)") for value in (0, -1, "1", INF, 10**30)),
-        *(({"text_tokens": value}, "text_tokens: (Expected int|Integer|Number)") for value in (-1, "1", 10**30)),
+        *(
+            ({"width": value}, "width: (Expected int|Integer|Number)")
+            for value in (0, -1, 1.5, "64", None, True, NAN, 10**30)
+        ),
+        *(
+            ({"mlp_ratio": value}, "mlp_ratio: (Expected int|Integer|Number)")
+            for value in (0, -1, "4", None, NAN, INF, 10**30)
+        ),
+        *(
+            ({"visual_tokens": value}, "visual_tokens: (Expected int|Integer|Number)")
+            for value in (0, -1, "1", INF, 10**30)
+        ),
+        *(
+            ({"text_tokens": value}, "text_tokens: (Expected int|Integer|Number)")
+            for value in (-1, "1", 10**30)
+        ),
         *(({"blocks": value}, "blocks: Expected object") for value in (None, [], 3)),
         *(
-            ({"blocks": {"bf16": {"F": value, "I": 1.0, "W": 1.0}}}, r"blocks, bf16: F: (Expected float|Number)")
+            (
+                {"blocks": {"bf16": {"F": value, "I": 1.0, "W": 1.0}}},
+                r"blocks, bf16: F: (Expected float|Number)",
+            )
             for value in (0.0, -1.0, NAN, INF, "1", None, 1e300)
         ),
         ({"blocks": {"bf16": {"F": 1.0}}}, "missing required field I"),
@@ -189,7 +232,13 @@ def nested(depth: int) -> str:
 )
 def test_a_calibration_that_is_none_is_refused_by_field(tmp_path, text, said):
     file = tmp_path / "calibration.json"
-    file.write_bytes(json.dumps(CALIBRATION | text).encode() if isinstance(text, dict) else text.encode() if isinstance(text, str) else text)
+    file.write_bytes(
+        json.dumps(CALIBRATION | text).encode()
+        if isinstance(text, dict)
+        else text.encode()
+        if isinstance(text, str)
+        else text
+    )
     with pytest.raises(ValueError, match=said) as caught:
         calibration.read(str(file))
     message = str(caught.value)
@@ -202,7 +251,12 @@ def test_a_calibration_that_is_none_is_refused_by_field(tmp_path, text, said):
 
 def test_a_calibration_that_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, said in {"none.json": "No such file", "": "directory|plain", "pipe": "no plain file", "x" * 5000: "too long"}.items():
+    for name, said in {
+        "none.json": "No such file",
+        "": "directory|plain",
+        "pipe": "no plain file",
+        "x" * 5000: "too long",
+    }.items():
         with pytest.raises(ValueError, match=said) as caught:
             calibration.read(str(tmp_path / name))
         assert "gpu.sh" in str(caught.value)

@@ -27,7 +27,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        self.references += [attrs[name] for name in ("src", "href", "xlink:href", "srcset") if attrs.get(name)]
+        self.references += [
+            attrs[name] for name in ("src", "href", "xlink:href", "srcset") if attrs.get(name)
+        ]
         if tag == "img":
             self.images.append(attrs)
         if tag not in self.VOID:
@@ -60,7 +62,8 @@ def rows(stage_length=40):
 def full_report() -> Report:
     generator = torch.Generator().manual_seed(0)
     grids = {
-        name: torch.rand(3, 3, 1, 8, 8, generator=generator) * 2 - 1 for name in ("real", "diffusion 25 steps", "consistency 1 step", "APT 1 step")
+        name: torch.rand(3, 3, 1, 8, 8, generator=generator) * 2 - 1
+        for name in ("real", "diffusion 25 steps", "consistency 1 step", "APT 1 step")
     }
     clips = {"real": torch.rand(3, 3, 5, 8, 16, generator=generator) * 2 - 1}
     table = (
@@ -77,7 +80,14 @@ def full_report() -> Report:
         ablation=rows(),
     )
     videos = Section("videos", PROMPTS, clips, fps=4.0)
-    return Report("A <title>", (images, videos), {"images/flow": 75.0, "images/apt": 3.5}, '{"lr": "<1e-4>"}', ("A note & more.",), ("videos/flow",))
+    return Report(
+        "A <title>",
+        (images, videos),
+        {"images/flow": 75.0, "images/apt": 3.5},
+        '{"lr": "<1e-4>"}',
+        ("A note & more.",),
+        ("videos/flow",),
+    )
 
 
 def test_the_page_is_self_contained_and_well_formed():
@@ -90,11 +100,31 @@ def test_the_page_is_self_contained_and_well_formed():
 
 def test_every_number_of_the_table_is_on_the_page():
     text = Page(render(full_report())).text
-    for number in ("0.287", "0.975", "0.755", "2.500", "0.871", "0.610", "0.500", "0.982", "0.740", "1.25 ms", "1.50 s", "1 min 15 s"):
+    for number in (
+        "0.287",
+        "0.975",
+        "0.755",
+        "2.500",
+        "0.871",
+        "0.610",
+        "0.500",
+        "0.982",
+        "0.740",
+        "1.25 ms",
+        "1.50 s",
+        "1 min 15 s",
+    ):
         assert number in text, number
     assert "0.20 ×" in text  # APT against consistency
     assert "–" in text  # what is not measured
-    for part in ("A <title>", "a handwritten <two>", '{"lr": "<1e-4>"}', "A note & more.", "videos/flow", FLOOR):
+    for part in (
+        "A <title>",
+        "a handwritten <two>",
+        '{"lr": "<1e-4>"}',
+        "A note & more.",
+        "videos/flow",
+        FLOOR,
+    ):
         assert part in text, part
     assert "0.925 with aR1" in text  # the median of 1.3 - 0.01 i over the last four of 40 updates
 
@@ -111,7 +141,11 @@ def test_every_picture_is_the_sample_it_stands_for():
         assert picture.size[0] % (16 if kind == "gif" else 8) == 0
         assert int(attributes["width"]) == picture.size[0]
     first = page.images[0]
-    stored = Image.open(io.BytesIO(base64.b64decode(first["src"].split("base64,")[1]))).convert("RGB").resize((8, 8), Image.Resampling.NEAREST)
+    stored = (
+        Image.open(io.BytesIO(base64.b64decode(first["src"].split("base64,")[1])))
+        .convert("RGB")
+        .resize((8, 8), Image.Resampling.NEAREST)
+    )
     want = ((report.sections[0].grids["real"][0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0)
     got = torch.frombuffer(bytearray(stored.tobytes()), dtype=torch.uint8).view(8, 8, 3)
     assert torch.equal(got, want)

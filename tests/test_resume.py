@@ -27,7 +27,13 @@ def opened(folder, start: int) -> None:
 
 
 def test_rows_after_the_checkpoint_and_lines_that_are_none_are_kept_beside(tmp_path):
-    lines = [b'{"iteration": 1, "loss": 2.0}\n', b'{"iteration": 2, "loss": NaN}\n', b"\xff\xfe\n", b"[" * 9000 + b"\n", b'{"iteration": 1e400}\n']
+    lines = [
+        b'{"iteration": 1, "loss": 2.0}\n',
+        b'{"iteration": 2, "loss": NaN}\n',
+        b"\xff\xfe\n",
+        b"[" * 9000 + b"\n",
+        b'{"iteration": 1e400}\n',
+    ]
     lines += [b'{"iteration": "3"}\n', b"\n", b'{"iteration": 3, "loss": 1.0}\n', b'{"iteration": 4, "lo']
     (tmp_path / "log.jsonl").write_bytes(b"".join(lines))
     (tmp_path / "log.discarded.jsonl").write_bytes(b"before\n")
@@ -53,9 +59,13 @@ PLANTS = {
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_log_that_is_none_is_refused_by_name(tmp_path, plant):
     PLANTS[plant](tmp_path / "log.jsonl")
-    with pytest.raises(LogError, match=r"log\.jsonl: (is no plain file; move|has a line of .* move|cannot be written)"):
+    with pytest.raises(
+        LogError, match=r"log\.jsonl: (is no plain file; move|has a line of .* move|cannot be written)"
+    ):
         opened(tmp_path, start=0)
-    with pytest.raises(LogError, match=r"log\.jsonl: (is no plain file; move|has a line of .* move|cannot be read)"):
+    with pytest.raises(
+        LogError, match=r"log\.jsonl: (is no plain file; move|has a line of .* move|cannot be read)"
+    ):
         read_rows(tmp_path / "log.jsonl")
 
 
@@ -121,13 +131,21 @@ def test_afresh_beside_damaged_commits_sets_them_aside(short, tmp_path):
         (folder / "state.json").write_text("{")
     (run / "checkpoints" / "latest").unlink()
     begin(RunConfig(output=str(run), fresh=True))
-    assert sorted(os.listdir(run / "checkpoints-before-0")) == sorted({*os.listdir(short / "checkpoints")} - {"latest"})
+    assert sorted(os.listdir(run / "checkpoints-before-0")) == sorted(
+        {*os.listdir(short / "checkpoints")} - {"latest"}
+    )
     assert not (run / "checkpoints").exists()
 
 
 def test_a_lost_latest_is_found_again(short, tmp_path):
     run = shutil.copytree(short, tmp_path / "run")
-    for plant in (lambda place: None, os.mkfifo, os.mkdir, lambda place: os.symlink("gone", place), lambda place: os.symlink("/dev/zero", place)):
+    for plant in (
+        lambda place: None,
+        os.mkfifo,
+        os.mkdir,
+        lambda place: os.symlink("gone", place),
+        lambda place: os.symlink("/dev/zero", place),
+    ):
         pointer = run / "checkpoints" / "latest"
         pointer.rmdir() if pointer.is_dir() else pointer.unlink(missing_ok=True)
         plant(pointer)
@@ -148,9 +166,13 @@ def test_a_folder_called_latest_is_kept_beside(tmp_path):
     assert (tmp_path / "latest").read_text() == "iteration-00000004" and os.listdir(aside) == ["inside"]
 
 
-def test_the_same_data_goes_on_under_another_path_and_other_data_under_the_same_is_named(mesh, datasets, short, tmp_path):
+def test_the_same_data_goes_on_under_another_path_and_other_data_under_the_same_is_named(
+    mesh, datasets, short, tmp_path
+):
     state = store.read_state(store.latest(short))
-    assert [dataset["digest"] for dataset in state["data"]] == [identify(LatentShards(datasets / name)).digest for name in ("images", "videos")]
+    assert [dataset["digest"] for dataset in state["data"]] == [
+        identify(LatentShards(datasets / name)).digest for name in ("images", "videos")
+    ]
     moved = shutil.copytree(datasets, tmp_path / "moved")
     run = config(moved, shutil.copytree(short, tmp_path / "run"), "flow", iterations=4)
     train(run, mesh)
@@ -160,23 +182,39 @@ def test_the_same_data_goes_on_under_another_path_and_other_data_under_the_same_
     first = json.loads(lines[0])
     index.write_text(json.dumps(first | {"caption": "another"}) + "\n" + "".join(lines[1:]), encoding="utf-8")
     about = json.loads((moved / "images" / "dataset.json").read_text())
-    (moved / "images" / "dataset.json").write_text(json.dumps({name: value for name, value in about.items() if name != "index_sha256"}))
-    with pytest.raises(CheckpointError, match=r"data\.shards\[0\]: .*moved/images holds other data .*than the dataset the checkpoint was trained on"):
+    (moved / "images" / "dataset.json").write_text(
+        json.dumps({name: value for name, value in about.items() if name != "index_sha256"})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"data\.shards\[0\]: .*moved/images holds other data .*than the dataset the checkpoint was trained on",
+    ):
         train(replace(run, iterations=5), mesh)
 
 
 def test_differences_are_shown_short(tmp_path):
     wanted = json.loads(json.dumps(to_dict(RunConfig())))
     stored = wanted | {"method": "x" * 300_000, **{f"field{i}": i for i in range(1000)}, "y" * 300_000: 1}
-    with pytest.raises(CheckpointError, match=r"method: 'x.*\(300002 characters\) in the checkpoint.*and 990 more") as refused:
+    with pytest.raises(
+        CheckpointError, match=r"method: 'x.*\(300002 characters\) in the checkpoint.*and 990 more"
+    ) as refused:
         check_same_run(stored, wanted, tmp_path)
     assert len(str(refused.value)) < 5000
 
 
 def test_a_second_interrupt_ends_at_once():
-    code = "import os, signal, time\nfrom megatron_apt import guards\nguards._ONE_PRESS = 0.1\nwith guards.Signals() as signals:\n"
-    code += "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n"  # as torchrun repeats what the terminal sent
-    code += "    print(signals.received, flush=True)\n    time.sleep(0.2)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('still here')"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    code = (
+        "import os, signal, time\nfrom megatron_apt import guards\nguards._ONE_PRESS = 0.1\nwith "
+        "guards.Signals() as signals:\n"
+    )
+    # As torchrun repeats what the terminal sent
+    code += "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    code += (
+        "    print(signals.received, flush=True)\n    time.sleep(0.2)\n    os.kill(os.getpid(), "
+        "signal.SIGINT)\n    print('still here')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (130, f"{signal.SIGINT.value}\n")
     assert done.stderr.count("saving after this iteration; Ctrl-C again ends at once") == 1

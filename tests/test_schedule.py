@@ -1,7 +1,9 @@
-"""Schedules: what they must keep, that the checker proves it, and that the builders keep it.
+"""Schedules: what they must keep, that the checker proves it, and that the builders keep
+it.
 
-The judge is a symbolic machine that knows nothing of edges or versions: every rank runs its list, a value is a hash of all that went into it, weights
-change at STEP by what W has summed up. Equal final weights mean equal gradients.
+The judge is a symbolic machine that knows nothing of edges or versions: every rank runs
+its list, a value is a hash of all that went into it, weights change at STEP by what W has
+summed up. Equal final weights mean equal gradients.
 """
 
 import json
@@ -29,12 +31,27 @@ APT = METHODS["apt"](RunConfig(method="apt"), None).phases
 
 def window(phases=APT, ranks=2, microbatches=3, iterations=2, chunks=1, cost=None, **options) -> Window:
     roles = roles_of(phases)
-    return Window(phases, dict.fromkeys(roles, placement(ranks, chunks)), microbatches, iterations, dict.fromkeys(roles, cost or Cost()), **options)
+    return Window(
+        phases,
+        dict.fromkeys(roles, placement(ranks, chunks)),
+        microbatches,
+        iterations,
+        dict.fromkeys(roles, cost or Cost()),
+        **options,
+    )
 
 
 def inputs_of(graph: Graph, task: Task) -> list[Task]:
-    """Where a task's data comes from: the stage before or behind it, the segments that it reads or that read it, what it kept itself."""
-    (branch,) = (b for phase in graph.window.phases if phase.name == task.phase for b in phase.branches if b.name == task.branch)
+    """Where a task's data comes from: the stage before or behind it, the segments that it
+    reads or that read it, what it kept itself.
+    """
+    (branch,) = (
+        b
+        for phase in graph.window.phases
+        if phase.name == task.phase
+        for b in phase.branches
+        if b.name == task.branch
+    )
 
     def other(kind: str, s: int, stage: int) -> Task:
         role = branch.segments[s].role
@@ -44,7 +61,9 @@ def inputs_of(graph: Graph, task: Task) -> list[Task]:
     if task.kind == "W":
         return [task._replace(kind="I")]
     if task.kind == "I":
-        readers = [i for i, segment in enumerate(branch.segments) if s in segment.reads and segment.grad != "none"]
+        readers = [
+            i for i, segment in enumerate(branch.segments) if s in segment.reads and segment.grad != "none"
+        ]
         behind = [other("I", r, 0) for r in readers] if last else [other("I", s, stage + 1)]
         return [task._replace(kind="F"), *behind]
     sources = [other("F", s, stage - 1)] if stage else [other("F", r, -1) for r in branch.segments[s].reads]
@@ -57,7 +76,11 @@ class Weights:
     """Hashes of every stage's weights, and of the gradients summed up for them."""
 
     def __init__(self, graph: Graph):
-        self.rank = {(role, stage): rank for role, ranks in graph.window.placement.items() for stage, rank in enumerate(ranks)}
+        self.rank = {
+            (role, stage): rank
+            for role, ranks in graph.window.placement.items()
+            for stage, rank in enumerate(ranks)
+        }
         self.present = {place: hash(place) for place in self.rank}
         self.gradients: Counter = Counter()
 
@@ -86,7 +109,10 @@ def weights_after(graph: Graph, order) -> dict | None:
                     weights.step(task, weights.gradients)
                 else:
                     sources = inputs_of(graph, task)
-                    if any(source not in values and graph.rank[graph.number[source]] == rank for source in sources):
+                    if any(
+                        source not in values and graph.rank[graph.number[source]] == rank
+                        for source in sources
+                    ):
                         return None
                     if any(source not in values for source in sources):
                         break
@@ -114,7 +140,9 @@ def mutated(lists, rng: random.Random) -> list[list]:
 
 
 def assert_harm_is_refused(lists, weights, prove, harmless: int, seed: int = 0) -> None:
-    """1,000 mutations that change `weights(lists)` are all refused by `prove`, and more than so many that change nothing are not."""
+    """1,000 mutations that change `weights(lists)` are all refused by `prove`, and more
+    than so many that change nothing are not.
+    """
     rng, want = random.Random(seed), weights(lists)
     assert want is not None
     harmful = passed = 0
@@ -133,12 +161,18 @@ def assert_harm_is_refused(lists, weights, prove, harmless: int, seed: int = 0) 
 
 def alternation(graph: Graph):
     """Everything in the order in which the method says it, on each rank."""
-    return [[t for t in range(len(graph.tasks)) if graph.rank[t] == rank] for rank in range(graph.window.ranks)]
+    return [
+        [t for t in range(len(graph.tasks)) if graph.rank[t] == rank] for rank in range(graph.window.ranks)
+    ]
 
 
 @pytest.mark.parametrize(
     "task",
-    [Task("F", "generator", 2, 0, "d", "fake", 0, 13), Task("W", "my.teacher", 0, 3, "a", "b.c", 1, 0), Task("STEP", "discriminator", 7, 2, "d")],
+    [
+        Task("F", "generator", 2, 0, "d", "fake", 0, 13),
+        Task("W", "my.teacher", 0, 3, "a", "b.c", 1, 0),
+        Task("STEP", "discriminator", 7, 2, "d"),
+    ],
 )
 def test_actions_are_read_as_they_are_written(task):
     assert Task.parse(str(task)) == task
@@ -146,7 +180,14 @@ def test_actions_are_read_as_they_are_written(task):
 
 @pytest.mark.parametrize(
     "text",
-    ["F generator.2 i0 d/fake.0", "B generator.2 i0 d/fake.0 m3", "STEP generator i0 g", "STEP generator.0 i0", "F generator.2 i0 d/fake.0 3", ""],
+    [
+        "F generator.2 i0 d/fake.0",
+        "B generator.2 i0 d/fake.0 m3",
+        "STEP generator i0 g",
+        "STEP generator.0 i0",
+        "F generator.2 i0 d/fake.0 3",
+        "",
+    ],
 )
 def test_other_text_is_refused(text):
     with pytest.raises(ValueError, match="is not an action; one reads"):
@@ -159,7 +200,10 @@ def test_the_graph_of_apt_counts_what_the_method_says():
     assert graph.load == [15.0 * 5 * 2] * 4
     assert sum(graph.live) == pytest.approx(0)
     kinds = Counter((t.kind, t.phase, t.branch) for t in graph.tasks)
-    assert kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2 and kinds["STEP", "g", ""] == kinds["STEP", "d", ""] == 4 * 2
+    assert (
+        kinds["W", "g", "fake"] == kinds["F", "d", "real"] == 8 * 5 * 2
+        and kinds["STEP", "g", ""] == kinds["STEP", "d", ""] == 4 * 2
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -173,7 +217,9 @@ def test_the_graph_of_apt_counts_what_the_method_says():
     room=st.sampled_from([0, 0.5, 1, 3, 9]),
     seed=st.integers(0, 99),
 )
-def test_interleaved_schedules_compute_what_alternation_computes(ranks, microbatches, iterations, chunks, message, cost, room, seed):
+def test_interleaved_schedules_compute_what_alternation_computes(
+    ranks, microbatches, iterations, chunks, message, cost, room, seed
+):
     graph = Graph(window(APT, ranks, microbatches, iterations, chunks, cost, message=message))
     cap = 2 + room  # a microbatch takes 2: of G and D, or of the stacked pair
     built = search(graph, start(APT), cap, evaluations=seed % 5)
@@ -193,10 +239,16 @@ _CONSISTENCY = (
     Segment("generator", "full", feed, feed),
 )
 METHODS_UNDER_TEST = {
-    "flow": (Phase("flow", (Branch("flow", (Segment("generator", "full", feed, feed),), feed),), "generator"),),
+    "flow": (
+        Phase("flow", (Branch("flow", (Segment("generator", "full", feed, feed),), feed),), "generator"),
+    ),
     "consistency": (Phase("c", (Branch("c", _CONSISTENCY, feed, reads=(0, 1)),), "generator"),),
-    "relativistic": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None).phases,
-    "unmatched": METHODS["apt"](RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None).phases,
+    "relativistic": METHODS["apt"](
+        RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None
+    ).phases,
+    "unmatched": METHODS["apt"](
+        RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None
+    ).phases,
 }
 
 
@@ -214,7 +266,9 @@ def test_phases_apart_is_1f1b_and_keeps_its_memory(split):
     built = phases_apart(graph, 8)
     check(graph, built.order, 8)
     assert weights_after(graph, built.order) == weights_after(graph, alternation(graph)) is not None
-    flow = Graph(window(METHODS_UNDER_TEST["flow"], ranks=4, microbatches=8, iterations=1, split=False, apart=True))
+    flow = Graph(
+        window(METHODS_UNDER_TEST["flow"], ranks=4, microbatches=8, iterations=1, split=False, apart=True)
+    )
     apart = phases_apart(flow, 8)
     assert apart.timeline.makespan == 3 * (8 + 4 - 1)  # 1F1B: (M + P - 1)(F + B)
     assert apart.timeline.peak_live == [4, 3, 2, 1]
@@ -223,7 +277,9 @@ def test_phases_apart_is_1f1b_and_keeps_its_memory(split):
 def test_mutations_that_change_meaning_are_caught():
     graph = Graph(window(ranks=3, microbatches=3))
     order = search(graph, start(APT), 10, evaluations=0).order
-    assert_harm_is_refused(order, lambda lists: weights_after(graph, lists), lambda lists: check(graph, lists), harmless=20)
+    assert_harm_is_refused(
+        order, lambda lists: weights_after(graph, lists), lambda lists: check(graph, lists), harmless=20
+    )
 
 
 def test_the_checker_names_what_is_wrong():
@@ -239,7 +295,10 @@ def test_the_checker_names_what_is_wrong():
     for change, message in [
         (lambda o: o[0].remove(step), r"STEP generator\.0 i0 g is missing"),
         (lambda o: o[0].append(step), r"STEP generator\.0 i0 g is there 2 times"),
-        (lambda o: (o[0].remove(step), o[1].append(step)), r"STEP generator\.0 i0 g is on rank 1, its weights are on rank 0"),
+        (
+            lambda o: (o[0].remove(step), o[1].append(step)),
+            r"STEP generator\.0 i0 g is on rank 1, its weights are on rank 0",
+        ),
         (
             lambda o: (o[0].remove(step), o[0].insert(0, step)),
             r"rank 0 runs STEP generator\.0 i0 g before .* g/fake\.0 m., which it needs",
@@ -255,13 +314,20 @@ def test_the_checker_names_what_is_wrong():
 def test_ranks_that_wait_for_each_other_are_named():
     flow = METHODS_UNDER_TEST["flow"]
     graph = Graph(window(flow, ranks=2, microbatches=2, iterations=1))
-    f = [[graph.number[Task("F", "generator", stage, 0, "flow", "flow", 0, m)] for m in range(2)] for stage in range(2)]
-    i = [[graph.number[Task("I", "generator", stage, 0, "flow", "flow", 0, m)] for m in range(2)] for stage in range(2)]
+    f = [
+        [graph.number[Task("F", "generator", stage, 0, "flow", "flow", 0, m)] for m in range(2)]
+        for stage in range(2)
+    ]
+    i = [
+        [graph.number[Task("I", "generator", stage, 0, "flow", "flow", 0, m)] for m in range(2)]
+        for stage in range(2)
+    ]
     with pytest.raises(Stuck, match=r"rank 0 at I generator\.0 .* m0; rank 1 at F generator\.1 .* m1"):
         simulate(graph, [[f[0][0], i[0][0], f[0][1]], [f[1][1], f[1][0]]])
 
 
-ATTENTION = Cost(1, 1.8, 0.3)  # attention's input gradient costs more than its forward, and it has few weights
+# Attention's input gradient costs more than its forward, and it has few weights
+ATTENTION = Cost(1, 1.8, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +361,9 @@ def test_search_finds_the_way_without_a_start():
 def test_a_schedule_run_backwards_keeps_to_the_graph_and_its_memory():
     graph = Graph(window(APT, 3, 4, 2, 2, ATTENTION, message=0.1))
     listed = list_schedule(graph, range(len(graph.tasks)), 4)
-    turned = list_schedule(graph, [-at - time for at, time in zip(listed.start, graph.time, strict=True)], 4, backwards=True)
+    turned = list_schedule(
+        graph, [-at - time for at, time in zip(listed.start, graph.time, strict=True)], 4, backwards=True
+    )
     check(graph, turned.order, 4)
     timeline = simulate(graph, turned.order)
     assert timeline.makespan <= turned.makespan + 1e-9
@@ -304,7 +372,9 @@ def test_a_schedule_run_backwards_keeps_to_the_graph_and_its_memory():
 
 
 def test_memory_bounds_the_makespan():
-    """One rank, F = I = W: a microbatch holds 1 from the start of F to the end of W, so no two of them fit beside each other."""
+    """One rank, F = I = W: a microbatch holds 1 from the start of F to the end of W, so
+    no two of them fit beside each other.
+    """
     graph = Graph(window(METHODS_UNDER_TEST["flow"], ranks=1, microbatches=3, iterations=1))
     assert lower_bound(graph) == lower_bound(graph, 1) == 9
     deep = Graph(window(METHODS_UNDER_TEST["flow"], ranks=4, microbatches=6, iterations=1))
@@ -320,7 +390,13 @@ def test_a_large_schedule_is_built():
 
 def test_a_placement_must_load_every_rank_alike():
     with pytest.raises(ValueError, match=r"placement of 'generator' gives the ranks \[2, 1\] stages"):
-        Window(APT, {"generator": (0, 1, 0), "discriminator": (0, 1)}, 1, 1, {"generator": Cost(), "discriminator": Cost()})
+        Window(
+            APT,
+            {"generator": (0, 1, 0), "discriminator": (0, 1)},
+            1,
+            1,
+            {"generator": Cost(), "discriminator": Cost()},
+        )
     with pytest.raises(ValueError, match="role 'discriminator' of the method has no placement"):
         Window(APT, {"generator": (0, 1)}, 1, 1, {"generator": Cost()})
 
@@ -333,7 +409,9 @@ def test_the_command_writes_figures_lists_and_a_picture(tmp_path, capsys):
     assert "interleaved" in capsys.readouterr().out
     figures = json.loads(Path(files["json"]).read_text())
     frontier = figures["frontier"]
-    assert list(frontier) == ["4", "6", "8", "12", "16"] and sorted(frontier.values(), reverse=True) == list(frontier.values())
+    assert list(frontier) == ["4", "6", "8", "12", "16"] and sorted(frontier.values(), reverse=True) == list(
+        frontier.values()
+    )
     assert frontier["8"] <= figures["bubble"]["interleaved"]
     for figure in ("bubble", "peak_live", "bound"):
         assert figures[figure].keys() == {"apart_1f1b", "apart_zb", "interleaved"}
@@ -353,4 +431,6 @@ def test_a_bad_cost_is_refused(cost):
 
 def test_too_little_memory_is_said():
     with pytest.raises(ValueError, match=r"never find room in 1\.5 activations"):
-        schedules(ScheduleConfig(ranks=3, microbatches=4, iterations=1, cap=1.5, evaluations=3, compare=False))
+        schedules(
+            ScheduleConfig(ranks=3, microbatches=4, iterations=1, cap=1.5, evaluations=3, compare=False)
+        )

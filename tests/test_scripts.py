@@ -1,4 +1,6 @@
-"""The scripts under tools/: bad arguments and files of the wrong kind end with one message, before any work."""
+"""The scripts under tools/: bad arguments and files of the wrong kind end with one
+message, before any work.
+"""
 
 import importlib.util
 import os
@@ -75,7 +77,9 @@ def test_a_file_for_results_is_looked_at_before_the_work(script, tmp_path, name)
 def test_numbers_that_mean_nothing_are_named(script, name, option, values):
     for value in values:
         code, text = script(name, *ARGUMENTS[name], option, value)
-        assert code == 2 and re.search(rf"argument {option}: '{value}' is not a (whole )?number between", text), text
+        assert code == 2 and re.search(
+            rf"argument {option}: '{value}' is not a (whole )?number between", text
+        ), text
 
 
 @pytest.mark.parametrize("name", ["compare_runs", "show_schedule"])
@@ -87,10 +91,19 @@ def test_files_that_are_not_there_or_of_another_kind_are_named(script, tmp_path,
     for place in ("none", "pipe", "folder", "bytes", "empty"):
         files = [tmp_path / place] * (2 if name == "compare_runs" else 1)
         code, text = script(name, *files)
-        assert code == 1 and text.startswith(f"{name}: ") and str(tmp_path / place) in text and "\n" not in text
+        assert (
+            code == 1 and text.startswith(f"{name}: ") and str(tmp_path / place) in text and "\n" not in text
+        )
 
 
-@pytest.mark.parametrize("head", ["microbatches 1000000000 iterations 1 shared 0 split 1", "microbatches 1 iterations -1 shared 0 split 1", "x" * 10])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "microbatches 1000000000 iterations 1 shared 0 split 1",
+        "microbatches 1 iterations -1 shared 0 split 1",
+        "x" * 10,
+    ],
+)
 def test_action_lists_that_claim_what_they_do_not_hold_are_refused(script, tmp_path, head):
     (tmp_path / "a.txt").write_text(head + "\nrank 0\n")
     code, text = script("show_schedule", tmp_path / "a.txt")
@@ -108,7 +121,10 @@ def test_other_errors_keep_their_traceback_and_ctrl_c_has_none(monkeypatch, caps
 
     with pytest.raises(AttributeError, match="a fault"):
         scripts.run(raising(AttributeError("a fault")))
-    for error, code in ((KeyboardInterrupt(), 130), (ValueError("x=1: wrong"), "a_tool: ValueError: x=1: wrong")):
+    for error, code in (
+        (KeyboardInterrupt(), 130),
+        (ValueError("x=1: wrong"), "a_tool: ValueError: x=1: wrong"),
+    ):
         with pytest.raises(SystemExit) as ended:
             scripts.run(raising(error))
         assert ended.value.code == code

@@ -20,16 +20,27 @@ def started(code: str) -> subprocess.Popen:
     beginning += f"spec = importlib.util.spec_from_file_location('signals', {signals.__file__!r})\n"
     beginning += "signals = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(signals)\nsignals._PATIENCE = 0.2\nsignals.stand()\n"
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
-    process = subprocess.Popen([sys.executable, "-S", "-c", beginning + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", beginning + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("busy", ["time.sleep(60)", "import ctypes; ctypes.CDLL(None).pause(); ctypes.CDLL(None).pause()"], ids=["python", "a call"])
+@pytest.mark.parametrize(
+    "busy",
+    ["time.sleep(60)", "import ctypes; ctypes.CDLL(None).pause(); ctypes.CDLL(None).pause()"],
+    ids=["python", "a call"],
+)
 def test_a_signal_during_start_up_ends_with_the_requeue_code(number, busy):
     process = started(
-        f"signals.requeue_with(42)\nprint('ready', flush=True)\nwhile True:\n    try:\n        {busy}\n    except Exception:\n        pass"
+        f"signals.requeue_with(42)\nprint('ready', flush=True)\nwhile True:\n    try:\n        {busy}\n    "
+        "except Exception:\n        pass"
     )
     process.send_signal(number)
     assert process.wait(30) == 42
@@ -58,12 +69,27 @@ def test_only_training_programs_take_signals(argv, training):
 
 
 def submitted(folder: Path, code: str, state: str = "RUNNING None", **env: str) -> tuple[int, str]:
-    """Exit code of the batch script, and what it asked of SLURM, where its tasks end with `code` and the job is in this state then."""
-    for name, body in (("srun", f"trap : TERM\n{code}"), ("scontrol", f'echo "$@" >> {folder}/asked'), ("squeue", f"echo {state}")):
+    """Exit code of the batch script, and what it asked of SLURM, where its tasks end with
+    `code` and the job is in this state then.
+    """
+    for name, body in (
+        ("srun", f"trap : TERM\n{code}"),
+        ("scontrol", f'echo "$@" >> {folder}/asked'),
+        ("squeue", f"echo {state}"),
+    ):
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
-    shared = dict(os.environ, PATH=f"{folder}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(folder), SLURM_CPUS_PER_TASK="12", **env)
-    done = subprocess.run(["bash", str(SCRIPT), "r.py:f"], env=shared, capture_output=True, text=True, timeout=60)
+    shared = dict(
+        os.environ,
+        PATH=f"{folder}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_SUBMIT_DIR=str(folder),
+        SLURM_CPUS_PER_TASK="12",
+        **env,
+    )
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "r.py:f"], env=shared, capture_output=True, text=True, timeout=60
+    )
     asked = folder / "asked"
     text = asked.read_text() if asked.exists() else ""
     asked.unlink(missing_ok=True)
@@ -81,7 +107,11 @@ def submitted(folder: Path, code: str, state: str = "RUNNING None", **env: str) 
         ("exit 138", 0, "requeue 7\n"),
         ("kill -TERM $PPID; sleep 0.3; exit 99", 0, "requeue 7\n"),  # SLURM signals the batch shell too
         ("kill -USR1 $PPID; sleep 0.1; kill -TERM $PPID; sleep 0.1; exit 1", 1, ""),
-        ('[ "$SRUN_CPUS_PER_TASK $*" = "12 --kill-on-bad-exit=0 megatron-apt train r.py:f" ] || exit 3', 0, ""),
+        (
+            '[ "$SRUN_CPUS_PER_TASK $*" = "12 --kill-on-bad-exit=0 megatron-apt train r.py:f" ] || exit 3',
+            0,
+            "",
+        ),
     ],
 )
 def test_the_batch_script_requeues_what_was_saved(tmp_path, code, end, asked):
@@ -89,7 +119,10 @@ def test_the_batch_script_requeues_what_was_saved(tmp_path, code, end, asked):
 
 
 def test_the_batch_script_leaves_a_cancelled_job_alone(tmp_path):
-    ends = [submitted(tmp_path, "exit 99", state) for state in ("COMPLETING None", "COMPLETING TimeLimit", "RUNNING None")]
+    ends = [
+        submitted(tmp_path, "exit 99", state)
+        for state in ("COMPLETING None", "COMPLETING TimeLimit", "RUNNING None")
+    ]
     assert ends == [(99, ""), (0, "requeue 7\n"), (0, "requeue 7\n")]
     assert submitted(tmp_path, "exit 143", "COMPLETING None") == (143, "")
 

@@ -1,7 +1,9 @@
-"""The layer that wraps Transformer Engine's linear, on a stand-in with the same contract (its v2.12), because that needs a GPU.
+"""The layer that wraps Transformer Engine's linear, on a stand-in with the same contract
+(its v2.12), because that needs a GPU.
 
-The contract: with delayed weight gradients a backward pass queues the product, returns a placeholder for the weight's gradient, and the bias's
-gradient only where the product does not make it (FP8, row-parallel). The product adds the weight's gradient to `main_grad`.
+The contract: with delayed weight gradients a backward pass queues the product, returns a
+placeholder for the weight's gradient, and the bias's gradient only where the product does
+not make it (FP8, row-parallel). The product adds the weight's gradient to `main_grad`.
 """
 
 import queue
@@ -70,7 +72,9 @@ class Wrapped(_Layer, Linear):
 
 @pytest.mark.parametrize("bias_in_product", [True, False])
 def test_weight_gradients_of_microbatches_on_their_way_add_up(bias_in_product):
-    """Two input gradients before the first weight gradient, as interleaved schedules have it, and a frozen pass between."""
+    """Two input gradients before the first weight gradient, as interleaved schedules have
+    it, and a frozen pass between.
+    """
     torch.manual_seed(5)
     layer = Wrapped(5, 3, bias_in_product)
     batches = [torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]

@@ -7,9 +7,18 @@ import pytest
 import sentencepiece
 import torch
 
-from megatron_apt.encoders.text import BuiltinTextEncoder, HuggingFaceTextEncoder, load_text_encoder, train_sentencepiece
+from megatron_apt.encoders.text import (
+    BuiltinTextEncoder,
+    HuggingFaceTextEncoder,
+    load_text_encoder,
+    train_sentencepiece,
+)
 
-CAPTIONS = [f"a handwritten {digit} moving {way}" for digit in ("zero", "one", "two", "seven") for way in ("left", "right")]
+CAPTIONS = [
+    f"a handwritten {digit} moving {way}"
+    for digit in ("zero", "one", "two", "seven")
+    for way in ("left", "right")
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +30,13 @@ def tokenizer(tmp_path_factory):
 
 def test_each_known_word_is_one_piece_and_unknown_ones_still_work(tokenizer):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    assert pieces.encode("a handwritten seven moving left", out_type=str) == ["▁a", "▁handwritten", "▁seven", "▁moving", "▁left"]
+    assert pieces.encode("a handwritten seven moving left", out_type=str) == [
+        "▁a",
+        "▁handwritten",
+        "▁seven",
+        "▁moving",
+        "▁left",
+    ]
     for text in ("a zebra", "日本 é", "zEro!"):
         ids = pieces.encode(text)
         assert pieces.unk_id() not in ids and pieces.decode(ids) == text
@@ -55,10 +70,13 @@ def test_rows_belong_to_words(tokenizer, tmp_path):
     assert seven_left.shape == (5, width) and empty.shape == (1, width) and seven_left.dtype == torch.float32
     # Take the position off by its definition: sin and cos of k / 10000^(2 i / width), at amplitude 0.1.
     k, i = torch.arange(5.0)[:, None], torch.arange(width // 2)
-    position = 0.1 * torch.cat((torch.sin(k / 10000 ** (2 * i / width)), torch.cos(k / 10000 ** (2 * i / width))), 1)
+    position = 0.1 * torch.cat(
+        (torch.sin(k / 10000 ** (2 * i / width)), torch.cos(k / 10000 ** (2 * i / width))), 1
+    )
     torch.testing.assert_close((seven_left - position)[4], (left_only - position[:1])[0], atol=1e-6, rtol=0)
     assert not torch.allclose(left_only, empty)
-    # The same word has the same row under a tokenizer trained on other captions, and another row under another seed.
+    # The same word has the same row under a tokenizer trained on other captions, and
+    # another row under another seed.
     train_sentencepiece(["two steps to the left"], tmp_path / "other.model", 512)
     assert torch.equal(BuiltinTextEncoder(tmp_path / "other.model", width).encode(["left"])[0], left_only)
     assert not torch.allclose(BuiltinTextEncoder(tokenizer, width, seed=1).encode(["left"])[0], left_only)
@@ -91,7 +109,15 @@ def save_t5(folder, tokenizer, kind):
 
     torch.manual_seed(0)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    sizes = dict(vocab_size=pieces.vocab_size(), d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    sizes = dict(
+        vocab_size=pieces.vocab_size(),
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     config, model = {
         "t5": (transformers.T5Config, transformers.T5EncoderModel),
         "umt5": (transformers.UMT5Config, transformers.UMT5EncoderModel),
@@ -110,7 +136,11 @@ def test_hugging_face_encoders(tokenizer, tmp_path, kind):
     captions = ["a handwritten seven moving left", "", "zero"]
     ours = encoder.encode(captions)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    model = {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[kind].from_pretrained(tmp_path).eval()
+    model = (
+        {"t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel}[kind]
+        .from_pretrained(tmp_path)
+        .eval()
+    )
     assert type(encoder._model) is type(model)
     for caption, embedding in zip(captions, ours, strict=True):
         ids = [*pieces.encode(caption), pieces.eos_id()]
@@ -128,9 +158,13 @@ def test_tokenizer_json_alone_is_enough(tokenizer, tmp_path):
     with_pieces = HuggingFaceTextEncoder(tmp_path).encode(["one two"])[0]
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
-    fast = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True))
+    fast = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(vocabulary, unk_id=pieces.unk_id(), byte_fallback=True)
+    )
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    fast.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", pieces.eos_id())])
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", pieces.eos_id())]
+    )
     fast.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "spiece.model").unlink()
     torch.testing.assert_close(HuggingFaceTextEncoder(tmp_path).encode(["one two"])[0], with_pieces)

@@ -51,14 +51,17 @@ def held(mesh, run) -> dict[str, dict[str, int]]:
 @pytest.mark.dist
 @pytest.mark.parametrize("kind", ["rmsprop", "adamw"])
 @pytest.mark.parametrize(
-    "parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2), ParallelConfig(pp=2)], ids=["dp2", "tp2", "cp2", "pp2"]
+    "parallel",
+    [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2), ParallelConfig(pp=2)],
+    ids=["dp2", "tp2", "cp2", "pp2"],
 )
 def test_the_plan_counts_what_is_held(ranks, parallel, kind):
     run = run_config(model=model_config(dtype="bfloat16"), parallel=parallel)
     run = replace(run, optimizer=OptimizerConfig(kind=kind, ema=0.9))
     planned = {role.role: role for role in memory(run, ranks=2)}
     everyone = ranks(2).run(held, parallel, run)
-    most = max(everyone, key=lambda real: sum(sum(parts.values()) for parts in real.values()))  # of unequal stages the largest is planned for
+    # Of unequal stages the largest is planned for
+    most = max(everyone, key=lambda real: sum(sum(parts.values()) for parts in real.values()))
     for name, parts in most.items():
         assert parts.keys() == planned[name].parts.keys()
         for part, size in parts.items():
@@ -68,7 +71,9 @@ def test_the_plan_counts_what_is_held(ranks, parallel, kind):
 
 def test_a_frozen_backbone_is_planned_as_frozen(mesh):
     run = run_config(model=model_config(dtype="bfloat16"))
-    whole, heads = (memory(replace(run, apt=replace(run.apt, train_backbone=trains)), 2)[1] for trains in (True, False))
+    whole, heads = (
+        memory(replace(run, apt=replace(run.apt, train_backbone=trains)), 2)[1] for trains in (True, False)
+    )
     assert heads.parts["weights"] == whole.parts["weights"]
     assert 0 < heads.weights < whole.weights / 2 and heads.parts["gradients"] < whole.parts["gradients"] / 2
 
@@ -173,7 +178,10 @@ def test_the_checkpoint_commands(mesh, datasets, tmp_path):
     assert seen.returncode == 0 and "discriminator optimizer.square" in seen.stdout, seen.stderr
     assert tool(*command, "reshard", run.output, tmp_path / "copy").returncode == 0
     compared = tool(TOOLS / "compare_runs.py", run.output, tmp_path / "copy")
-    assert compared.returncode == 0 and f"log         not compared: none in {tmp_path / 'copy'}" in compared.stdout, compared.stderr
+    assert (
+        compared.returncode == 0
+        and f"log         not compared: none in {tmp_path / 'copy'}" in compared.stdout
+    ), compared.stderr
     assert tool(*command, "verify", tmp_path / "copy").returncode == 0
     file = next(store.latest(tmp_path / "copy").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
@@ -184,7 +192,9 @@ def test_the_checkpoint_commands(mesh, datasets, tmp_path):
 @pytest.mark.dist
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_kills_lose_nothing(tmp_path, kills):
-    done = tool(TOOLS / "crash_test.py", "--kills", kills, "--kills-per-run", kills, "--json", tmp_path / "out.json")
+    done = tool(
+        TOOLS / "crash_test.py", "--kills", kills, "--kills-per-run", kills, "--json", tmp_path / "out.json"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["identical"] == found["effective"] == found["stopped"] == kills
@@ -196,7 +206,9 @@ def test_kills_lose_nothing(tmp_path, kills):
 def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
     from megatron_apt.cli import main
 
-    a, b, broken, picture, figures = (tmp_path / name for name in ("a.txt", "b.txt", "broken.txt", "s.svg", "s.json"))
+    a, b, broken, picture, figures = (
+        tmp_path / name for name in ("a.txt", "b.txt", "broken.txt", "s.svg", "s.json")
+    )
     for file, chunks in ((a, 1), (b, 2)):
         main(
             [
@@ -217,8 +229,16 @@ def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
         )
     done = tool(TOOLS / "show_schedule.py", a, b, "--picture", picture, "--json", figures)
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(figures.read_text())["bubble"]) == {str(a), str(b)} and picture.stat().st_size > 10_000
-    broken.write_text("\n".join(line for line in a.read_text().splitlines() if line.strip() != "SEND 1 F generator.0 i0 g/fake.0 m1"))
+    assert (
+        set(json.loads(figures.read_text())["bubble"]) == {str(a), str(b)} and picture.stat().st_size > 10_000
+    )
+    broken.write_text(
+        "\n".join(
+            line
+            for line in a.read_text().splitlines()
+            if line.strip() != "SEND 1 F generator.0 i0 g/fake.0 m1"
+        )
+    )
     done = tool(TOOLS / "show_schedule.py", broken)
     assert done.returncode == 1 and "rank 0 never sends F generator.0 i0 g/fake.0 m1 to rank 1" in done.stderr
 
@@ -229,7 +249,17 @@ def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
 def test_the_peak_of_encoding_is_measured_beside_its_bound(tmp_path):
     """At toy size, by the same code, with a bound that nothing keeps."""
     result = tmp_path / "peak.json"
-    done = tool(TOOLS / "benchmarks" / "encode_memory.py", "--scale", "0.02", "--only", "picture_rgba", "--bound", "0.01", "--json", result)
+    done = tool(
+        TOOLS / "benchmarks" / "encode_memory.py",
+        "--scale",
+        "0.02",
+        "--only",
+        "picture_rgba",
+        "--bound",
+        "0.01",
+        "--json",
+        result,
+    )
     assert done.returncode == 1 and "above 0.01 GiB" in done.stdout, done.stdout + done.stderr
     written = json.loads(result.read_text())
     assert written["bound_gib"] == 0.01 and 2**26 < written["peak_bytes"]["picture_rgba"] < 2**31

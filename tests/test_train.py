@@ -1,4 +1,6 @@
-"""Training end to end on a few real digits: resume, chains of stages, accumulation, data-parallel ranks, guards."""
+"""Training end to end on a few real digits: resume, chains of stages, accumulation,
+data-parallel ranks, guards.
+"""
 
 import json
 from dataclasses import replace
@@ -10,7 +12,16 @@ from planted import committed_again
 from problems import model_config
 
 from megatron_apt.checkpoint import store
-from megatron_apt.config import AptConfig, DataConfig, GuardConfig, InitConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    DataConfig,
+    GuardConfig,
+    InitConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RetentionConfig,
+    RunConfig,
+)
 from megatron_apt.data.batches import Batches, deal
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
 from megatron_apt.models.discriminator import Discriminator
@@ -18,8 +29,9 @@ from megatron_apt.training.log import read_rows
 from megatron_apt.training.train import Trainer, train
 
 METHODS = ["flow", "consistency", "apt"]
-# The first RMSProp steps are lr * sign(g): a gradient of rounding size would move a weight as far as any other. A large eps makes the step
-# smooth in g, so that whole updates can be compared at 1e-8.
+# The first RMSProp steps are lr * sign(g): a gradient of rounding size would move a
+# weight as far as any other. A large eps makes the step smooth in g, so that whole
+# updates can be compared at 1e-8.
 SMOOTH = OptimizerConfig(kind="rmsprop", lr=1e-3, eps=1e-2, ema=0.9)
 
 
@@ -31,7 +43,12 @@ def config(datasets, output, method="apt", **changes) -> RunConfig:
         global_batch=8,
         micro_batch=4,
         model=model_config(latent_channels=4),
-        data=DataConfig(shards=(str(datasets / "images"), str(datasets / "videos")), weights=(1, 1), text_length=5, block=4),
+        data=DataConfig(
+            shards=(str(datasets / "images"), str(datasets / "videos")),
+            weights=(1, 1),
+            text_length=5,
+            block=4,
+        ),
         optimizer=OptimizerConfig(kind="rmsprop" if method == "apt" else "adamw", lr=1e-3, ema=0.9),
         apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1),
         tensorboard=False,
@@ -44,7 +61,11 @@ def rows(output) -> list[dict]:
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {key: tensor.data.clone() for network in trainer.networks.values() for key, tensor in network.sharded_state().items()}
+    return {
+        key: tensor.data.clone()
+        for network in trainer.networks.values()
+        for key, tensor in network.sharded_state().items()
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,28 +91,49 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(mesh, datasets
 def test_stages_start_from_each_other(mesh, datasets, tmp_path):
     flow = config(datasets, tmp_path / "flow", "flow", iterations=2)
     train(flow, mesh)
-    distilled = config(datasets, tmp_path / "distilled", "consistency", iterations=2, init=InitConfig(diffusion=flow.output))
+    distilled = config(
+        datasets, tmp_path / "distilled", "consistency", iterations=2, init=InitConfig(diffusion=flow.output)
+    )
     train(distilled, mesh)
-    apt = config(datasets, tmp_path / "apt", init=InitConfig(generator=f"{distilled.output}:raw", diffusion=flow.output))
+    apt = config(
+        datasets,
+        tmp_path / "apt",
+        init=InitConfig(generator=f"{distilled.output}:raw", diffusion=flow.output),
+    )
     trainer = Trainer(apt, mesh)
     got = state(trainer)
-    stored = {key: t.data for n in Trainer(distilled, mesh).networks.values() for key, t in n.sharded_state().items()}
-    diffusion = {key: t.data for n in Trainer(flow, mesh).networks.values() for key, t in n.sharded_state().items()}
+    stored = {
+        key: t.data
+        for n in Trainer(distilled, mesh).networks.values()
+        for key, t in n.sharded_state().items()
+    }
+    diffusion = {
+        key: t.data for n in Trainer(flow, mesh).networks.values() for key, t in n.sharded_state().items()
+    }
     for key, value in got.items():
         if key.startswith("generator.") and "ema" not in key and "optimizer" not in key:
             assert torch.equal(value, stored[key]), key
         if key.startswith("discriminator.backbone."):
-            assert torch.equal(value, diffusion["generator.ema." + key.removeprefix("discriminator.backbone.")]), key
+            assert torch.equal(
+                value, diffusion["generator.ema." + key.removeprefix("discriminator.backbone.")]
+            ), key
 
 
 def test_the_ablation_takes_the_distilled_weights(mesh, datasets, tmp_path):
     flow = config(datasets, tmp_path / "flow", "flow", iterations=1)
     train(flow, mesh)
-    distilled = config(datasets, tmp_path / "distilled", "consistency", iterations=2, init=InitConfig(diffusion=flow.output))
+    distilled = config(
+        datasets, tmp_path / "distilled", "consistency", iterations=2, init=InitConfig(diffusion=flow.output)
+    )
     train(distilled, mesh)
     init = InitConfig(generator=distilled.output, diffusion=flow.output)
-    networks = Trainer(config(datasets, tmp_path / "apt", apt=AptConfig(discriminator_init="distilled"), init=init), mesh).networks
-    ours, generator = dict(networks["discriminator"].module.backbone.named_parameters()), dict(networks["generator"].module.named_parameters())
+    networks = Trainer(
+        config(datasets, tmp_path / "apt", apt=AptConfig(discriminator_init="distilled"), init=init), mesh
+    ).networks
+    ours, generator = (
+        dict(networks["discriminator"].module.backbone.named_parameters()),
+        dict(networks["generator"].module.named_parameters()),
+    )
     assert all(torch.equal(p, generator[name]) for name, p in ours.items())
 
 
@@ -114,7 +156,9 @@ ABLATIONS = {
 def test_every_ablation_is_a_config_change(mesh, datasets, tmp_path, name):
     trainer = Trainer(config(datasets, tmp_path, apt=ABLATIONS[name]), mesh)
     before = state(trainer)
-    for _ in range(3):  # logits start at zero: the first update moves only their layer, the second the heads and all before them
+    # Logits start at zero: the first update moves only their layer, the second the heads
+    # and all before them
+    for _ in range(3):
         values = trainer.step()
     after = state(trainer)
     assert all(v == v for v in values.values())
@@ -124,7 +168,9 @@ def test_every_ablation_is_a_config_change(mesh, datasets, tmp_path, name):
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert any(key.startswith("generator.") for key in moved)
     assert any(key.startswith("discriminator.heads") for key in moved)
-    assert any(key.startswith("discriminator.backbone.blocks") for key in moved) == (name != "frozen backbone")
+    assert any(key.startswith("discriminator.backbone.blocks") for key in moved) == (
+        name != "frozen backbone"
+    )
     blocks = {key.split(".")[3] for key in before if key.startswith("discriminator.backbone.blocks.")}
     assert len(blocks) == {"two thirds of the depth": 2, "a third of the depth": 1}.get(name, 3)
 
@@ -132,20 +178,45 @@ def test_every_ablation_is_a_config_change(mesh, datasets, tmp_path, name):
 def ablated(mesh, run):
     trainer = Trainer(run, mesh)
     values = [trainer.step() for _ in range(3)]
-    return values, dict(trainer.networks["discriminator"].shards.whole(trainer.networks["discriminator"].shards.master))
+    return values, dict(
+        trainer.networks["discriminator"].shards.whole(trainer.networks["discriminator"].shards.master)
+    )
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["last-layer head", "two thirds of the depth", "frozen backbone", "relativistic", "early heads", "text to the end"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "last-layer head",
+        "two thirds of the depth",
+        "frozen backbone",
+        "relativistic",
+        "early heads",
+        "text to the end",
+    ],
+)
 def test_ablations_on_two_ranks_equal_one(ranks, mesh, datasets, tmp_path, name):
     """Some leave parameters without any gradient, which must not upset the reduction of the others."""
     extra = {"early heads": AptConfig(head_layers=(0.34, 0.67)), "text to the end": AptConfig()}
     model = model_config(dtype="float64", latent_channels=4, last_block_text=name == "text to the end")
-    run = config(datasets, tmp_path / "run", apt=(ABLATIONS | extra)[name], model=model, optimizer=SMOOTH, micro_batch=2)
+    run = config(
+        datasets,
+        tmp_path / "run",
+        apt=(ABLATIONS | extra)[name],
+        model=model,
+        optimizer=SMOOTH,
+        micro_batch=2,
+    )
     values, weights = ablated(mesh, run)
-    for got, found in ranks(2).run(ablated, ParallelConfig(), replace(run, optimizer=replace(SMOOTH, bucket_size=10_000))):
+    for got, found in ranks(2).run(
+        ablated, ParallelConfig(), replace(run, optimizer=replace(SMOOTH, bucket_size=10_000))
+    ):
         for ours, want in zip(got, values, strict=True):
-            assert all(ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10) for k, v in want.items() if k != "sample/diversity")
+            assert all(
+                ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10)
+                for k, v in want.items()
+                if k != "sample/diversity"
+            )
         assert all(torch.allclose(found[key], weights[key], rtol=1e-8, atol=1e-10) for key in weights)
 
 
@@ -165,17 +236,31 @@ def test_microbatches_add_up_to_the_global_batch(mesh, datasets, tmp_path):
 def steps(mesh, run, count):
     trainer = Trainer(run, mesh)
     values = [trainer.step() for _ in range(count)]
-    return values, {name: network.module.state_dict() for name, network in trainer.networks.items()} if mesh.tp.size == 1 else None
+    return values, {
+        name: network.module.state_dict() for name, network in trainer.networks.items()
+    } if mesh.tp.size == 1 else None
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(), ParallelConfig(tp=2), ParallelConfig(cp=2)], ids=["dp2", "tp2", "cp2"]
+)
 def test_two_ranks_train_like_one(ranks, mesh, datasets, tmp_path, parallel):
-    run = config(datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH, parallel=parallel)
+    run = config(
+        datasets,
+        tmp_path / "run",
+        model=model_config(dtype="float64", latent_channels=4),
+        optimizer=SMOOTH,
+        parallel=parallel,
+    )
     reference, weights = steps(mesh, replace(run, parallel=ParallelConfig()), 3)
     for values, got in ranks(2).run(steps, parallel, run, 3):
         for ours, want in zip(values, reference, strict=True):
-            assert all(ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10) for k, v in want.items() if "grad_norm" not in k)
+            assert all(
+                ours[k] == pytest.approx(v, rel=1e-8, abs=1e-10)
+                for k, v in want.items()
+                if "grad_norm" not in k
+            )
         for name in got or ():
             for key, value in got[name].items():
                 assert value is None or torch.allclose(value, weights[name][key], rtol=1e-8, atol=1e-10), key
@@ -183,8 +268,12 @@ def test_two_ranks_train_like_one(ranks, mesh, datasets, tmp_path, parallel):
 
 @pytest.mark.dist
 def test_ranks_with_different_kinds_of_microbatches_agree(ranks, mesh, datasets, tmp_path):
-    """Blocks of 2 in microbatches of 4: some are packed mixtures, some are uniform, and the two ranks hold different ones."""
-    run = config(datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH)
+    """Blocks of 2 in microbatches of 4: some are packed mixtures, some are uniform, and
+    the two ranks hold different ones.
+    """
+    run = config(
+        datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH
+    )
     run = replace(run, data=replace(run.data, block=2, weights=(3, 1)))
     reference, _ = steps(mesh, run, 3)
     for values, _ in ranks(2).run(steps, ParallelConfig(), run, 3):
@@ -194,7 +283,13 @@ def test_ranks_with_different_kinds_of_microbatches_agree(ranks, mesh, datasets,
 
 @pytest.mark.dist
 def test_a_checkpoint_of_two_ranks_continues_on_one(ranks, mesh, datasets, tmp_path):
-    run = config(datasets, tmp_path / "run", model=model_config(dtype="float64", latent_channels=4), optimizer=SMOOTH, parallel=ParallelConfig(tp=2))
+    run = config(
+        datasets,
+        tmp_path / "run",
+        model=model_config(dtype="float64", latent_channels=4),
+        optimizer=SMOOTH,
+        parallel=ParallelConfig(tp=2),
+    )
     ranks(2).run(_train_to, ParallelConfig(tp=2), replace(run, iterations=3), timeout=120)
     train(replace(run, parallel=ParallelConfig()), mesh)
     straight = replace(run, output=str(tmp_path / "straight"), parallel=ParallelConfig())
@@ -210,9 +305,11 @@ def _train_to(mesh, run):
 def test_exact_r1_is_reported_beside_its_estimate(mesh, datasets, tmp_path):
     trainer = Trainer(config(datasets, tmp_path, apt=AptConfig(ar1_sigma=1e-2, exact_r1_every=2)), mesh)
     with torch.no_grad():
-        trainer.networks["discriminator"].module.logit.weight.normal_()  # it starts at zero, where both are zero
+        # It starts at zero, where both are zero
+        trainer.networks["discriminator"].module.logit.weight.normal_()
     first, second = trainer.step(), trainer.step()
-    assert 0.1 < first["check/r1_approximate"] / first["check/r1_exact"] < 5.0  # chi-square of 8 samples around 1
+    # Chi-square of 8 samples around 1
+    assert 0.1 < first["check/r1_approximate"] / first["check/r1_exact"] < 5.0
     assert "check/r1_exact" not in second
 
 
@@ -240,9 +337,14 @@ def test_the_summary_reports_the_correlation_of_exact_and_approximate_r1(mesh, d
     train(run, mesh)
     summary = json.loads((tmp_path / "summary.json").read_text())
     logged = rows(tmp_path)
-    exact, estimate = (torch.tensor([row[key] for row in logged], dtype=torch.float64) for key in ("check/r1_exact", "check/r1_approximate"))
+    exact, estimate = (
+        torch.tensor([row[key] for row in logged], dtype=torch.float64)
+        for key in ("check/r1_exact", "check/r1_approximate")
+    )
     want = torch.corrcoef(torch.stack((exact, estimate)))[0, 1]
-    assert summary["correlation"]["check/r1_exact ~ check/r1_approximate"] == pytest.approx(float(want), rel=1e-9)
+    assert summary["correlation"]["check/r1_exact ~ check/r1_approximate"] == pytest.approx(
+        float(want), rel=1e-9
+    )
     assert summary["last_tenth"]["d/loss"] == logged[-1]["d/loss"]
 
 
@@ -253,7 +355,9 @@ def test_nan_in_the_data_stops_training_and_keeps_the_checkpoint(mesh, datasets,
     trainer = Trainer(replace(run, iterations=2), mesh)
     with torch.no_grad():
         trainer.networks["discriminator"].module.logit.weight.fill_(float("nan"))
-    with pytest.raises(BadLoss, match=r"phase g, branch fake, microbatch 0 on rank 0 is nan in iteration 3; its samples: \d+"):
+    with pytest.raises(
+        BadLoss, match=r"phase g, branch fake, microbatch 0 on rank 0 is nan in iteration 3; its samples: \d+"
+    ):
         trainer.step()
     assert store.latest(run.output).name == "iteration-00000002"
 
@@ -262,11 +366,16 @@ def test_a_bad_gradient_names_the_parameter(mesh, datasets, tmp_path):
     trainer = Trainer(config(datasets, tmp_path), mesh)
     network = trainer.networks["generator"]
     network.module.x_embed.weight.register_hook(lambda g: g * float("inf"))
-    with pytest.raises(BadGradient, match=r"generator\.x_embed\.weight is not finite in phase g, microbatch 0 on rank 0; its samples: \d+"):
+    with pytest.raises(
+        BadGradient,
+        match=r"generator\.x_embed\.weight is not finite in phase g, microbatch 0 on rank 0; its samples: \d+",
+    ):
         trainer.step()
 
 
-@pytest.mark.parametrize(("batch", "micro", "ranks"), [(9062, 4, 8), (9062, 1, 128), (2048, 3, 6), (7, 2, 4), (10, 64, 3)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks"), [(9062, 4, 8), (9062, 1, 128), (2048, 3, 6), (7, 2, 4), (10, 64, 3)]
+)
 def test_a_global_batch_is_dealt_out_to_the_last_sample(batch, micro, ranks):
     parts = [deal(batch, micro, ranks, rank) for rank in range(ranks)]
     dealt = sorted(i for part in parts for first, count in part for i in range(first, first + count))
@@ -280,15 +389,22 @@ def test_a_global_batch_is_dealt_out_to_the_last_sample(batch, micro, ranks):
 def test_a_global_batch_that_cannot_be_dealt_is_refused(mesh, datasets, tmp_path):
     eight = replace(mesh, dp=replace(mesh.dp, size=8))
     run = config(datasets, tmp_path)
-    with pytest.raises(ValueError, match="global_batch=7 leaves some of 8 data-parallel ranks without samples"):
+    with pytest.raises(
+        ValueError, match="global_batch=7 leaves some of 8 data-parallel ranks without samples"
+    ):
         Batches(run.data, run.model, eight, 0, 7, 2)
-    with pytest.raises(ValueError, match=r"global_batch=9 in microbatches of micro_batch=4 .* leaves one of 1; this method needs 2 in each"):
+    with pytest.raises(
+        ValueError,
+        match=r"global_batch=9 in microbatches of micro_batch=4 .* leaves one of 1; this method needs 2 in each",
+    ):
         Trainer(replace(run, global_batch=9, apt=AptConfig(unmatched_conditions=True)), mesh)
 
 
 def test_lasting_collapse_stops_training_with_what_it_saw(mesh, datasets, tmp_path):
     guards = GuardConfig(collapse_window=3, collapse_d_loss=100.0)
-    with pytest.raises(Collapse, match=r"iteration 4, lasting since 1: d/loss .* < guards.collapse_d_loss 100"):
+    with pytest.raises(
+        Collapse, match=r"iteration 4, lasting since 1: d/loss .* < guards.collapse_d_loss 100"
+    ):
         train(config(datasets, tmp_path, guards=guards, iterations=9), mesh)
 
 
@@ -297,26 +413,51 @@ def test_another_configuration_does_not_continue_a_run(mesh, datasets, tmp_path)
     train(run, mesh)
     with pytest.raises(store.CheckpointError, match=r"seed: 0 in the checkpoint, 1 asked for\."):
         Trainer(replace(run, seed=1), mesh)
-    with pytest.raises(store.CheckpointError, match=r"otherwise: optimizer\.lr: 0\.\S+ in the checkpoint, 1\.0 asked for\."):
+    with pytest.raises(
+        store.CheckpointError, match=r"otherwise: optimizer\.lr: 0\.\S+ in the checkpoint, 1\.0 asked for\."
+    ):
         Trainer(replace(run, optimizer=replace(run.optimizer, lr=1.0)), mesh)
-    assert Trainer(replace(run, optimizer=replace(run.optimizer, overlap=False, bucket_size=1000)), mesh).iteration == 1  # how it runs may change
+    # How it runs may change
+    assert (
+        Trainer(
+            replace(run, optimizer=replace(run.optimizer, overlap=False, bucket_size=1000)), mesh
+        ).iteration
+        == 1
+    )
 
 
 def test_a_checkpoint_of_another_shape_is_refused(mesh, datasets, tmp_path):
     flow = config(datasets, tmp_path / "flow", "flow", iterations=1)
     train(flow, mesh)
-    wider = config(datasets, tmp_path / "wide", "flow", model=model_config(width=64, latent_channels=4), init=InitConfig(generator=flow.output))
+    wider = config(
+        datasets,
+        tmp_path / "wide",
+        "flow",
+        model=model_config(width=64, latent_channels=4),
+        init=InitConfig(generator=flow.output),
+    )
     with pytest.raises(store.CheckpointError, match=r"has shape \(.*\), this model needs"):
         Trainer(wider, mesh)
-    deeper = config(datasets, tmp_path / "deep", "flow", model=model_config(depth=4, latent_channels=4), init=InitConfig(generator=flow.output))
+    deeper = config(
+        datasets,
+        tmp_path / "deep",
+        "flow",
+        model=model_config(depth=4, latent_channels=4),
+        init=InitConfig(generator=flow.output),
+    )
     with pytest.raises(store.CheckpointError, match=r"has no tensor|has shape"):
         Trainer(deeper, mesh)
     with pytest.raises(store.CheckpointError, match="no checkpoint there"):
-        Trainer(config(datasets, tmp_path / "x", "flow", init=InitConfig(generator=str(tmp_path / "nowhere"))), mesh)
+        Trainer(
+            config(datasets, tmp_path / "x", "flow", init=InitConfig(generator=str(tmp_path / "nowhere"))),
+            mesh,
+        )
 
 
 def test_old_checkpoints_are_removed_and_a_torn_save_is_ignored(mesh, datasets, tmp_path):
-    run = config(datasets, tmp_path / "run", "flow", save_every=1, iterations=4, retention=RetentionConfig(last=2))
+    run = config(
+        datasets, tmp_path / "run", "flow", save_every=1, iterations=4, retention=RetentionConfig(last=2)
+    )
     train(run, mesh)
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in folder.glob("iteration-*")) == ["iteration-00000003", "iteration-00000004"]
@@ -367,7 +508,14 @@ def test_a_shorter_discriminator_starts_from_the_diffusion_weights(mesh, dataset
 def test_a_resumed_distillation_keeps_its_teacher(mesh, datasets, tmp_path):
     flow = config(datasets, tmp_path / "flow", "flow", iterations=1, retention=RetentionConfig(last=0))
     train(flow, mesh)
-    run = config(datasets, tmp_path / "run", "consistency", iterations=2, save_every=1, init=InitConfig(diffusion=flow.output))
+    run = config(
+        datasets,
+        tmp_path / "run",
+        "consistency",
+        iterations=2,
+        save_every=1,
+        init=InitConfig(diffusion=flow.output),
+    )
     train(replace(run, iterations=1), mesh)
     teacher = Trainer(run, mesh).networks["teacher"].module.x_embed.weight.clone()
     train(replace(flow, iterations=3), mesh)  # the teacher's run goes on meanwhile

@@ -1,11 +1,23 @@
-"""The seven traps of adversarial post-training seen in public code, one test each (method: APT, section 3.3 to 3.5)."""
+"""The seven traps of adversarial post-training seen in public code, one test each
+(method: APT, section 3.3 to 3.5).
+"""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import IMAGES, MIXED, build, gradient_of, microbatch, model_config, phase_gradients, run_config, run_phase
+from problems import (
+    IMAGES,
+    MIXED,
+    build,
+    gradient_of,
+    microbatch,
+    model_config,
+    phase_gradients,
+    run_config,
+    run_phase,
+)
 
 from megatron_apt.config import AptConfig
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
@@ -28,7 +40,9 @@ def test_1_a_sample_and_its_perturbation_share_label_condition_dropout_and_packi
     assert condition.lengths[:n] == condition.lengths[n:]
     first, second = condition.tokens.chunk(2)
     assert torch.equal(first, second)
-    assert not torch.equal(first, batch.condition.tokens) or condition.lengths[:n] != batch.condition.lengths, "dropout took no caption"
+    assert (
+        not torch.equal(first, batch.condition.tokens) or condition.lengths[:n] != batch.condition.lengths
+    ), "dropout took no caption"
     layout = batch.layout_for(condition)
     assert layout.grids[:n] == layout.grids[n:]
     x, perturbed = x.chunk(2)
@@ -37,7 +51,8 @@ def test_1_a_sample_and_its_perturbation_share_label_condition_dropout_and_packi
 
 
 def test_2_gradients_flow_through_both_terms_of_ar1(mesh):
-    # With the perturbed term cut off, the gradient of (D(x) - D(x'))^2 would be 2 (D(x) - D(x')) grad D(x) alone.
+    # With the perturbed term cut off, the gradient of (D(x) - D(x'))^2 would be 2 (D(x) -
+    # D(x')) grad D(x) alone.
     config = run_config(model=F64, apt=AptConfig(ar1_lambda=1e6, ar1_sigma=0.1))
     method, networks, executor = build(config, mesh)
     batch = microbatch(mesh, IMAGES, F64).for_phase("d")
@@ -48,12 +63,15 @@ def test_2_gradients_flow_through_both_terms_of_ar1(mesh):
     def gradient(cut: bool):
         network.shards.zero_grad()
         t = batch.uniform("t_real")
-        clean, noisy = (d(x, t, batch.condition, batch.layout) for x in (batch.x, batch.x + 0.1 * batch.noise("ar1")))
+        clean, noisy = (
+            d(x, t, batch.condition, batch.layout) for x in (batch.x, batch.x + 0.1 * batch.noise("ar1"))
+        )
         (1e6 * (clean - (noisy.detach() if cut else noisy)).square().mean()).backward()
         return gradient_of(network)
 
     both, one = gradient(cut=False), gradient(cut=True)
-    assert (ours - both).norm() < 1e-3 * both.norm()  # what remains is the adversarial loss, a millionth of the weight
+    # What remains is the adversarial loss, a millionth of the weight
+    assert (ours - both).norm() < 1e-3 * both.norm()
     assert (ours - one).norm() > 0.5 * both.norm()
 
 
@@ -102,23 +120,40 @@ def test_5_the_whole_discriminator_trains_unless_told_otherwise(mesh):
     backbone = {name: g for name, g in gradients.items() if name.startswith("backbone.")}
     assert len(backbone) > 20
     assert all(g.any() for g in backbone.values())
-    frozen_backbone = phase_gradients(run_config(model=F64, apt=AptConfig(train_backbone=False)), mesh, IMAGES)["d"]["gradients"]
+    frozen_backbone = phase_gradients(
+        run_config(model=F64, apt=AptConfig(train_backbone=False)), mesh, IMAGES
+    )["d"]["gradients"]
     assert frozen_backbone
     assert not any(name.startswith("backbone.") for name in frozen_backbone)
     # The generator still learns through a frozen backbone.
-    assert any(g.any() for g in phase_gradients(run_config(model=F64, apt=AptConfig(train_backbone=False)), mesh, IMAGES)["g"]["gradients"].values())
+    assert any(
+        g.any()
+        for g in phase_gradients(run_config(model=F64, apt=AptConfig(train_backbone=False)), mesh, IMAGES)[
+            "g"
+        ]["gradients"].values()
+    )
 
 
 @pytest.mark.parametrize("cuts", [(5,), (1, 2), (3, 10, 16)])
 def test_6_the_head_softmax_is_one_softmax_over_all_tokens_of_a_sample(cuts):
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(2, 17, 3, 2, 8, generator=generator, dtype=torch.float64)
-    q, k_scale = 30 * torch.randn(3, 8, generator=generator, dtype=torch.float64), torch.rand(8, generator=generator, dtype=torch.float64)
+    q, k_scale = (
+        30 * torch.randn(3, 8, generator=generator, dtype=torch.float64),
+        torch.rand(8, generator=generator, dtype=torch.float64),
+    )
     k, v = kv.unbind(-2)  # q is large: sharp attention, where separate softmaxes would be far off
-    weights = torch.softmax(torch.einsum("hk,nshk->nhs", q, F.rms_norm(k, (8,), k_scale, eps=1e-6)) / 8**0.5, dim=-1)
+    weights = torch.softmax(
+        torch.einsum("hk,nshk->nhs", q, F.rms_norm(k, (8,), k_scale, eps=1e-6)) / 8**0.5, dim=-1
+    )
     want = torch.einsum("nhs,nshk->nhk", weights, v)
     bounds = [0, *cuts, 17]
-    _, total, acc = merge([learnable_query_attention(q, kv[:, a:b], k_scale, Rows.uniform(2, b - a)) for a, b in itertools.pairwise(bounds)])
+    _, total, acc = merge(
+        [
+            learnable_query_attention(q, kv[:, a:b], k_scale, Rows.uniform(2, b - a))
+            for a, b in itertools.pairwise(bounds)
+        ]
+    )
     assert torch.allclose(acc / total.unsqueeze(-1), want, rtol=1e-12, atol=1e-14)
 
 

@@ -1,9 +1,11 @@
-"""Compares two runs: every logged value, and every tensor of their latest checkpoints (weights, average, optimiser states).
+"""Compares two runs: every logged value, and every tensor of their latest checkpoints
+(weights, average, optimiser states).
 
     python tools/compare_runs.py RUN_A RUN_B [--rtol 0] [--json FILE]
 
-Exit code 0 if nothing differs by more than --rtol (0: bit for bit), 1 otherwise. A tensor may be off by rtol of its own largest entry. Where one of
-them has no log (a resharded checkpoint, an iteration-* folder), only tensors are compared, and that is said.
+Exit code 0 if nothing differs by more than --rtol (0: bit for bit), 1 otherwise. A tensor
+may be off by rtol of its own largest entry. Where one of them has no log (a resharded
+checkpoint, an iteration-* folder), only tensors are compared, and that is said.
 """
 
 import argparse
@@ -32,13 +34,19 @@ def difference(a: float | None, b: float | None) -> float:
 
 
 def tensor_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest entry of a; infinite where only one is finite or they are different infinities."""
+    """Largest difference, relative to the largest entry of a; infinite where only one is
+    finite or they are different infinities.
+    """
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):
         return 0.0
     error = (a - b)[~same].abs()
-    return math.inf if not bool(error.isfinite().all()) else float(error.max() / a[a.isfinite()].abs().max().clamp(min=1e-30))
+    return (
+        math.inf
+        if not bool(error.isfinite().all())
+        else float(error.max() / a[a.isfinite()].abs().max().clamp(min=1e-30))
+    )
 
 
 def compare_logs(a: Path, b: Path, rtol: float) -> dict:
@@ -86,13 +94,19 @@ def compare(a: str, b: str, rtol: float = 0.0) -> dict:
         "log": compare_logs(Path(a), Path(b), rtol),
         "tensors": compare_tensors(*folders, rtol),
     }
-    same_place = states[0]["iteration"] == states[1]["iteration"] and states[0]["updates"] == states[1]["updates"]
-    result["equal"] = same_place and not result["log"]["first_difference"] and not result["tensors"]["first_difference"]
+    same_place = (
+        states[0]["iteration"] == states[1]["iteration"] and states[0]["updates"] == states[1]["updates"]
+    )
+    result["equal"] = (
+        same_place and not result["log"]["first_difference"] and not result["tensors"]["first_difference"]
+    )
     return result
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("a")
     arguments.add_argument("b")
     arguments.add_argument("--rtol", type=scripts.number(0), default=0.0)
@@ -107,7 +121,10 @@ def main() -> int:
         if found.get("missing"):
             print(f"{part:11} not compared: none in {' and '.join(found['missing'])}")
             continue
-        print(f"{part:11} {found[count]} {count}; largest relative difference {found['largest_relative_difference']:.3e}")
+        print(
+            f"{part:11} {found[count]} {count}; largest relative difference "
+            f"{found['largest_relative_difference']:.3e}"
+        )
         if found["first_difference"]:
             print(f"            first: {found['first_difference']}")
     print("equal" if result["equal"] else "DIFFERENT", f"(rtol {options.rtol:g})")

@@ -1,4 +1,5 @@
-"""`megatron-apt convert` from a source tree: Hugging Face checkpoints in, diffusers pipelines out.
+"""`megatron-apt convert` from a source tree: Hugging Face checkpoints in, diffusers
+pipelines out.
 
 python tools/convert_checkpoint.py import | export | verify ...
 """

@@ -2,9 +2,11 @@
 
     python tools/crash_test.py [--kills 50] [--kills-per-run 5] [--json FILE]
 
-Trains G and D on two ranks without disturbance, then again and again with `kill -9` of a random rank: at a random moment, while a checkpoint is
-being written, or between the G and the D phase of an iteration. After each kill the other rank must end by itself, and training is started
-again. Each run that was killed must end with the log and every tensor (weights, average, both optimisers) of the undisturbed one, bit for bit.
+Trains G and D on two ranks without disturbance, then again and again with `kill -9` of a
+random rank: at a random moment, while a checkpoint is being written, or between the G and
+the D phase of an iteration. After each kill the other rank must end by itself, and
+training is started again. Each run that was killed must end with the log and every tensor
+(weights, average, both optimisers) of the undisturbed one, bit for bit.
 """
 
 import argparse
@@ -34,7 +36,9 @@ STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
 
 
 def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
-    """One rank. With die_at >= 0 it kills itself between the G and the D phase of that iteration, if it is die_rank."""
+    """One rank. With die_at >= 0 it kills itself between the G and the D phase of that
+    iteration, if it is die_rank.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -68,14 +72,26 @@ class Run:
 
     def __init__(self, root: Path, output: Path, die_at: int = -1, die_rank: int = -1):
         port = free_port()
-        command = [sys.executable, "-W", "ignore", str(HERE), "--worker", str(root), str(output), str(die_at), str(die_rank)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(HERE),
+            "--worker",
+            str(root),
+            str(output),
+            str(die_at),
+            str(die_rank),
+        ]
         output.parent.mkdir(parents=True, exist_ok=True)
         self.logs = [output.parent / f"{output.name}-rank{rank}.txt" for rank in range(RANKS)]
         self.processes = []
         for rank, log in enumerate(self.logs):
             with log.open("w", encoding="utf-8") as stream:
                 environment = os.environ | rank_environment(rank, RANKS, port)
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+                )
 
     def running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
@@ -99,7 +115,10 @@ class Run:
         return all(process.returncode == 0 for process in self.processes)
 
     def output(self) -> str:
-        return "\n".join(f"--- rank {rank}\n{log.read_text(encoding='utf-8')[-3000:]}" for rank, log in enumerate(self.logs))
+        return "\n".join(
+            f"--- rank {rank}\n{log.read_text(encoding='utf-8')[-3000:]}"
+            for rank, log in enumerate(self.logs)
+        )
 
 
 def iteration_of(output: Path) -> int:
@@ -111,14 +130,19 @@ def disturb(root: Path, output: Path, kind: str, rng: random.Random) -> dict:
     """Starts the run and kills one rank; returns what happened."""
     victim = rng.randrange(RANKS)
     begun = iteration_of(output)
-    ahead = begun + rng.randrange(3)  # beyond what an earlier start has logged, so that training is really under way
+    # Beyond what an earlier start has logged, so that training is really under way
+    ahead = begun + rng.randrange(3)
     if kind == "between phases":
         run = Run(root, output, die_at=min(ahead, ITERATIONS - 1), die_rank=victim)
     else:
         run = Run(root, output)
         checkpoints = output / "checkpoints"
         while run.running():
-            if kind == "while saving" and iteration_of(output) > begun and any(checkpoints.glob(".iteration-*.tmp")):
+            if (
+                kind == "while saving"
+                and iteration_of(output) > begun
+                and any(checkpoints.glob(".iteration-*.tmp"))
+            ):
                 time.sleep(rng.random() * 0.03)
                 break
             if kind == "any moment" and iteration_of(output) > ahead:
@@ -134,14 +158,23 @@ def disturb(root: Path, output: Path, kind: str, rng: random.Random) -> dict:
     stopped = run.wait(STOP_WITHIN)
     said = run.output()
     run.kill_all()
-    return {"kind": kind, "rank": victim, "iteration": iteration_of(output), "killed": any(killed), "others_stopped": stopped, "said": said}
+    return {
+        "kind": kind,
+        "rank": victim,
+        "iteration": iteration_of(output),
+        "killed": any(killed),
+        "others_stopped": stopped,
+        "said": said,
+    }
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         worker(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
         return
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--kills", type=scripts.whole(1), default=50)
     arguments.add_argument("--kills-per-run", type=scripts.whole(1), default=5)
     arguments.add_argument("--seed", type=scripts.whole(0, 2**63), default=0)
@@ -164,13 +197,20 @@ def main() -> None:
             final = Run(root, output)
             finished = final.wait(600) and final.succeeded()
             final.kill_all()
-            comparison = compare(str(root / "undisturbed"), str(output)) if finished else {"equal": False, "failed": final.output()}
+            comparison = (
+                compare(str(root / "undisturbed"), str(output))
+                if finished
+                else {"equal": False, "failed": final.output()}
+            )
             equal = comparison["equal"] and comparison["log"]["rows"] == ITERATIONS
             results.append({"kills": kills, "equal": equal, "comparison": comparison})
             done += len(kills)
             number += 1
             told = ", ".join(f"{kill['kind']} @{kill['iteration']} rank {kill['rank']}" for kill in kills)
-            print(f"{done:3}/{options.kills} kills  {'identical' if equal else 'DIFFERENT'}   {told}", flush=True)
+            print(
+                f"{done:3}/{options.kills} kills  {'identical' if equal else 'DIFFERENT'}   {told}",
+                flush=True,
+            )
             if not equal:
                 print(json.dumps(comparison, indent=1))
             shutil.rmtree(output, ignore_errors=True)
@@ -180,13 +220,22 @@ def main() -> None:
     identical = sum(len(result["kills"]) for result in results if result["equal"])
     stopped, real = sum(kill["others_stopped"] for kill in kills), sum(kill["killed"] for kill in kills)
     print(
-        f"{real} of {len(kills)} kills took effect; {identical} of {len(kills)} ended bit-identical; the other rank ended by itself after {stopped}"
+        f"{real} of {len(kills)} kills took effect; {identical} of {len(kills)} ended bit-identical; the "
+        f"other rank ended by itself after {stopped}"
     )
     if options.json:
         for kill in kills:
             del kill["said"]
         Path(options.json).write_text(
-            json.dumps({"kills": len(kills), "effective": real, "identical": identical, "stopped": stopped, "runs": results})
+            json.dumps(
+                {
+                    "kills": len(kills),
+                    "effective": real,
+                    "identical": identical,
+                    "stopped": stopped,
+                    "runs": results,
+                }
+            )
         )
     sys.exit(not identical == stopped == real == len(kills))
 

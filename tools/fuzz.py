@@ -1,10 +1,13 @@
-"""Damaged and hostile inputs for every boundary: each must work, be refused by name, or be skipped and listed.
+"""Damaged and hostile inputs for every boundary: each must work, be refused by name, or
+be skipped and listed.
 
-    python tools/fuzz.py --inputs 1000 [--seed 0] [--boundary videos,pictures] [--json FILE] [--keep DIR] [--toy]
+    python tools/fuzz.py --inputs 1000 [--seed 0] [--boundary videos,pictures] [--json
+    FILE] [--keep DIR] [--toy]
     python tools/fuzz.py --only videos:17          one input again
 
-Inputs are made from the seed and their number alone. An input that crashes the program, ends it with an error that names nothing, hangs over 30 s,
-takes over 2 GiB or gets its code run is a fault; exit code 1 if there is any. --keep copies the inputs of faults.
+Inputs are made from the seed and their number alone. An input that crashes the program,
+ends it with an error that names nothing, hangs over 30 s, takes over 2 GiB or gets its
+code run is a fault; exit code 1 if there is any. --keep copies the inputs of faults.
 """
 
 import argparse
@@ -30,7 +33,9 @@ def shares(inputs: int, names: list[str]) -> dict[str, int]:
     return {name: max(1, round(inputs * BOUNDARIES[name].share / total)) for name in names}
 
 
-def campaign(counts: dict[str, int], root: Path, seed: int, limit: float, jobs: int, keep: Path | None, first: int = 0) -> list[Result]:
+def campaign(
+    counts: dict[str, int], root: Path, seed: int, limit: float, jobs: int, keep: Path | None, first: int = 0
+) -> list[Result]:
     """Every boundary's inputs, `jobs` boundaries at a time."""
     todo: queue.SimpleQueue = queue.SimpleQueue()
     for name in sorted(counts, key=lambda name: -counts[name]):
@@ -61,7 +66,11 @@ def campaign(counts: dict[str, int], root: Path, seed: int, limit: float, jobs: 
 
 def _finish(result: Result, folder: Path, keep: Path | None) -> None:
     if not result.good:
-        print(f"{result.boundary}:{result.number} {result.kind}: {result.what}\n    {result.message}", file=sys.stderr, flush=True)
+        print(
+            f"{result.boundary}:{result.number} {result.kind}: {result.what}\n    {result.message}",
+            file=sys.stderr,
+            flush=True,
+        )
         if keep is not None and folder.exists():
             shutil.copytree(folder, keep / folder.name, dirs_exist_ok=True, symlinks=True, ignore=_special)
     shutil.rmtree(folder, ignore_errors=True)
@@ -69,21 +78,37 @@ def _finish(result: Result, folder: Path, keep: Path | None) -> None:
 
 def _special(folder: str, names: list[str]) -> list[str]:
     """What cannot be copied: pipes and devices."""
-    return [name for name in names if not (os.path.isfile(path := os.path.join(folder, name)) or os.path.isdir(path))]
+    return [
+        name
+        for name in names
+        if not (os.path.isfile(path := os.path.join(folder, name)) or os.path.isdir(path))
+    ]
 
 
 def table(results: list[Result]) -> str:
-    lines = [f"{'boundary':12} {'inputs':>6} {'fine':>6} {'named':>6} {'skipped':>7} {'faults':>6} {'slowest s':>9} {'peak MiB':>8}"]
+    lines = [
+        f"{'boundary':12} {'inputs':>6} {'fine':>6} {'named':>6} {'skipped':>7} {'faults':>6} "
+        f"{'slowest s':>9} {'peak MiB':>8}"
+    ]
     for name in [*dict.fromkeys(result.boundary for result in results), ""]:
         rows = [result for result in results if name in ("", result.boundary)]
         good = [sum(row.kind == kind for row in rows) for kind in ("fine", "named", "skipped")]
-        faults, slowest, peak = len(rows) - sum(good), max(row.seconds for row in rows), max(row.peak_mib for row in rows)
-        lines.append(f"{name or 'all':12} {len(rows):6} {good[0]:6} {good[1]:6} {good[2]:7} {faults:6} {slowest:9.1f} {peak:8}")
+        faults, slowest, peak = (
+            len(rows) - sum(good),
+            max(row.seconds for row in rows),
+            max(row.peak_mib for row in rows),
+        )
+        lines.append(
+            f"{name or 'all':12} {len(rows):6} {good[0]:6} {good[1]:6} {good[2]:7} {faults:6} {slowest:9.1f} "
+            f"{peak:8}"
+        )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--boundary", default="", help=f"some of {', '.join(BOUNDARIES)}")
@@ -100,13 +125,23 @@ def main() -> int:
         name, _, number = options.only.partition(":")
         counts, first = {name: 1}, int(number)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
-        results = campaign(counts, Path(root), options.seed, options.limit, min(options.jobs, len(counts)), options.keep, first)
+        results = campaign(
+            counts,
+            Path(root),
+            options.seed,
+            options.limit,
+            min(options.jobs, len(counts)),
+            options.keep,
+            first,
+        )
     results.sort(key=lambda result: (list(BOUNDARIES).index(result.boundary), result.number))
     if options.only:
         print("\n".join(f"{name}: {value}" for name, value in asdict(results[0]).items()))
     print(table(results))
     if options.json:
-        Path(options.json).write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
+        Path(options.json).write_text(
+            json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8"
+        )
     return int(not all(result.good for result in results))
 
 

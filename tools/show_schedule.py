@@ -1,9 +1,11 @@
 """Checks, prices and draws action lists, side by side.
 
-    megatron-apt schedule --ranks 4 --microbatches 8 --dump a.txt
-    python tools/show_schedule.py a.txt b.txt [--cost F=1,I=1.8,W=0.3] [--message 0.1] [--picture schedules.png] [--json FILE]
+    megatron-apt schedule --ranks 4 --microbatches 8 --dump a.txt python
+    tools/show_schedule.py a.txt b.txt [--cost F=1,I=1.8,W=0.3] [--message 0.1] [--picture
+    schedules.png] [--json FILE]
 
-Each file is what `megatron-apt schedule --dump` writes. A list that could not run is refused, naming the action that is wrong.
+Each file is what `megatron-apt schedule --dump` writes. A list that could not run is
+refused, naming the action that is wrong.
 """
 
 import argparse
@@ -38,12 +40,17 @@ def shown(file: str, options) -> Built:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+")
     parser.add_argument("--method", default="apt", choices=sorted(METHODS))
     parser.add_argument("--cost", default="F=1,I=1,W=1", help="time of a rank's part of a network")
     parser.add_argument(
-        "--discriminator", type=scripts.number(1e-6, 1e6), default=1.0, help="cost of the discriminator as a multiple of the generator's"
+        "--discriminator",
+        type=scripts.number(1e-6, 1e6),
+        default=1.0,
+        help="cost of the discriminator as a multiple of the generator's",
     )
     parser.add_argument("--message", type=scripts.number(0), default=0.0)
     parser.add_argument("--picture", default="", type=scripts.output_file, help="PNG or SVG file")

@@ -19,10 +19,15 @@ def write_digits(root: Path) -> None:
     from megatron_apt.encode.command import EncodeConfig, encode
     from megatron_apt.encoders.text import train_sentencepiece
 
-    train_sentencepiece([f"a handwritten {word}" for word in digits.WORDS], str(root / "tokenizer.model"), vocab_size=512)
+    train_sentencepiece(
+        [f"a handwritten {word}" for word in digits.WORDS], str(root / "tokenizer.model"), vocab_size=512
+    )
     manifest = digits.write_digit_images(root / "files", count=64)
     settings = {"pixel_channels": 1, "tokenizer": str(root / "tokenizer.model"), "text_width": 8}
-    encode(EncodeConfig(str(manifest), str(root / "images"), frames=1, height=8, width=8, **settings), progress=False)
+    encode(
+        EncodeConfig(str(manifest), str(root / "images"), frames=1, height=8, width=8, **settings),
+        progress=False,
+    )
 
 
 def digits_run(root: Path, output: Path, model: ModelConfig | None = None, **changes) -> RunConfig:
@@ -67,7 +72,10 @@ def on_ranks(function: Callable, world: int, parallel: ParallelConfig, *args) ->
     """function(mesh, *args) on `world` new processes; their results by rank."""
     context = mp.get_context("spawn")
     results, port = context.Queue(), free_port()
-    processes = [context.Process(target=_rank, args=(r, world, port, results, function, parallel, args)) for r in range(world)]
+    processes = [
+        context.Process(target=_rank, args=(r, world, port, results, function, parallel, args))
+        for r in range(world)
+    ]
     for process in processes:
         process.start()
     answers = [results.get(timeout=900) for _ in processes]
@@ -80,7 +88,9 @@ def on_ranks(function: Callable, world: int, parallel: ParallelConfig, *args) ->
     return [value for _, value, _ in sorted(answers, key=lambda answer: answer[0])]
 
 
-def _rank(rank: int, world: int, port: int, results, function: Callable, parallel: ParallelConfig, args: tuple) -> None:
+def _rank(
+    rank: int, world: int, port: int, results, function: Callable, parallel: ParallelConfig, args: tuple
+) -> None:
     os.environ.update(rank_environment(rank, world, port))
     import torch
 

@@ -1,4 +1,6 @@
-"""megatron-apt checkpoint: what a checkpoint holds, whether it is whole, and the same one written by another mesh."""
+"""megatron-apt checkpoint: what a checkpoint holds, whether it is whole, and the same one
+written by another mesh.
+"""
 
 import json
 import os
@@ -40,7 +42,8 @@ class Verify:
 class Reshard:
     """Writes a checkpoint again from another mesh, one file per rank that owns weights.
 
-    Training loads any checkpoint on any mesh; this lays the files out for one beforehand. Start as many processes as the mesh has ranks.
+    Training loads any checkpoint on any mesh; this lays the files out for one beforehand.
+    Start as many processes as the mesh has ranks.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -67,7 +70,10 @@ def run(command: Inspect | Verify | Reshard) -> int:
         folder = store.resolve(command.path)
         damages = store.damages(folder)
         unsealed = (
-            "" if store.sealed(folder) else "; its list of files is not sealed (older versions sealed none), so that a changed list would not show"
+            ""
+            if store.sealed(folder)
+            else "; its list of files is not sealed (older versions sealed none), so that a changed list "
+            "would not show"
         )
         print("\n".join(damages) if damages else f"{folder}: every file is as it was committed{unsealed}")
         return int(bool(damages))
@@ -83,14 +89,23 @@ def inspect(command: Inspect) -> Iterator[str]:
     groups: dict[str, list[int]] = {}
     for key, (shape, dtype) in stored.items():
         role, _, rest = key.partition(".")
-        kind = rest.split(".")[0] if rest.startswith("ema.") else ".".join(rest.split(".")[:2]) if rest.startswith("optimizer.") else "weights"
+        kind = (
+            rest.split(".")[0]
+            if rest.startswith("ema.")
+            else ".".join(rest.split(".")[:2])
+            if rest.startswith("optimizer.")
+            else "weights"
+        )
         total = groups.setdefault(f"{role} {kind}", [0, 0, 0])
         for i, value in enumerate((1, shape.numel(), shape.numel() * dtype.itemsize)):
             total[i] += value
     yield f"{folder}"
     parallel = config["parallel"]
     mesh = " x ".join(f"{axis}={parallel[axis]}" for axis in ("tp", "cp", "pp"))
-    yield f"method {config['method']}, iteration {state['iteration']}, {state['samples_seen']} samples seen, seed {config['seed']}, written by {mesh}"
+    yield (
+        f"method {config['method']}, iteration {state['iteration']}, {state['samples_seen']} samples seen, "
+        f"seed {config['seed']}, written by {mesh}"
+    )
     yield f"updates: {', '.join(f'{role} {count}' for role, count in state['updates'].items())}"
     for role, source in state["sources"].items():
         yield f"{role} started from {source}"
@@ -100,11 +115,15 @@ def inspect(command: Inspect) -> Iterator[str]:
         yield from (f"  {key} {tuple(shape)}" for key, (shape, _) in stored.items())
     if command.json:
         summary = {name: {"tensors": t, "numbers": n, "bytes": b} for name, (t, n, b) in groups.items()}
-        outputs.write("json", command.json, json.dumps({"folder": str(folder), **state, "groups": summary}, indent=1))
+        outputs.write(
+            "json", command.json, json.dumps({"folder": str(folder), **state, "groups": summary}, indent=1)
+        )
 
 
 def reshard(command: Reshard) -> None:
-    """Builds the run's networks on the new mesh, loads and saves. The same source and mesh give the same bytes."""
+    """Builds the run's networks on the new mesh, loads and saves. The same source and
+    mesh give the same bytes.
+    """
     from megatron_apt.parallel import startup
 
     folder = store.resolve(command.source)
@@ -115,7 +134,10 @@ def reshard(command: Reshard) -> None:
         store.verify(folder, mesh)
         state = store.read_state(folder)
         stored = {key: value for key, value in state.items() if key not in ("format", "iteration")}
-        stored["config"] = {**state["config"], "parallel": {**state["config"]["parallel"], **vars(command.parallel)}}
+        stored["config"] = {
+            **state["config"],
+            "parallel": {**state["config"]["parallel"], **vars(command.parallel)},
+        }
         with FolderLock(command.target, "reshard", "another target folder", mesh) as lock:
             if os.path.lexists(target):
                 _finish(target, {"format": store.FORMAT, "iteration": state["iteration"], **stored}, mesh)
@@ -128,19 +150,26 @@ def reshard(command: Reshard) -> None:
 
 
 def _check_target(folder: Path, target: Path) -> None:
-    """Raises CheckpointError for a target that is no place of its own, has the checkpoint already, or can be none (its name is too long)."""
+    """Raises CheckpointError for a target that is no place of its own, has the checkpoint
+    already, or can be none (its name is too long).
+    """
     try:
         _check_place(folder, target)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its links lead back to themselves"
-        raise store.CheckpointError(f"{str(target.parent.parent)[:300]}: {reason}; give another target folder") from None
+        raise store.CheckpointError(
+            f"{str(target.parent.parent)[:300]}: {reason}; give another target folder"
+        ) from None
 
 
 def _check_place(folder: Path, target: Path) -> None:
     run, source = target.parent.parent, folder.resolve()
     if run.resolve().is_relative_to(source) or target.resolve() == source:
         raise store.CheckpointError(f"{run}: is where {folder} lies; give another target folder")
-    in_the_way = next((path for path in (target, target.parent, run, *run.parents) if path.exists() and not path.is_dir()), None)
+    in_the_way = next(
+        (path for path in (target, target.parent, run, *run.parents) if path.exists() and not path.is_dir()),
+        None,
+    )
     if in_the_way is not None:
         raise store.CheckpointError(f"{in_the_way}: is no folder; give another target folder")
     if target.exists() and os.path.lexists(target.parent / "latest"):
@@ -155,12 +184,17 @@ def _finish(target: Path, state: dict, mesh: Mesh) -> None:
     """
     store.verify(target, mesh)
     if store.read_state(target) != json.loads(json.dumps(state)):
-        raise store.CheckpointError(f"{target} exists already, written from another checkpoint or for another mesh; give another target folder")
+        raise store.CheckpointError(
+            f"{target} exists already, written from another checkpoint or for another mesh; give another "
+            "target folder"
+        )
     if mesh.is_main:
         files.point(target.parent, target.name)
 
 
-def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh, lock: FolderLock) -> None:
+def _write_again(
+    folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh, lock: FolderLock
+) -> None:
     from megatron_apt.checkpoint.fits import check_model
     from megatron_apt.checkpoint.save import Checkpoints
     from megatron_apt.methods import METHODS
@@ -168,7 +202,8 @@ def _write_again(folder: Path, state: dict, command: Reshard, stored: dict, mesh
     from megatron_apt.training.networks import Network
 
     config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
-    config = replace(config, pipeline=PipelineConfig(chunks=1), apt=replace(config.apt, exact_r1_every=0))  # nothing is trained here
+    # Nothing is trained here
+    config = replace(config, pipeline=PipelineConfig(chunks=1), apt=replace(config.apt, exact_r1_every=0))
     check_fits(config)
     check_model(store.Stored(folder), config.model, mesh)
     tensors = {}

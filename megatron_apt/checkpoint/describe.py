@@ -1,4 +1,6 @@
-"""What stands beside the tensors of a new commit: index.json for us, and for others what Megatron-Core and torch read."""
+"""What stands beside the tensors of a new commit: index.json for us, and for others what
+Megatron-Core and torch read.
+"""
 
 import io
 import json
@@ -12,7 +14,12 @@ import torch
 from megatron_apt.checkpoint import index, records
 from megatron_apt.checkpoint.index import Chunk, Index, Stored
 
-_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ def located(folder: Path, name: str, written: Iterable[Written]) -> Index:
     try:
         for one in written:
             record = records.parse(descriptor, *one.record)
-            chunk = Chunk(tuple(one.offsets), tuple(one.sizes), name, one.record, record.start if record.plain else None)
+            chunk = Chunk(
+                tuple(one.offsets), tuple(one.sizes), name, one.record, record.start if record.plain else None
+            )
             dtype = str(one.dtype).removeprefix("torch.")
             found.setdefault(one.key, Stored(tuple(one.shape), dtype, [])).chunks.append(chunk)
     finally:
@@ -55,7 +64,9 @@ def located(folder: Path, name: str, written: Iterable[Written]) -> Index:
 def joined(parts: Iterable[Index]) -> Index:
     """One index of all of them, in an order that depends on nothing but the tensors."""
     found: Index = {}
-    for key, tensor in sorted(((key, tensor) for part in parts for key, tensor in part.items()), key=lambda item: item[0]):
+    for key, tensor in sorted(
+        ((key, tensor) for part in parts for key, tensor in part.items()), key=lambda item: item[0]
+    ):
         found.setdefault(key, Stored(tensor.shape, tensor.dtype, [])).chunks.extend(tensor.chunks)
     for tensor in found.values():
         tensor.chunks.sort(key=lambda chunk: chunk.offsets)
@@ -63,8 +74,10 @@ def joined(parts: Iterable[Index]) -> Index:
 
 
 def write(folder: Path, tensors: Index) -> None:
-    """Writes the index, ours and torch_dist's, and what Megatron-Core wants to find: the name of the format, and what is common to the ranks, which
-    is nothing here. The same tensors at the same places give the same bytes."""
+    """Writes the index, ours and torch_dist's, and what Megatron-Core wants to find: the
+    name of the format, and what is common to the ranks, which is nothing here. The same
+    tensors at the same places give the same bytes.
+    """
     (folder / index.INDEX).write_text(index.text(tensors), encoding="utf-8")
     (folder / index.TORCH_INDEX).write_bytes(index.torch_bytes(tensors))
     (folder / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""What every file of a checkpoint goes through: written whole or not at all, opened only if it is a plain file."""
+"""What every file of a checkpoint goes through: written whole or not at all, opened only
+if it is a plain file.
+"""
 
 import contextlib
 import fcntl
@@ -14,7 +16,9 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file has its old contents, or the new ones on disk. What lies under its temporary name, a link or a pipe even, is removed, not opened."""
+    """The file has its old contents, or the new ones on disk. What lies under its
+    temporary name, a link or a pipe even, is removed, not opened.
+    """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with open(temporary, "x", encoding="utf-8") as file:
@@ -46,7 +50,9 @@ def lock(file: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"{file}: another process is writing here; wait for it, or give another target") from None
+            raise CheckpointError(
+                f"{file}: another process is writing here; wait for it, or give another target"
+            ) from None
         yield
 
 
@@ -64,7 +70,12 @@ def plain_name(name: str) -> bool:
     if not name or "\\" in name or "\0" in name or len(name) > 500 or not name.isprintable():
         return False
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and len(path.parts) <= 2 and str(path) == name != "."
+    return (
+        not path.is_absolute()
+        and ".." not in path.parts
+        and len(path.parts) <= 2
+        and str(path) == name != "."
+    )
 
 
 @contextlib.contextmanager
@@ -77,7 +88,9 @@ def opened(folder: Path, name: str) -> Iterator[int]:
     """
     file = folder / name
     if file.is_symlink() or (file.parent != folder and file.parent.is_symlink()):
-        raise CheckpointError(f"{file}: is a link, and a checkpoint is made of plain files; copy what it points to")
+        raise CheckpointError(
+            f"{file}: is a link, and a checkpoint is made of plain files; copy what it points to"
+        )
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -22,13 +22,23 @@ def check_model(stored: Stored, model: ModelConfig, mesh: Mesh) -> None:
     file = stored.folder / STATE
     blocks = model.depth + model.hunyuan.refiner_blocks * (model.family == "hunyuan")
     if blocks > len(stored.index):
-        raise CheckpointError(f"{file}: config.model: has {blocks} blocks, and the files hold {len(stored.index)} tensors; {DAMAGED}")
+        raise CheckpointError(
+            f"{file}: config.model: has {blocks} blocks, and the files hold {len(stored.index)} tensors; "
+            f"{DAMAGED}"
+        )
     if blocks > MOST_BLOCKS:
-        raise CheckpointError(f"{file}: config.model: has {blocks} blocks, and no model has more than {MOST_BLOCKS}; {DAMAGED}")
+        raise CheckpointError(
+            f"{file}: config.model: has {blocks} blocks, and no model has more than {MOST_BLOCKS}; {DAMAGED}"
+        )
     with torch.device("meta"):
-        parameters = build_backbone(replace(model, fp8=Fp8Config()), replace(mesh, device=torch.device("meta"))).named_parameters()
+        parameters = build_backbone(
+            replace(model, fp8=Fp8Config()), replace(mesh, device=torch.device("meta"))
+        ).named_parameters()
     for name, parameter in parameters:
         shape, _ = stored.index.get(f"generator.{name}", (None, None))
         if shape != (described := torch.Size(full_shape(parameter, mesh))):
             held = "none" if shape is None else f"one of {tuple(shape)}"
-            raise CheckpointError(f"{file}: config.model: has a weight {name} of shape {tuple(described)}, and the files hold {held}; {DAMAGED}")
+            raise CheckpointError(
+                f"{file}: config.model: has a weight {name} of shape {tuple(described)}, and the files hold "
+                f"{held}; {DAMAGED}"
+            )

@@ -1,7 +1,9 @@
-"""Which tensors a commit holds and where: index.json, and torch_dist's own index beside it.
+"""Which tensors a commit holds and where: index.json, and torch_dist's own index beside
+it.
 
-index.json is ours and the one that is read. `.metadata`, a pickle, is written for others (Megatron-Core, torch.distributed.checkpoint). Commits from
-before index.json have `.metadata` alone, which is then read as data (inert.py); nothing of it is ever run.
+index.json is ours and the one that is read. `.metadata`, a pickle, is written for others
+(Megatron-Core, torch.distributed.checkpoint). Commits from before index.json have
+`.metadata` alone, which is then read as data (inert.py); nothing of it is ever run.
 """
 
 import json
@@ -24,14 +26,43 @@ MOST_TORCH_BYTES = 32 << 20
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool),
+        *(
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.float8_e8m0fnu,
+        ),
+        *(
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+            torch.bool,
+        ),
     )
 }
-_META, _PLAN, _FILES = (f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem"))
+_META, _PLAN, _FILES = (
+    f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")
+)
 _SIZE, _INDEX, _TENSOR, _CHUNK, _KEY, _PROPERTIES, _PLACE = (
     Name("torch", "Size"),
-    *(Name(_META, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "TensorProperties")),
+    *(
+        Name(_META, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "TensorProperties",
+        )
+    ),
     Name(_FILES, "_StorageInfo"),
 )
 _ALLOWED = {
@@ -53,7 +84,8 @@ class Chunk(msgspec.Struct, frozen=True):
         offsets, shape: the box.
         file: its name in the folder.
         record: where in the file the record begins, and its bytes.
-        numbers: where in the file the numbers begin, which then lie there one by one, row by row, little-endian. None: the record says how.
+        numbers: where in the file the numbers begin, which then lie there one by one, row
+            by row, little-endian. None: the record says how.
     """
 
     offsets: Shape
@@ -80,10 +112,12 @@ Index = dict[str, Stored]
 
 
 def read(folder: Path) -> Index:
-    """The index of a commit, checked against itself and the sizes of the files, by name of the tensor.
+    """The index of a commit, checked against itself and the sizes of the files, by name
+    of the tensor.
 
     Raises:
-        CheckpointError: missing, damaged, or asking for anything but tensors in files of this folder.
+        CheckpointError: missing, damaged, or asking for anything but tensors in files of
+            this folder.
     """
     if (folder / INDEX).exists():
         found = schema.read_json(folder / INDEX, _Index, remedy=DAMAGED, error=CheckpointError).tensors
@@ -105,7 +139,11 @@ def same(ours: Index, theirs: Index) -> bool:
 
 def _places(index: Index) -> dict:
     return {
-        key: (tensor.shape, tensor.dtype, sorted((chunk.offsets, chunk.shape, chunk.file, chunk.record) for chunk in tensor.chunks))
+        key: (
+            tensor.shape,
+            tensor.dtype,
+            sorted((chunk.offsets, chunk.shape, chunk.file, chunk.record) for chunk in tensor.chunks),
+        )
         for key, tensor in index.items()
     }
 
@@ -123,13 +161,23 @@ def _check(index: Index) -> None:
         numbers = 0
         for chunk in tensor.chunks:
             if not len(chunk.offsets) == len(chunk.shape) == len(tensor.shape):
-                raise Unreadable(f"a chunk of {key!r} has {len(chunk.shape)} dimensions, the tensor {len(tensor.shape)}")
-            if any(start + size > whole for start, size, whole in zip(chunk.offsets, chunk.shape, tensor.shape, strict=True)):
+                raise Unreadable(
+                    f"a chunk of {key!r} has {len(chunk.shape)} dimensions, the tensor {len(tensor.shape)}"
+                )
+            if any(
+                start + size > whole
+                for start, size, whole in zip(chunk.offsets, chunk.shape, tensor.shape, strict=True)
+            ):
                 raise Unreadable(f"a chunk of {key!r} reaches beyond its shape {tensor.shape}")
             if not plain_name(chunk.file):
-                raise Unreadable(f"{key!r} lies in {chunk.file[:200]!r}, which is no file of this folder; do not load this checkpoint")
+                raise Unreadable(
+                    f"{key!r} lies in {chunk.file[:200]!r}, which is no file of this folder; do not load "
+                    "this checkpoint"
+                )
             if chunk.record[1] < numel(chunk.shape) * DTYPES[tensor.dtype].itemsize:
-                raise Unreadable(f"a chunk of {key!r} of shape {chunk.shape} cannot lie in {chunk.record[1]} bytes")
+                raise Unreadable(
+                    f"a chunk of {key!r} of shape {chunk.shape} cannot lie in {chunk.record[1]} bytes"
+                )
             numbers += numel(chunk.shape)
         if numbers != numel(tensor.shape) or _overlap(tensor.chunks):
             raise Unreadable(f"{key!r} is not whole, {numbers} of {numel(tensor.shape)} numbers are there")
@@ -157,7 +205,8 @@ def _overlap(chunks: list[Chunk]) -> bool:
 
 
 def _check_files(folder: Path, index: Index) -> None:
-    """Every record lies in its file, and no two share a byte: the tensors are no larger than the files.
+    """Every record lies in its file, and no two share a byte: the tensors are no larger
+    than the files.
 
     Raises:
         CheckpointError: naming file and tensor.
@@ -166,18 +215,29 @@ def _check_files(folder: Path, index: Index) -> None:
     for key, tensor in index.items():
         for chunk in tensor.chunks:
             records.setdefault(chunk.file, []).append((*chunk.record, key))
-            low, high = chunk.record[0], sum(chunk.record) - numel(chunk.shape) * DTYPES[tensor.dtype].itemsize
+            low, high = (
+                chunk.record[0],
+                sum(chunk.record) - numel(chunk.shape) * DTYPES[tensor.dtype].itemsize,
+            )
             if chunk.numbers is not None and not low <= chunk.numbers <= high:
-                raise CheckpointError(f"{folder / INDEX}: the numbers of {key!r} lie outside its record; {DAMAGED}")
+                raise CheckpointError(
+                    f"{folder / INDEX}: the numbers of {key!r} lie outside its record; {DAMAGED}"
+                )
     for name, places in records.items():
         end = 0
         size = _size(folder, name)
         for start, length, key in sorted(places):
             if start < end:
-                raise CheckpointError(f"{folder / name}: {key!r} cannot be read (it begins inside another tensor); the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{folder / name}: {key!r} cannot be read (it begins inside another tensor); the "
+                    "checkpoint is damaged"
+                )
             end = start + length
             if end > size:
-                raise CheckpointError(f"{folder / name}: {key!r} cannot be read ({size} bytes, it ends at {end}); the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{folder / name}: {key!r} cannot be read ({size} bytes, it ends at {end}); the "
+                    "checkpoint is damaged"
+                )
 
 
 def _size(folder: Path, name: str) -> int:
@@ -192,7 +252,8 @@ def read_torch(folder: Path) -> Index:
     """torch_dist's own index of a commit, read as data.
 
     Raises:
-        CheckpointError: missing, damaged, or naming anything but what such an index is made of.
+        CheckpointError: missing, damaged, or naming anything but what such an index is
+            made of.
     """
     file = folder / TORCH_INDEX
     data = schema.read_bytes(file, remedy=DAMAGED, error=CheckpointError, most=MOST_TORCH_BYTES)
@@ -214,7 +275,9 @@ def _of_torch(root: object) -> Index:
         listed += len(chunks)
         if listed > len(places):
             raise Unreadable(f"lists more than the {len(places)} chunks that it has places for")
-        index[inert.of_kind(key, str)] = Stored(_shape(tensor.get("size")), _dtype(tensor.get("properties")), [])
+        index[inert.of_kind(key, str)] = Stored(
+            _shape(tensor.get("size")), _dtype(tensor.get("properties")), []
+        )
         for chunk in map(lambda chunk: inert.fields(chunk, _CHUNK), chunks):
             shapes[key, _shape(chunk.get("offsets"))] = _shape(chunk.get("sizes"))
     for item, value in places:
@@ -225,7 +288,9 @@ def _of_torch(root: object) -> Index:
         if (key, offsets) not in shapes:
             raise Unreadable(f"has a place for a chunk of {key!r} that the tensor does not list")
         record = inert.whole_numbers((place.get("offset"), place.get("length")))
-        index[key].chunks.append(Chunk(offsets, shapes[key, offsets], inert.of_kind(place.get("relative_path"), str), record))
+        index[key].chunks.append(
+            Chunk(offsets, shapes[key, offsets], inert.of_kind(place.get("relative_path"), str), record)
+        )
     return index
 
 
@@ -247,12 +312,23 @@ def _dtype(value: object) -> str:
 def torch_bytes(index: Index) -> bytes:
     """torch_dist's own index of these tensors. The same tensors at the same places give the same bytes."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
 
     tensors, places = {}, {}
     for key, tensor in sorted(index.items()):
-        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)) for chunk in tensor.chunks]
-        tensors[key] = TensorStorageMetadata(TensorProperties(DTYPES[tensor.dtype]), torch.Size(tensor.shape), chunks)
+        chunks = [
+            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape))
+            for chunk in tensor.chunks
+        ]
+        tensors[key] = TensorStorageMetadata(
+            TensorProperties(DTYPES[tensor.dtype]), torch.Size(tensor.shape), chunks
+        )
         for chunk in tensor.chunks:
             places[MetadataIndex(key, chunk.offsets)] = _StorageInfo(chunk.file, *chunk.record)
     return pickle.dumps(Metadata(tensors, storage_data=places, version="1.0.0"), protocol=4)

@@ -1,15 +1,19 @@
 """Pickles read as data: nothing is imported, called, or made into an object of any class.
 
-A pickle is a program for a small stack machine. torch_dist's own index is one, and each record of its files begins with one. This machine runs the
-few instructions that those need. Where Python would import a name, it puts down a Name if the reader knows that one; where Python would call what
-it imported, a Made that says with which arguments. What to make of those is up to the reader.
+A pickle is a program for a small stack machine. torch_dist's own index is one, and each
+record of its files begins with one. This machine runs the few instructions that those
+need. Where Python would import a name, it puts down a Name if the reader knows that one;
+where Python would call what it imported, a Made that says with which arguments. What to
+make of those is up to the reader.
 """
 
 import pickletools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-MOST_STEPS = 8_000_000  # some 10 seconds and 1 GB at most; the index of a 14B APT run written by 64 ranks has about half as many
+# Some 10 seconds and 1 GB at most; the index of a 14B APT run written by 64 ranks has
+# about half as many
+MOST_STEPS = 8_000_000
 
 
 class Unreadable(ValueError):
@@ -56,7 +60,17 @@ class Persistent:
     key: object
 
 
-_PUSHED = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES")
+_PUSHED = (
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+)
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
@@ -94,7 +108,8 @@ class _Machine:
             step = self.steps.get(opcode.name)
             if step is None:
                 raise Unreadable(
-                    f"its {self.what} has the instruction {opcode.name}, which no checkpoint {self.what} needs; do not load this checkpoint"
+                    f"its {self.what} has the instruction {opcode.name}, which no checkpoint {self.what} "
+                    "needs; do not load this checkpoint"
                 )
             if count > MOST_STEPS:
                 raise Unreadable(f"its {self.what} has more than {MOST_STEPS} instructions")
@@ -136,7 +151,10 @@ class _Machine:
     def _name(self, module: object, name: object) -> None:
         found = Name(of_kind(module, str), of_kind(name, str))
         if found not in self.allowed:
-            raise Unreadable(f"its {self.what} asks for {str(found)[:200]}, which no checkpoint {self.what} needs; do not load this checkpoint")
+            raise Unreadable(
+                f"its {self.what} asks for {str(found)[:200]}, which no checkpoint {self.what} needs; do not "
+                "load this checkpoint"
+            )
         self.stack.append(found)
 
     def _make(self, _) -> None:
@@ -149,13 +167,15 @@ class _Machine:
 
 
 def read(data: bytes, allowed: Collection[Name], what: str) -> object:
-    """What a pickle says, made of Name, Made, Pairs, Persistent, and Python's lists, tuples, texts and numbers.
+    """What a pickle says, made of Name, Made, Pairs, Persistent, and Python's lists,
+    tuples, texts and numbers.
 
     Args:
         what: this is, for messages: index or record.
 
     Raises:
-        Unreadable: no pickle, too long, or one that names what is not allowed or does what these files never do.
+        Unreadable: no pickle, too long, or one that names what is not allowed or does
+            what these files never do.
     """
     try:
         return _Machine(allowed, what).run(data)

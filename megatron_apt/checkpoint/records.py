@@ -1,6 +1,7 @@
 """The numbers of a tensor out of the record that torch.save wrote, without unpickling it.
 
-A record is a zip file whose members are stored as they are: data.pkl says dtype, shape and strides, data/0 holds the numbers.
+A record is a zip file whose members are stored as they are: data.pkl says dtype, shape
+and strides, data/0 holds the numbers.
 """
 
 import os
@@ -29,7 +30,13 @@ _REBUILD, _REBUILD_DTYPE, _EMPTY, _UNTYPED = (
 _TYPED = {
     Name("torch", f"{name}Storage"): dtype
     for name, dtype in {
-        **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Bool": "bool"},
+        **{
+            "Double": "float64",
+            "Float": "float32",
+            "Half": "float16",
+            "BFloat16": "bfloat16",
+            "Bool": "bool",
+        },
         **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"},
     }.items()
 }
@@ -61,7 +68,10 @@ class Record:
         for size in reversed(self.shape):
             expected.insert(0, step)
             step *= size
-        return all(size == 1 or have == want for size, have, want in zip(self.shape, self.strides, expected, strict=True))
+        return all(
+            size == 1 or have == want
+            for size, have, want in zip(self.shape, self.strides, expected, strict=True)
+        )
 
     @property
     def start(self) -> int:
@@ -104,12 +114,18 @@ Members = dict[str, tuple[zipfile.ZipInfo, Callable[[], bytes]]]
 def _members(descriptor: int, start: int, length: int) -> Members:
     """Members of a zip file, by name without that of the archive, with what reads them."""
     archive = zipfile.ZipFile(_Slice(descriptor, start, length))
-    return {info.filename.partition("/")[2]: (info, partial(archive.read, info)) for info in archive.infolist()}
+    return {
+        info.filename.partition("/")[2]: (info, partial(archive.read, info)) for info in archive.infolist()
+    }
 
 
 def _stored(members: Members, name: str, most: int) -> zipfile.ZipInfo:
     info = members[name][0]
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.file_size > most:
+    if (
+        info.compress_type != zipfile.ZIP_STORED
+        or info.file_size != info.compress_size
+        or info.file_size > most
+    ):
         raise Unreadable(f"its member {name} is compressed, or longer than it can be")
     return info
 
@@ -170,7 +186,8 @@ def _dtype(key: object, more: list) -> str:
 
 
 def fill(descriptor: int, chunk: Chunk, tensor: Stored, region: Region, room: Tensor) -> None:
-    """Reads a region of a chunk into `room`, which has its shape and any strides and dtype.
+    """Reads a region of a chunk into `room`, which has its shape and any strides and
+    dtype.
 
     Raises:
         Unreadable: the record is damaged or not of this tensor.
@@ -180,7 +197,9 @@ def fill(descriptor: int, chunk: Chunk, tensor: Stored, region: Region, room: Te
     if start is None:
         record = parse(descriptor, *chunk.record)
         if (record.dtype, record.shape) != (tensor.dtype, chunk.shape):
-            raise Unreadable(f"it holds {record.dtype} of shape {record.shape}, not {tensor.dtype} of {chunk.shape}")
+            raise Unreadable(
+                f"it holds {record.dtype} of shape {record.shape}, not {tensor.dtype} of {chunk.shape}"
+            )
         if not record.plain:
             room.copy_(_strided(descriptor, record)[region])
             return
@@ -218,10 +237,18 @@ def _read(descriptor: int, start: int, room: Tensor) -> None:
 
 
 class _Slice:
-    """Some bytes of a file as a file of their own, of which no more is read than a record's description can take."""
+    """Some bytes of a file as a file of their own, of which no more is read than a
+    record's description can take.
+    """
 
     def __init__(self, descriptor: int, start: int, length: int):
-        self.descriptor, self.start, self.length, self.place, self.left = descriptor, start, length, 0, _MOST_DESCRIPTION
+        self.descriptor, self.start, self.length, self.place, self.left = (
+            descriptor,
+            start,
+            length,
+            0,
+            _MOST_DESCRIPTION,
+        )
 
     def seekable(self) -> bool:
         return True

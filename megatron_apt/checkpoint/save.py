@@ -1,10 +1,12 @@
-"""Saving without stopping: a snapshot now, the files in a background thread, the commit once every rank has written.
+"""Saving without stopping: a snapshot now, the files in a background thread, the commit
+once every rank has written.
 
-Megatron-Core plans the save (collectives, now) and writes the files; the main rank collects the results (collectives, at the commit); between the two
-lie only file writes.
-They run in a thread, not in Megatron-Core's forked process: the thread ends with its process, so no orphan of a killed run can write into the
-folder of the next one, and nothing is forked under the feet of CUDA, NCCL or gloo threads. The snapshot is the copy that every parameter's
-owner makes when shards become whole parameters (networks.py).
+Megatron-Core plans the save (collectives, now) and writes the files; the main rank
+collects the results (collectives, at the commit); between the two lie only file writes.
+They run in a thread, not in Megatron-Core's forked process: the thread ends with its
+process, so no orphan of a killed run can write into the folder of the next one, and
+nothing is forked under the feet of CUDA, NCCL or gloo threads. The snapshot is the copy
+that every parameter's owner makes when shards become whole parameters (networks.py).
 """
 
 import json
@@ -34,7 +36,10 @@ from megatron_apt.config import RetentionConfig
 from megatron_apt.lock import LockLost
 from megatron_apt.parallel.mesh import Mesh
 
-_FAILED = "{folder}: could not be written ({reason}); the checkpoints before it are whole. Free disk space, or check the folder"
+_FAILED = (
+    "{folder}: could not be written ({reason}); the checkpoints before it are whole. Free disk space, or "
+    "check the folder"
+)
 
 
 @dataclass
@@ -47,7 +52,8 @@ class _Pending:
     prune: bool
     request: AsyncRequest
     buckets: list  # what this rank writes, in host memory
-    sums: dict[str, Sum] = field(default_factory=dict)  # of the files this rank has written; this and the next two are filled by the thread
+    # Of the files this rank has written; this and the next two are filled by the thread
+    sums: dict[str, Sum] = field(default_factory=dict)
     written: list[index.Index] = field(default_factory=list)
     error: str = ""
     thread: threading.Thread | None = None
@@ -62,10 +68,15 @@ class Checkpoints:
         self._validated = False  # that the ranks' parts make up each tensor; they stay the same in a run
         self._removal: threading.Thread | None = None  # of superseded checkpoints, on the main rank
         self.fence: Callable[[], None] = lambda: None
-        """Raises LockLost on the main rank once the folder is another's; asked before anything is made or committed there."""
+        """Raises LockLost on the main rank once the folder is another's; asked before
+        anything is made or committed there.
+        """
 
-    def save(self, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict, prune: bool = True) -> None:
-        """Starts a commit of these tensors, which must not change before it is done, and returns while they are being written.
+    def save(
+        self, iteration: int, tensors: Mapping[str, ShardedTensor], state: dict, prune: bool = True
+    ) -> None:
+        """Starts a commit of these tensors, which must not change before it is done, and
+        returns while they are being written.
 
         Args:
             state: JSON-ready; goes into state.json.
@@ -85,18 +96,23 @@ class Checkpoints:
             temporary.mkdir(parents=True)
 
         self._on_main(clear, temporary)
-        # Results come back within this process: without this, Megatron-Core starts a manager process that outlives a killed run.
+        # Results come back within this process: without this, Megatron-Core starts a
+        # manager process that outlives a killed run.
         filesystem_async._results_queue = queue.Queue()
         try:
             parts, _ = save_preprocess(dict(tensors), not self._validated)
-            request = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1).async_save(parts, temporary)
+            request = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1).async_save(
+                parts, temporary
+            )
         except (OSError, CheckpointException) as error:  # the latter derives from BaseException
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise CheckpointError(_FAILED.format(folder=temporary, reason=reason)) from error
         self._validated = True
         buckets = request.preload_fn() if request.preload_fn else []
         self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets)
-        pending.thread = threading.Thread(target=_write, args=(pending,), name=f"save-{iteration}", daemon=True)
+        pending.thread = threading.Thread(
+            target=_write, args=(pending,), name=f"save-{iteration}", daemon=True
+        )
         pending.thread.start()
 
     @property
@@ -105,7 +121,8 @@ class Checkpoints:
         return self._pending is not None and self._pending.thread.is_alive()
 
     def commit(self) -> Path | None:
-        """Waits for the pending save, if there is one, and commits it; returns its folder.
+        """Waits for the pending save, if there is one, and commits it; returns its
+        folder.
 
         Raises:
             CheckpointError: on every rank, if any could not write.
@@ -137,7 +154,9 @@ class Checkpoints:
                 self.fence()
                 action()
             except OSError as error:
-                failure = [CheckpointError(_FAILED.format(folder=folder, reason=f"{type(error).__name__}: {error}"))]
+                failure = [
+                    CheckpointError(_FAILED.format(folder=folder, reason=f"{type(error).__name__}: {error}"))
+                ]
             except CheckpointError as error:
                 failure = [CheckpointError(_FAILED.format(folder=folder, reason=error))]
             except LockLost as error:
@@ -148,10 +167,14 @@ class Checkpoints:
 
     def _publish(self, pending: _Pending, final: Path, sums: dict[str, Sum], tensors: index.Index) -> None:
         temporary = pending.temporary
-        write_atomically(temporary / "state.json", json.dumps({"format": FORMAT, "iteration": pending.iteration, **pending.state}, indent=1))
+        write_atomically(
+            temporary / "state.json",
+            json.dumps({"format": FORMAT, "iteration": pending.iteration, **pending.state}, indent=1),
+        )
         describe.write(temporary, tensors)
         seal(temporary, sums)
-        if os.path.lexists(final):  # of a run that was pointed back to an older one; out of sight first, as below
+        # Of a run that was pointed back to an older one; out of sight first, as below
+        if os.path.lexists(final):
             final.rename(self.root / f".{final.name}.replaced.tmp")
         temporary.rename(final)
         sync(self.root)
@@ -165,8 +188,9 @@ class Checkpoints:
 
 
 def _write(pending: _Pending) -> None:
-    """Runs in the background: this rank's files, flushed to disk, their checksums, and where in them the numbers lie. No collectives, and no
-    exceptions out."""
+    """Runs in the background: this rank's files, flushed to disk, their checksums, and
+    where in them the numbers lie. No collectives, and no exceptions out.
+    """
     request = pending.request
     if request.async_fn is None:
         return  # this rank owns nothing
@@ -174,7 +198,9 @@ def _write(pending: _Pending) -> None:
     try:
         for i, bucket in enumerate(pending.buckets):
             answers = queue.Queue()
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answers, _Count(), use_fsync=True)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                transforms, i, bucket, answers, _Count(), use_fsync=True
+            )
             _, answer = answers.get()
             if isinstance(answer, Exception):
                 raise answer
@@ -191,7 +217,11 @@ def _described(bucket: tuple, results: list) -> index.Index:
     for (item, _), result in zip(written, results, strict=True):
         tensor, place = item.tensor_data, result.storage_data
         box = tensor.chunk.offsets, tensor.chunk.sizes
-        chunks.append(describe.Written(item.index.fqn, tensor.size, tensor.properties.dtype, *box, (place.offset, place.length)))
+        chunks.append(
+            describe.Written(
+                item.index.fqn, tensor.size, tensor.properties.dtype, *box, (place.offset, place.length)
+            )
+        )
     return describe.located(Path(file).parent, name, chunks)
 
 
@@ -210,7 +240,11 @@ class _Count:
 
 def superseded(root: Path, newest: str, retention: RetentionConfig) -> list[Path]:
     """Committed folders, up to `newest`, that retention does not keep."""
-    found = {iteration: path for path in root.glob("iteration-*") if (iteration := iteration_of(path.name)) is not None and path.is_dir()}
+    found = {
+        iteration: path
+        for path in root.glob("iteration-*")
+        if (iteration := iteration_of(path.name)) is not None and path.is_dir()
+    }
     folders = [path for iteration, path in sorted(found.items()) if iteration <= iteration_of(newest)]
     if not retention.last:
         return []
@@ -223,7 +257,9 @@ def superseded(root: Path, newest: str, retention: RetentionConfig) -> list[Path
 
 
 def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[str]:
-    """The folder whose saved value of `retention.best` is best, which `best` then names, and those whose values cannot be read."""
+    """The folder whose saved value of `retention.best` is best, which `best` then names,
+    and those whose values cannot be read.
+    """
     values, unreadable = {}, set()
     for folder in folders:
         try:
@@ -233,7 +269,10 @@ def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[st
             unreadable.add(folder.name)
             continue
         if value is None or math.isnan(value):
-            warnings.warn(f"{folder}: has no value {retention.best!r} (retention.best), so it cannot be the best", stacklevel=2)
+            warnings.warn(
+                f"{folder}: has no value {retention.best!r} (retention.best), so it cannot be the best",
+                stacklevel=2,
+            )
         else:
             values[folder.name] = value
     if not values:

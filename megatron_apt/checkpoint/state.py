@@ -61,18 +61,23 @@ def iteration_of(folder: str) -> int | None:
 
 
 def read_state(folder: Path) -> State:
-    """state.json of a checkpoint, with the configuration of this version's fields: those that are younger than it have their defaults.
+    """state.json of a checkpoint, with the configuration of this version's fields: those
+    that are younger than it have their defaults.
 
     Raises:
-        CheckpointError: missing, or something in it is not what it must be; names the field.
+        CheckpointError: missing, or something in it is not what it must be; names the
+            field.
     """
     file = folder / STATE
     found = schema.read_json(file, dict[str, Any], remedy=DAMAGED, error=CheckpointError)
     if schema.convert(found, _Format, str(file), remedy=DAMAGED, error=CheckpointError)["format"] != FORMAT:
         raise CheckpointError(f"{file}: is not of format {FORMAT}, which this version reads")
-    found |= schema.convert(found, State, str(file), remedy=DAMAGED, error=CheckpointError)  # where 3.0 has become 3
+    # Where 3.0 has become 3
+    found |= schema.convert(found, State, str(file), remedy=DAMAGED, error=CheckpointError)
     if iteration_of(folder.name) not in (None, found["iteration"]):
-        raise CheckpointError(f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}")
+        raise CheckpointError(
+            f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}"
+        )
     _check_known(RunConfig, found["config"], f"{file}: config")
     config = schema.convert(found, _Configured, str(file), remedy=DAMAGED, error=CheckpointError)["config"]
     return found | {"config": json.loads(json.dumps(to_dict(config)))}
@@ -91,7 +96,8 @@ def from_dict(kind: type, stored: object, where: str = "configuration"):
     """A configuration from its JSON form; fields that are not there have their defaults.
 
     Raises:
-        CheckpointError: a field that this version does not know, or a value that it cannot have.
+        CheckpointError: a field that this version does not know, or a value that it
+            cannot have.
     """
     _check_known(kind, stored, where)
     return schema.convert(stored, kind, where, remedy=DAMAGED, error=CheckpointError)
@@ -104,7 +110,10 @@ def _check_known(kind: type, stored: object, where: str) -> None:
     unknown = set(stored) - {field.name for field in fields(kind)}
     if unknown:
         names = sorted(str(name)[:100] for name in unknown)[:20]
-        raise CheckpointError(f"{where} of {kind.__name__} has unknown fields {names}; it was written by another version, or is damaged")
+        raise CheckpointError(
+            f"{where} of {kind.__name__} has unknown fields {names}; it was written by another version, or "
+            "is damaged"
+        )
     for field, value in stored.items():
         if is_dataclass(hints[field]):
             _check_known(hints[field], value, f"{where}.{field}")

@@ -1,4 +1,5 @@
-"""Checkpoint folders: one commit each, loadable on another tensor-, context- or data-parallel size.
+"""Checkpoint folders: one commit each, loadable on another tensor-, context- or
+data-parallel size.
 
     OUTPUT/checkpoints/iteration-00000100/                  a commit
         *.distcp                                            tensors, each as torch.save writes it
@@ -9,9 +10,10 @@
         commit.json                                         SHA-256 of checksums.json
     OUTPUT/checkpoints/latest                               name of the newest whole one
 
-A save (save.py) writes to a temporary name, flushes to disk, renames, then moves `latest`: a crash at any instant leaves the previous commit whole.
-A checkpoint may come from anywhere, so nothing in it is unpickled: we read JSON, and the numbers. Older commits have no index.json; what their
-pickles say is read as data (inert.py).
+A save (save.py) writes to a temporary name, flushes to disk, renames, then moves
+`latest`: a crash at any instant leaves the previous commit whole. A checkpoint may come
+from anywhere, so nothing in it is unpickled: we read JSON, and the numbers. Older commits
+have no index.json; what their pickles say is read as data (inert.py).
 """
 
 import os
@@ -37,16 +39,20 @@ if TYPE_CHECKING:
 
 
 def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> "ShardedTensor":
-    """A tensor laid out like a parameter (its weight, average or optimiser state), as dist_checkpointing sees it.
+    """A tensor laid out like a parameter (its weight, average or optimiser state), as
+    dist_checkpointing sees it.
 
     Args:
-        replica: 0 on the data x context rank that writes it, any other number on further ranks that hold it.
+        replica: 0 on the data x context rank that writes it, any other number on further
+            ranks that hold it.
     """
     from megatron.core.dist_checkpointing import ShardedTensor
 
     if parameter.sharded_dim is None:
         return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, replica))
-    return ShardedTensor.from_rank_offsets(key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica))
+    return ShardedTensor.from_rank_offsets(
+        key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica)
+    )
 
 
 def replicated(key: str, tensor: Tensor, mesh: Mesh) -> "ShardedTensor":
@@ -57,7 +63,8 @@ def replicated(key: str, tensor: Tensor, mesh: Mesh) -> "ShardedTensor":
 
 
 def latest(output: str | Path) -> Path | None:
-    """The commit of a run that `latest` names, or where that names none the newest whole one, with a warning; None where there is none at all.
+    """The commit of a run that `latest` names, or where that names none the newest whole
+    one, with a warning; None where there is none at all.
 
     Raises:
         CheckpointError: there are commits, or there were, and none is whole.
@@ -70,7 +77,11 @@ def latest(output: str | Path) -> Path | None:
         named, problem = _named(pointer)
         if named is not None:
             return named
-        commits = {iteration: path for path in root.iterdir() if (iteration := iteration_of(path.name)) is not None and path.is_dir()}
+        commits = {
+            iteration: path
+            for path in root.iterdir()
+            if (iteration := iteration_of(path.name)) is not None and path.is_dir()
+        }
         if not commits and not os.path.lexists(pointer):
             return None
     except OSError as error:
@@ -78,11 +89,17 @@ def latest(output: str | Path) -> Path | None:
     wrong = []
     for _, folder in sorted(commits.items(), reverse=True):
         if not (found := _unfit(folder)):
-            warnings.warn(f"{pointer}: {problem}; going on from {folder.name}, the newest whole checkpoint beside it", stacklevel=2)
+            warnings.warn(
+                f"{pointer}: {problem}; going on from {folder.name}, the newest whole checkpoint beside it",
+                stacklevel=2,
+            )
             return folder
         wrong.append(found)
     beside = "; ".join(wrong[:3]) or "there is no iteration-* folder beside it"
-    raise CheckpointError(f"{pointer}: {problem}, and no checkpoint beside it is whole: {beside}. Restore one, or give another output folder")
+    raise CheckpointError(
+        f"{pointer}: {problem}, and no checkpoint beside it is whole: {beside}. Restore one, or give another "
+        "output folder"
+    )
 
 
 def _named(pointer: Path) -> tuple[Path | None, str]:
@@ -111,7 +128,8 @@ def _unfit(folder: Path) -> str:
 
 
 def resolve(path: str) -> Path:
-    """A checkpoint folder from what a user may give: the folder itself, or a run's output folder (its latest).
+    """A checkpoint folder from what a user may give: the folder itself, or a run's output
+    folder (its latest).
 
     Raises:
         CheckpointError: nothing there.
@@ -121,10 +139,15 @@ def resolve(path: str) -> Path:
         if (folder / "state.json").is_file():
             return folder
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give an iteration-* folder, or the output folder of a run") from None
+        raise CheckpointError(
+            f"{path}: {error.strerror}; give an iteration-* folder, or the output folder of a run"
+        ) from None
     found = latest(path)
     if found is None:
-        raise CheckpointError(f"{path}: no checkpoint there; give an iteration-* folder, or the output folder of a run that saved one")
+        raise CheckpointError(
+            f"{path}: no checkpoint there; give an iteration-* folder, or the output folder of a run that "
+            "saved one"
+        )
     return found
 
 
@@ -134,7 +157,8 @@ def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 class Stored:
-    """The tensors of a commit, read without a model or other processes. Threads may read beside each other.
+    """The tensors of a commit, read without a model or other processes. Threads may read
+    beside each other.
 
     Attributes:
         index: shape and dtype of every tensor, in order of names.
@@ -146,10 +170,14 @@ class Stored:
     def __init__(self, folder: Path):
         self.folder = folder
         self._tensors = tensors.read(folder)
-        self.index = {key: (torch.Size(tensor.shape), tensors.DTYPES[tensor.dtype]) for key, tensor in self._tensors.items()}
+        self.index = {
+            key: (torch.Size(tensor.shape), tensors.DTYPES[tensor.dtype])
+            for key, tensor in self._tensors.items()
+        }
 
     def read(self, key: str) -> Tensor:
-        """One tensor. It alone is held, and where it was written in chunks a part of one of them beside it.
+        """One tensor. It alone is held, and where it was written in chunks a part of one
+        of them beside it.
 
         Raises:
             CheckpointError: a file that cannot be read.
@@ -158,7 +186,8 @@ class Stored:
         return self.fill(key, torch.empty(shape, dtype=dtype))
 
     def fill(self, key: str, room: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
-        """Reads the part of a tensor that `room` has the shape of, in room's dtype; returns room. Of the files no more is read than touches it.
+        """Reads the part of a tensor that `room` has the shape of, in room's dtype;
+        returns room. Of the files no more is read than touches it.
 
         Args:
             offsets: where in the tensor the part begins; None: at its first number.
@@ -183,37 +212,47 @@ class Stored:
                 records.fill(descriptor, chunk, self._tensors[key], region, room)
         except (OSError, Unreadable) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise CheckpointError(f"{self.folder / chunk.file}: {key!r} cannot be read ({reason}); the checkpoint is damaged") from None
+            raise CheckpointError(
+                f"{self.folder / chunk.file}: {key!r} cannot be read ({reason}); the checkpoint is damaged"
+            ) from None
 
 
 def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> records.Region:
-    return tuple(slice(start - first, end - first) for start, end, first in zip(low, high, origin, strict=True))
+    return tuple(
+        slice(start - first, end - first) for start, end, first in zip(low, high, origin, strict=True)
+    )
 
 
 def read_tensors(folder: Path, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a commit one after the other, in the order of `keys` (None: all, by name). As Stored.read."""
+    """Tensors of a commit one after the other, in the order of `keys` (None: all, by
+    name). As Stored.read.
+    """
     stored = Stored(folder)
     for key in stored.index if keys is None else keys:
         yield key, stored.read(key)
 
 
 def load(source: Path | Stored, wanted: "Mapping[str, ShardedTensor]") -> dict[str, Tensor]:
-    """Fills the data of these tensors, each rank its part, and returns it. Ranks need not call this together.
+    """Fills the data of these tensors, each rank its part, and returns it. Ranks need not
+    call this together.
 
     Raises:
-        CheckpointError: a tensor that the checkpoint lacks or holds in another shape, or an unreadable file.
+        CheckpointError: a tensor that the checkpoint lacks or holds in another shape, or
+            an unreadable file.
     """
     stored = source if isinstance(source, Stored) else Stored(source)
     for key, tensor in wanted.items():
         shape, _ = stored.index.get(key, (None, None))
         if shape is None:
             raise CheckpointError(
-                f"{stored.folder}: has no tensor {key!r}; it was written by another model or stage (it holds {len(stored.index)} tensors)"
+                f"{stored.folder}: has no tensor {key!r}; it was written by another model or stage (it holds "
+                f"{len(stored.index)} tensors)"
             )
         if tuple(shape) != tuple(tensor.global_shape):
             raise CheckpointError(
-                f"{stored.folder}: {key!r} has shape {tuple(shape)}, this model needs {tuple(tensor.global_shape)}; "
-                "use the checkpoint's own model configuration (state.json beside it)"
+                f"{stored.folder}: {key!r} has shape {tuple(shape)}, this model needs "
+                f"{tuple(tensor.global_shape)}; use the checkpoint's own model configuration (state.json "
+                "beside it)"
             )
     return {key: stored.fill(key, tensor.data, tensor.global_offset) for key, tensor in wanted.items()}
 

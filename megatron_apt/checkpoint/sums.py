@@ -1,8 +1,10 @@
-"""Whether a commit is as it was written: the list of its files with their SHA-256, and the seal of that list.
+"""Whether a commit is as it was written: the list of its files with their SHA-256, and
+the seal of that list.
 
-checksums.json lists every file of the commit but itself and the seal; commit.json, written last, holds the SHA-256 of the list. So a changed bit in
-any file is found, and so is a file too many or too few. Commits from before the seal have none: their list is compared with what is there, and
-whether the list itself was changed cannot be told.
+checksums.json lists every file of the commit but itself and the seal; commit.json,
+written last, holds the SHA-256 of the list. So a changed bit in any file is found, and so
+is a file too many or too few. Commits from before the seal have none: their list is
+compared with what is there, and whether the list itself was changed cannot be told.
 """
 
 import hashlib
@@ -35,7 +37,10 @@ class Sum(TypedDict):
 def checksum(file: Path) -> Sum:
     """Size and SHA-256 of a file."""
     with opened(file.parent, file.name) as descriptor, open(descriptor, "rb", closefd=False) as stream:
-        return {"bytes": os.fstat(descriptor).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {
+            "bytes": os.fstat(descriptor).st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }
 
 
 def seal(folder: Path, sums: dict[str, Sum]) -> None:
@@ -64,7 +69,11 @@ def _files(folder: Path) -> set[str]:
 def _walk(folder: Path, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            below = list(_walk(Path(entry.path), f"{prefix}{entry.name}/")) if entry.is_dir(follow_symlinks=False) else []
+            below = (
+                list(_walk(Path(entry.path), f"{prefix}{entry.name}/"))
+                if entry.is_dir(follow_symlinks=False)
+                else []
+            )
             yield from below or [prefix + entry.name]
 
 
@@ -77,7 +86,8 @@ def damages(folder: Path, part: int = 0, parts: int = 1, hashed: bool = True) ->
     """What is wrong with the files of a commit, one line each, naming the file.
 
     Args:
-        part, parts: look at one of so many shares of the files (their sizes are all compared by each).
+        part, parts: look at one of so many shares of the files (their sizes are all
+            compared by each).
         hashed: False compares names and sizes alone.
     """
     try:
@@ -92,11 +102,18 @@ def _damages(folder: Path, part: int, parts: int, hashed: bool) -> list[str]:
     remedy = "the list of checksums itself is damaged"
     listed = schema.read_json(folder / SUMS, dict[str, Sum], remedy=remedy, error=CheckpointError)
     if wrong := next((name for name in listed if not plain_name(name)), None):
-        raise CheckpointError(f"{folder / SUMS}: lists {wrong[:200]!r}, which is no file of this folder; {remedy}")
+        raise CheckpointError(
+            f"{folder / SUMS}: lists {wrong[:200]!r}, which is no file of this folder; {remedy}"
+        )
     found = _seal_damage(folder)
     there = _files(folder) - {SUMS, SEAL}
-    found += [f"{folder / name}: is not in {SUMS}; it was put here after the commit, or the list was cut short" for name in sorted(there - {*listed})]
-    for i, (name, expected) in enumerate(sorted(listed.items(), key=lambda item: (-item[1]["bytes"], item[0]))):
+    found += [
+        f"{folder / name}: is not in {SUMS}; it was put here after the commit, or the list was cut short"
+        for name in sorted(there - {*listed})
+    ]
+    for i, (name, expected) in enumerate(
+        sorted(listed.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    ):
         if damage := _damage(folder, name, expected, hashed and i % parts == part):
             found.append(f"{folder / name}: {damage}")
     if "state.json" not in listed and not (folder / "state.json").exists():
@@ -129,19 +146,27 @@ def _damage(folder: Path, name: str, expected: Sum, hashed: bool) -> str:
 
 
 def _index_damages(folder: Path) -> list[str]:
-    """Whether the index fits the files, and what only other programs read is what we write: it is there for them to trust."""
+    """Whether the index fits the files, and what only other programs read is what we
+    write: it is there for them to trust.
+    """
     ours = index.read(folder)
     if (folder / "common.pt").exists() and (damage := _common_damage(folder)):
         return [f"{folder / 'common.pt'}: {damage}; load it with no other program"]
     if (folder / index.INDEX).exists() and not index.same(ours, index.read_torch(folder)):
-        return [f"{folder / index.TORCH_INDEX}: lists other tensors than {index.INDEX}; one of them was changed"]
+        return [
+            f"{folder / index.TORCH_INDEX}: lists other tensors than {index.INDEX}; one of them was changed"
+        ]
     return []
 
 
 def _common_damage(folder: Path) -> str:
     with opened(folder, "common.pt") as descriptor:
         try:
-            return "" if records.holds_nothing(descriptor, os.fstat(descriptor).st_size) else "holds something, and ours hold nothing"
+            return (
+                ""
+                if records.holds_nothing(descriptor, os.fstat(descriptor).st_size)
+                else "holds something, and ours hold nothing"
+            )
         except Unreadable as error:
             return str(error)
 
@@ -159,4 +184,6 @@ def verify(folder: Path, mesh: Mesh) -> None:
         dist.all_gather_object(everyone, found)
     wrong = sorted(set().union(*everyone))
     if wrong:
-        raise CheckpointError("; ".join(wrong) + ". Use an older checkpoint: point `latest` at another iteration-* folder")
+        raise CheckpointError(
+            "; ".join(wrong) + ". Use an older checkpoint: point `latest` at another iteration-* folder"
+        )

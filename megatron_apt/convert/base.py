@@ -1,7 +1,9 @@
-"""The pipeline beside whose other parts a generator is exported: whether it fits, and a copy of what may be published of it.
+"""The pipeline beside whose other parts a generator is exported: whether it fits, and a
+copy of what may be published of it.
 
-Copied are regular files of known kinds that lie in the pipeline's folder, or in the cache of a hub that it is a part of. Weights lose the name of
-their variant, so that the copy loads as it is. Pickles, code and links that lead elsewhere are never copied.
+Copied are regular files of known kinds that lie in the pipeline's folder, or in the cache
+of a hub that it is a part of. Weights lose the name of their variant, so that the copy
+loads as it is. Pickles, code and links that lead elsewhere are never copied.
 """
 
 import json
@@ -19,14 +21,23 @@ from megatron_apt.models.config import ModelConfig
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
 SECOND = "transformer_2"
-_INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")  # what the other parts of a pipeline meet
+# What the other parts of a pipeline meet
+_INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")
 _IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
-_LIBRARIES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # with what their files of weights are called
+# With what their files of weights are called
+_LIBRARIES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _WITHOUT_WEIGHTS = ("Token", "Scheduler", "Processor", "Extractor")  # in the names of their classes
 _KINDS = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".png", ".jpg", ".jpeg", ".webp")
 _NAMES = ("LICENSE", "NOTICE")
 # Fields of JSON files that name code for the libraries to run or to fetch.
-_CODE = ("auto_map", "custom_pipelines", "trust_remote_code", "attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_CODE = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+)
 
 
 @dataclass
@@ -45,7 +56,8 @@ class Copied:
 
 
 def base_index(base: str, family: Family, model: ModelConfig, one_step: bool, part: str) -> dict:
-    """model_index.json of a pipeline that can take this model as `part`, all of whose other parts are there.
+    """model_index.json of a pipeline that can take this model as `part`, all of whose
+    other parts are there.
 
     Raises:
         ConvertError: it cannot, or they are not.
@@ -58,13 +70,16 @@ def base_index(base: str, family: Family, model: ModelConfig, one_step: bool, pa
     _check_interface(Path(base, part, "config.json"), family, model)
     for name in parts(index):
         if name not in left_behind(one_step, part) and not Path(base, name).is_dir():
-            raise ConvertError(f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline")
+            raise ConvertError(
+                f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline"
+            )
     if model.wan.first_frame:
         return index | _with_a_first_frame(index, model, file)
     if one_step and index.get("_class_name") == _IMAGE_TO_VIDEO and index.get("expand_timesteps"):
         raise ConvertError(
-            f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: model.wan.first_frame=False; "
-            "give the pipeline as text to video (WanPipeline), or train with model.wan.first_frame"
+            f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: "
+            "model.wan.first_frame=False; give the pipeline as text to video (WanPipeline), or train with "
+            "model.wan.first_frame"
         )
     return index
 
@@ -73,21 +88,28 @@ def _check_index(index: dict, file: Path, part: str, family: Family) -> None:
     """Raises ConvertError for an index without this part, or one that names code of its own."""
     if part != PART and not _is_part(index.get(part)):
         raise ConvertError(
-            f"{file}: has no {part}, which this checkpoint was imported as; give the pipeline it came from, or say --part {PART} to make it that"
+            f"{file}: has no {part}, which this checkpoint was imported as; give the pipeline it came from, "
+            f"or say --part {PART} to make it that"
         )
     if not _is_part(index.get(part)) or index[part][1] != family.architecture:
-        raise ConvertError(f"{file}: its {part} is {printable(repr(index.get(part)))}, not a {family.architecture}; give a pipeline of this family")
+        raise ConvertError(
+            f"{file}: its {part} is {printable(repr(index.get(part)))}, not a {family.architecture}; give a "
+            "pipeline of this family"
+        )
     if not isinstance(name := index.get("_class_name"), str) or not name.isidentifier():
         raise ConvertError(
-            f"{file}: _class_name={printable(repr(name))} is no pipeline of diffusers; pipelines with code of their own are not copied"
+            f"{file}: _class_name={printable(repr(name))} is no pipeline of diffusers; pipelines with code "
+            "of their own are not copied"
         )
     for name in parts(index):
         if not name.isidentifier():
-            raise ConvertError(f"{file}: {printable(repr(name))} names no part of a pipeline; download it again")
+            raise ConvertError(
+                f"{file}: {printable(repr(name))} names no part of a pipeline; download it again"
+            )
         if not _is_part(index[name]):
             raise ConvertError(
-                f"{file}: {name} is {printable(repr(index[name]))}, which is no class of {' or '.join(_LIBRARIES)}; "
-                "pipelines with code of their own are not copied"
+                f"{file}: {name} is {printable(repr(index[name]))}, which is no class of "
+                f"{' or '.join(_LIBRARIES)}; pipelines with code of their own are not copied"
             )
 
 
@@ -102,21 +124,27 @@ def _check_interface(config: Path, family: Family, model: ModelConfig) -> None:
     if not config.is_file():
         return
     theirs = family.model(read_json(config), config.parent)
-    theirs = replace(theirs, wan=replace(theirs.wan, first_frame=model.wan.first_frame))  # which no transformer's config.json says
+    # Which no transformer's config.json says
+    theirs = replace(theirs, wan=replace(theirs.wan, first_frame=model.wan.first_frame))
     if differing := [name for name in _INTERFACE if getattr(theirs, name) != getattr(model, name)]:
         found = [getattr(shape, differing[0]) for shape in (theirs, model)]
-        raise ConvertError(f"{config}: {differing[0]} is {found[0]}, of this checkpoint {found[1]}; give the pipeline it came from")
+        raise ConvertError(
+            f"{config}: {differing[0]} is {found[0]}, of this checkpoint {found[1]}; give the pipeline it "
+            "came from"
+        )
 
 
 def _with_a_first_frame(index: dict, model: ModelConfig, file: Path) -> dict:
-    """What makes a pipeline give the first frame as such models read it; Wan2.2's TI2V is published as text to video.
+    """What makes a pipeline give the first frame as such models read it; Wan2.2's TI2V is
+    published as text to video.
 
     Raises:
         ConvertError: no pipeline does.
     """
     if model.patch != (1, 2, 2):
         raise ConvertError(
-            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, model.patch={model.patch}; leave out --base"
+            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, "
+            f"model.patch={model.patch}; leave out --base"
         )
     given = {name: index.get(name, [None, None]) for name in ("image_encoder", "image_processor", SECOND)}
     return given | {"_class_name": _IMAGE_TO_VIDEO, "expand_timesteps": True}
@@ -128,33 +156,45 @@ def parts(index: dict) -> list[str]:
 
 
 def left_behind(one_step: bool, part: str) -> tuple[str, ...]:
-    """What is not copied of a base. Of a one-step model also its scheduler, and Wan2.2's second network, which takes over at less noise."""
+    """What is not copied of a base. Of a one-step model also its scheduler, and Wan2.2's
+    second network, which takes over at less noise.
+    """
     return (part, PART, SECOND, "scheduler") if one_step else (part,)
 
 
 def alone(index: dict) -> dict:
     """The index of a pipeline whose one network makes a sample in one step."""
     index = index | {"scheduler": ["diffusers", SCHEDULER["_class_name"]]}
-    return index | {name: value for name, value in ((SECOND, [None, None]), ("boundary_ratio", None)) if name in index}
+    return index | {
+        name: value for name, value in ((SECOND, [None, None]), ("boundary_ratio", None)) if name in index
+    }
 
 
 def plan_copy(base: Path, index: dict, left: tuple[str, ...]) -> Copied:
     """What of the pipeline's parts is copied.
 
     Raises:
-        ConvertError: a link that leads elsewhere, or a part that has no weights but a pickle's.
+        ConvertError: a link that leads elsewhere, or a part that has no weights but a
+            pickle's.
     """
     plan, roots = Copied(), _roots(base)
     for name in parts(index):
         if name not in left:
             _check_inside(base / name, roots)
             library, kind = index[name]
-            _plan_part(base / name, "" if any(word in kind for word in _WITHOUT_WEIGHTS) else _LIBRARIES[library], roots, plan)
+            _plan_part(
+                base / name,
+                "" if any(word in kind for word in _WITHOUT_WEIGHTS) else _LIBRARIES[library],
+                roots,
+                plan,
+            )
     return plan
 
 
 def _roots(base: Path) -> list[Path]:
-    """The folders that files of a pipeline may lie in: its own, and in a hub's cache (REPOSITORY/snapshots/COMMIT) the REPOSITORY/blobs."""
+    """The folders that files of a pipeline may lie in: its own, and in a hub's cache
+    (REPOSITORY/snapshots/COMMIT) the REPOSITORY/blobs.
+    """
     real = base.resolve()
     cached = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
     return [real, real.parent.parent / "blobs"] if cached else [real]
@@ -164,9 +204,15 @@ def _check_inside(path: Path, roots: list[Path]) -> None:
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise ConvertError(f"{path}: cannot be copied ({getattr(error, 'strerror', None) or error}); download the whole pipeline") from None
+        raise ConvertError(
+            f"{path}: cannot be copied ({getattr(error, 'strerror', None) or error}); download the whole "
+            "pipeline"
+        ) from None
     if not any(real.is_relative_to(root) for root in roots):
-        raise ConvertError(f"{path}: is a link that leads out of the base, to {real}; links out of it are not followed: put the file there itself")
+        raise ConvertError(
+            f"{path}: is a link that leads out of the base, to {real}; links out of it are not followed: put "
+            "the file there itself"
+        )
 
 
 def _plan_part(folder: Path, stem: str, roots: list[Path], plan: Copied) -> None:
@@ -178,7 +224,12 @@ def _plan_part(folder: Path, stem: str, roots: list[Path], plan: Copied) -> None
             continue
         _check_inside(path, roots)
         known = path.suffix.lower() in _KINDS or path.name in _NAMES
-        if not known or ".safetensors.index" in path.name or path.name.startswith(".") or not stat.S_ISREG(path.stat().st_mode):
+        if (
+            not known
+            or ".safetensors.index" in path.name
+            or path.name.startswith(".")
+            or not stat.S_ISREG(path.stat().st_mode)
+        ):
             plan.left_out.append(place)
         elif path.suffix == ".json" and (text := _without_code(path)):
             plan.texts[place] = text
@@ -208,8 +259,8 @@ def _plan_weights(folder: Path, stem: str, roots: list[Path], plan: Copied) -> s
             announced(file)  # cut short, or a page that says it is not there
     except WeightFileError as error:
         raise ConvertError(
-            f"{error}; a part whose weights are not whole safetensors files is not copied: load it with its library "
-            "and save it with save_pretrained(safe_serialization=True)"
+            f"{error}; a part whose weights are not whole safetensors files is not copied: load it with its "
+            "library and save it with save_pretrained(safe_serialization=True)"
         ) from None
     for file, name in weights.plain(stem).items():
         plan.files[f"{folder.name}/{name}"] = file
@@ -224,7 +275,13 @@ def _without_code(file: Path) -> str | None:
     Raises:
         ConvertError: no JSON.
     """
-    if file.name not in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json"):
+    if file.name not in (
+        "config.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "generation_config.json",
+    ):
         return None
     value = read_json(file)
     kept = _passive(value)
@@ -245,13 +302,18 @@ def copy(plan: Copied, target: Path) -> None:
     """
     needed, free = sum(file.stat().st_size for file in plan.files.values()), shutil.disk_usage(target).free
     if needed > free:
-        raise ConvertError(f"{target}: the other parts of the pipeline have {needed} bytes, and {free} are free; free disk space")
+        raise ConvertError(
+            f"{target}: the other parts of the pipeline have {needed} bytes, and {free} are free; free disk "
+            "space"
+        )
     for place, file in plan.files.items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(file, target / place)
         except OSError as error:
-            raise ConvertError(f"{file}: cannot be copied ({error.strerror or error}); download the whole pipeline") from None
+            raise ConvertError(
+                f"{file}: cannot be copied ({error.strerror or error}); download the whole pipeline"
+            ) from None
     for place, text in plan.texts.items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         store.write_atomically(target / place, text)

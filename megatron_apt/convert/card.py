@@ -18,9 +18,18 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         experts: what there is to say of a pipeline of two networks.
     """
     config = state["config"]
-    trained, one_step = state["iteration"] > 0, config["method"] in ("apt", "consistency") and state["iteration"] > 0
+    trained, one_step = (
+        state["iteration"] > 0,
+        config["method"] in ("apt", "consistency") and state["iteration"] > 0,
+    )
     optimizer, first_frame = config["optimizer"], from_dict(ModelConfig, config["model"]).image_to_video
-    task = "image-to-video" if first_frame else "text-to-image" if family.name in ("sd3", "flux") else "text-to-video"
+    task = (
+        "image-to-video"
+        if first_frame
+        else "text-to-image"
+        if family.name in ("sd3", "flux")
+        else "text-to-video"
+    )
     # What a model is told of guidance is an input of the network, no second evaluation.
     guidance = config["model"].get(family.name, {}).get("guidance", 0)
     lines = [
@@ -35,38 +44,68 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         "",
     ]
     if one_step and not base:
-        lines += ["Makes a sample in one evaluation, without guidance: one Euler step from noise to data, x = z - v(z, 1).", ""]
+        lines += [
+            "Makes a sample in one evaluation, without guidance: one Euler step from noise to data, x = z - "
+            "v(z, 1).",
+            "",
+        ]
     elif one_step:
         lines += [
-            "Makes a sample in one evaluation, without guidance: the scheduler beside it takes one Euler step from noise to data, x = z - v(z, 1).",
+            "Makes a sample in one evaluation, without guidance: the scheduler beside it takes one Euler "
+            "step from noise to data, x = z - v(z, 1).",
             "",
             "```python",
             "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
-            f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, guidance_scale={guidance or 1:g})",
+            f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, "
+            f"guidance_scale={guidance or 1:g})",
             "```",
             "",
         ]
     lines += ["## Recipe", ""]
     if trained:
         lines += [
-            f"- method `{config['method']}`, {state['iteration']} iterations of {config['global_batch']} samples, seed {config['seed']}",
-            f"- {optimizer['kind']}, learning rate {optimizer['lr']}" + (f", weights averaged with decay {optimizer['ema']}" if average else ""),
+            f"- method `{config['method']}`, {state['iteration']} iterations of {config['global_batch']} "
+            f"samples, seed {config['seed']}",
+            f"- {optimizer['kind']}, learning rate {optimizer['lr']}"
+            + (f", weights averaged with decay {optimizer['ema']}" if average else ""),
         ]
         if config["method"] == "apt":
             apt = config["apt"]
-            lines.append(f"- loss `{apt['loss']}`, aR1 with sigma {apt['ar1_sigma']} and lambda {apt['ar1_lambda']}")
+            lines.append(
+                f"- loss `{apt['loss']}`, aR1 with sigma {apt['ar1_sigma']} and lambda {apt['ar1_lambda']}"
+            )
     # Names alone: where the folders lay is nobody's business.
-    lines += [f"- {role} started from `{_name(source)}`" for role, source in state["sources"].items() if source]
+    lines += [
+        f"- {role} started from `{_name(source)}`" for role, source in state["sources"].items() if source
+    ]
     lines += [f"- other parts of the pipeline copied from `{_name(base)}`"] if base else []
     lines += [f"- {experts}"] if experts else []
-    lines += ["", "## Data", "", *([f"- `{_name(folder)}`" for folder in config["data"]["shards"]] if trained else ["Not trained further."])]
+    lines += [
+        "",
+        "## Data",
+        "",
+        *(
+            [f"- `{_name(folder)}`" for folder in config["data"]["shards"]]
+            if trained
+            else ["Not trained further."]
+        ),
+    ]
     if state.get("values"):
-        lines += ["", "## Metrics at the last checkpoint", "", "```json", json.dumps(state["values"], indent=1), "```"]
+        lines += [
+            "",
+            "## Metrics at the last checkpoint",
+            "",
+            "```json",
+            json.dumps(state["values"], indent=1),
+            "```",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def _name(path: str) -> str:
-    """The last parts of a path that tell what it is: run and iteration, pipeline, or OWNER/NAME in a hub's cache (models--OWNER--NAME)."""
+    """The last parts of a path that tell what it is: run and iteration, pipeline, or
+    OWNER/NAME in a hub's cache (models--OWNER--NAME).
+    """
     if cached := [part for part in Path(path).resolve().parts if part.startswith("models--")]:
         return cached[-1].removeprefix("models--").replace("--", "/", 1)
     parts = [part for part in Path(path).absolute().parts if part not in ("checkpoints", "transformer")]

@@ -1,4 +1,6 @@
-"""A checkpoint of ours that is exported or compared: what its state.json says, by declared types, and what it goes back to."""
+"""A checkpoint of ours that is exported or compared: what its state.json says, by
+declared types, and what it goes back to.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +83,8 @@ class Checkpoint:
             model = from_dict(ModelConfig, state["config"]["model"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise store.CheckpointError(
-                f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older checkpoint"
+                f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older "
+                "checkpoint"
             ) from None
         return Checkpoint(folder, state, model, f"{ROLE}.ema." if average else f"{ROLE}.")
 
@@ -97,10 +100,13 @@ class Checkpoint:
 
     @property
     def part(self) -> str | None:
-        """What of a pipeline it was imported as: transformer, or transformer_2; None where that cannot be found any more."""
+        """What of a pipeline it was imported as: transformer, or transformer_2; None
+        where that cannot be found any more.
+        """
         if (state := self._imported()) is None:
             return None
-        return part_of(state.get("part") or Path(state["sources"].get(ROLE, "")).name)  # the first imports did not say it
+        # The first imports did not say it
+        return part_of(state.get("part") or Path(state["sources"].get(ROLE, "")).name)
 
     def _imported(self) -> dict | None:
         """state.json of the import it goes back to, where that can still be found."""

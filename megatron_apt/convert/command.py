@@ -1,4 +1,6 @@
-"""megatron-apt convert: Hugging Face checkpoints in, one-step generators for diffusers' pipelines out, and proof that they are the same."""
+"""megatron-apt convert: Hugging Face checkpoints in, one-step generators for diffusers'
+pipelines out, and proof that they are the same.
+"""
 
 import ctypes
 import gc
@@ -13,9 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-# What works is imported where it is needed, so that options are printed and refused at once, and nothing waits for Megatron-Core but `verify`.
+# What works is imported where it is needed, so that options are printed and refused at
+# once, and nothing waits for Megatron-Core but `verify`.
 from megatron_apt import outputs
 from megatron_apt.config import ParallelConfig, check_heads
 
@@ -23,12 +33,16 @@ if TYPE_CHECKING:
     from megatron_apt.convert.importer import Moved
     from megatron_apt.parallel.mesh import Mesh
 
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h: larger pieces are mapped, and unmapped when they are freed
+# M_MMAP_THRESHOLD of glibc's malloc.h: larger pieces are mapped, and unmapped when they
+# are freed
+_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
 class Import:
-    """A Hugging Face transformer into a run folder, from which any recipe can start (--init.generator). Killed, it goes on where it was."""
+    """A Hugging Face transformer into a run folder, from which any recipe can start
+    (--init.generator). Killed, it goes on where it was.
+    """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Folder of a transformer or of a whole pipeline, or one .safetensors file."""
@@ -38,22 +52,30 @@ class Import:
     config: str = ""
     """config.json of a file that has none beside it."""
     first_frame: bool = False
-    """Wan2.2's TI2V: the checkpoint samples as image to video (model.wan.first_frame), which its config.json cannot tell. Recipes choose anew."""
+    """Wan2.2's TI2V: the checkpoint samples as image to video (model.wan.first_frame),
+    which its config.json cannot tell. Recipes choose anew.
+    """
     json: str = ""
     """Also writes bytes, seconds and GB/s to this file."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A generator into a folder that diffusers loads, with a scheduler whose one step is our one-step sample."""
+    """A generator into a folder that diffusers loads, with a scheduler whose one step is
+    our one-step sample.
+    """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder (its latest checkpoint) or iteration-* folder."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     base: str = ""
-    """Folder of a whole pipeline, whose VAE, text encoders and tokenizers are copied beside; empty: transformer and scheduler alone."""
+    """Folder of a whole pipeline, whose VAE, text encoders and tokenizers are copied
+    beside; empty: transformer and scheduler alone.
+    """
     part: str = ""
-    """Of a pipeline, that it is written as; empty: what it was imported as (transformer_2 is Wan2.2's second network), for one step transformer."""
+    """Of a pipeline, that it is written as; empty: what it was imported as (transformer_2
+    is Wan2.2's second network), for one step transformer.
+    """
     weights: Literal["auto", "ema", "raw"] = "auto"
     """auto: the average where there is one."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
@@ -69,9 +91,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compares our forward pass with diffusers' on random inputs, in float32; exit code 1 above the tolerance.
+    """Compares our forward pass with diffusers' on random inputs, in float32; exit code 1
+    above the tolerance.
 
-    Under torchrun or srun ours runs on the mesh of --parallel, as it will in training."""
+    Under torchrun or srun ours runs on the mesh of --parallel, as it will in training.
+    """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder or iteration-* folder."""
@@ -104,7 +128,9 @@ def run(command: Import | Export | Verify) -> int:
     """Returns the exit code."""
     import torch
 
-    gc.freeze()  # nothing of torch is garbage; to find that out takes the interpreter a third of a second when it ends
+    # Nothing of torch is garbage; to find that out takes the interpreter a third of a
+    # second when it ends
+    gc.freeze()
 
     from megatron_apt.convert.source import ConvertError
     from megatron_apt.parallel import startup
@@ -119,7 +145,10 @@ def run(command: Import | Export | Verify) -> int:
                 startup.stop()
         _, processes, _ = startup.placement()
         if processes > 1:
-            raise ConvertError(f"import and export are for one process, and here are {processes}; start it without torchrun or srun")
+            raise ConvertError(
+                f"import and export are for one process, and here are {processes}; start it without torchrun "
+                "or srun"
+            )
         _give_memory_back()
         return perform(command, Mesh.alone(torch.device("cpu")))
     except KeyboardInterrupt:
@@ -127,7 +156,9 @@ def run(command: Import | Export | Verify) -> int:
         return 130
     except OSError as error:
         where = error.filename or (command.json if isinstance(command, Verify) else command.target)
-        raise ConvertError(f"{where}: {error.strerror or error}; check the disk and the target, then call again") from error
+        raise ConvertError(
+            f"{where}: {error.strerror or error}; check the disk and the target, then call again"
+        ) from error
 
 
 def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
@@ -140,51 +171,81 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     if isinstance(command, Import):
         source = open_source(command.source, command.subfolder, command.config)
         family = family_of(source.config, str(source.path))
-        with _measured("import", sum(entry.bytes for entry in source.entries.values()), command.json) as moved:
+        with _measured(
+            "import", sum(entry.bytes for entry in source.entries.values()), command.json
+        ) as moved:
             for note in source.notes:
                 print(f"{source.path}: {note}")
-            print(import_checkpoint(source, family, Path(command.target), mesh, moved, first_frame=command.first_frame))
+            print(
+                import_checkpoint(
+                    source, family, Path(command.target), mesh, moved, first_frame=command.first_frame
+                )
+            )
         return 0
     checkpoint = Checkpoint.open(command.checkpoint, command.weights)
     family = family_of_model(checkpoint.model, str(checkpoint.folder))
     if isinstance(command, Export):
         target = Path(command.target)
-        options = {name: getattr(command, name) for name in ("base", "part", "dtype", "discriminator", "license", "shard_bytes")}
+        options = {
+            name: getattr(command, name)
+            for name in ("base", "part", "dtype", "discriminator", "license", "shard_bytes")
+        }
         with _measured("export", None, command.json) as moved:
             left_out = export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
         if left_out:
-            print(f"left out of the copy: {', '.join(left_out[:10])}{f' and {len(left_out) - 10} more' if len(left_out) > 10 else ''}")
+            print(
+                "left out of the copy: "
+                f"{', '.join(left_out[:10])}{f' and {len(left_out) - 10} more' if len(left_out) > 10 else ''}"
+            )
         print(target)
         return 0
     from megatron_apt.convert.verify import parity
 
     check_heads(checkpoint.model, command.parallel)
-    subfolder = command.subfolder or (checkpoint.part if Path(command.source, checkpoint.part).is_dir() else "")
+    subfolder = command.subfolder or (
+        checkpoint.part if Path(command.source, checkpoint.part).is_dir() else ""
+    )
     source = open_source(command.source, subfolder, command.config)
     if family_of(source.config, str(source.path)) is not family:
         raise ConvertError(
-            f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a {family.architecture}; give what it was imported from"
+            f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a "
+            f"{family.architecture}; give what it was imported from"
         )
     kind = "ema" if checkpoint.prefix.endswith("ema.") else "raw"
-    found = parity(f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed)
+    found = parity(
+        f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed
+    )
     good = found <= command.tolerance
     verdict = f"tolerance {command.tolerance:.0e}: {'equal' if good else 'NOT equal'}"
     if mesh.is_main:
-        print(f"{family.architecture}{_described(mesh)}: largest difference {found:.2e} of the largest value, {verdict}")
+        print(
+            f"{family.architecture}{_described(mesh)}: largest difference {found:.2e} of the largest value, "
+            f"{verdict}"
+        )
     if command.json and mesh.is_main:
         axes = {name: getattr(mesh, name).size for name in ("tp", "cp", "pp")}
-        result = {"difference": found, "tolerance": command.tolerance, "equal": good, "architecture": family.architecture, **axes}
+        result = {
+            "difference": found,
+            "tolerance": command.tolerance,
+            "equal": good,
+            "architecture": family.architecture,
+            **axes,
+        }
         outputs.write("json", command.json, json.dumps(result, indent=1))
     return int(not good)
 
 
 def _described(mesh: "Mesh") -> str:
-    split = [f"{name}={getattr(mesh, name).size}" for name in ("tp", "cp", "pp") if getattr(mesh, name).size > 1]
+    split = [
+        f"{name}={getattr(mesh, name).size}" for name in ("tp", "cp", "pp") if getattr(mesh, name).size > 1
+    ]
     return f" on {', '.join(split)}" if split else ""
 
 
 def _give_memory_back() -> None:
-    """Tensors that are let go leave the process at once; glibc otherwise keeps the space of recent ones, for each thread."""
+    """Tensors that are let go leave the process at once; glibc otherwise keeps the space
+    of recent ones, for each thread.
+    """
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
@@ -192,7 +253,13 @@ def _give_memory_back() -> None:
 @contextmanager
 def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
     """A progress bar with bytes and speed, and the figures at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     done, start, lock = 0, time.perf_counter(), threading.Lock()
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(name, total=total)
@@ -206,4 +273,8 @@ def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
         yield moved
     seconds = time.perf_counter() - start
     print(f"{name}: {done / 1e9:.2f} GB in {seconds:.1f} s, {done / 1e9 / seconds:.2f} GB/s")
-    outputs.write("json", file, json.dumps({"bytes": done, "seconds": seconds, "gb_per_second": done / 1e9 / seconds}, indent=1))
+    outputs.write(
+        "json",
+        file,
+        json.dumps({"bytes": done, "seconds": seconds, "gb_per_second": done / 1e9 / seconds}, indent=1),
+    )

@@ -1,4 +1,5 @@
-"""One of our checkpoints into a folder that diffusers' pipelines load, one tensor at a time.
+"""One of our checkpoints into a folder that diffusers' pipelines load, one tensor at a
+time.
 
     TARGET/transformer/       the generator: config.json, *.safetensors and their index
     TARGET/scheduler/         flow-matching Euler, whose one step from sigma 1 to 0 is x = z - v: our one-step sample
@@ -6,7 +7,8 @@
     TARGET/README.md          model card
     TARGET/...                what else the pipeline needs (VAE, text encoders, tokenizers), copied from a base pipeline if one is given
 
-Everything is written under another name and renamed at the end. Files that a killed export has finished are kept by the next one.
+Everything is written under another name and renamed at the end. Files that a killed
+export has finished are kept by the next one.
 """
 
 import json
@@ -40,7 +42,15 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 Maker = Callable[[], Iterable[tuple[str, Tensor]]]  # tensors by name, made when called
 
 
-def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mesh: Mesh, dtype: str, moved: Moved, shard_bytes: int) -> None:
+def export_transformer(
+    checkpoint: Checkpoint,
+    family: Family,
+    folder: Path,
+    mesh: Mesh,
+    dtype: str,
+    moved: Moved,
+    shard_bytes: int,
+) -> None:
     """Writes config.json and weights of the generator into `folder`, which exists."""
     held = [shape for shape, _ in store.index(checkpoint.folder).values()]
     if problem := beyond(checkpoint.model, len(held), sum(shape.numel() for shape in held)):
@@ -48,7 +58,9 @@ def export_transformer(checkpoint: Checkpoint, family: Family, folder: Path, mes
     tensors = family.tensors(checkpoint.model, mesh)
     config = family.write_config(checkpoint.model)
     original = checkpoint.original()
-    if original is not None and family.model(original, checkpoint.folder) == family.model(config, checkpoint.folder):
+    if original is not None and family.model(original, checkpoint.folder) == family.model(
+        config, checkpoint.folder
+    ):
         config = original  # with fields that change nothing, as it was
     _write_weights(checkpoint.folder, checkpoint.prefix, tensors, folder, _NAME, dtype, moved, shard_bytes)
     store.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
@@ -61,14 +73,26 @@ def discriminator_tensors(checkpoint: Checkpoint) -> list[Mapped]:
         ConvertError: a checkpoint without them.
     """
     others = ("optimizer.", "ema.", "fp8.")
-    named = {key.removeprefix(_CRITIC): shape for key, (shape, _) in store.index(checkpoint.folder).items() if key.startswith(_CRITIC)}
-    tensors = [Mapped(name, shape, {name: shape}, Same()) for name, shape in named.items() if not name.startswith(others)]
+    named = {
+        key.removeprefix(_CRITIC): shape
+        for key, (shape, _) in store.index(checkpoint.folder).items()
+        if key.startswith(_CRITIC)
+    }
+    tensors = [
+        Mapped(name, shape, {name: shape}, Same())
+        for name, shape in named.items()
+        if not name.startswith(others)
+    ]
     if not tensors:
-        raise ConvertError(f"{checkpoint.folder}: holds no discriminator; export one of a run with method='apt'")
+        raise ConvertError(
+            f"{checkpoint.folder}: holds no discriminator; export one of a run with method='apt'"
+        )
     return tensors
 
 
-def export_discriminator(checkpoint: Checkpoint, tensors: list[Mapped], folder: Path, dtype: str, moved: Moved, shard_bytes: int) -> None:
+def export_discriminator(
+    checkpoint: Checkpoint, tensors: list[Mapped], folder: Path, dtype: str, moved: Moved, shard_bytes: int
+) -> None:
     """Writes it, with what is needed to build it, into `folder`, which exists."""
     _write_weights(checkpoint.folder, _CRITIC, tensors, folder, "model", dtype, moved, shard_bytes)
     config = checkpoint.state["config"]
@@ -93,13 +117,16 @@ def export_pipeline(
     """Writes the target folder; returns what of the base's files was left out.
 
     Args:
-        part: of a pipeline, that the generator is written as; empty: transformer for one step, else what it was imported as.
-        base: a pipeline's folder whose other parts are copied; empty: transformer and scheduler alone.
+        part: of a pipeline, that the generator is written as; empty: transformer for one
+            step, else what it was imported as.
+        base: a pipeline's folder whose other parts are copied; empty: transformer and
+            scheduler alone.
         dtype: of the weights, a name of torch's, or "stored" for the checkpoint's own.
         license: of the model card.
 
     Raises:
-        ConvertError: the target exists, the base is no pipeline, or the checkpoint lacks something.
+        ConvertError: the target exists, the base is no pipeline, or the checkpoint lacks
+            something.
         CheckpointError: the checkpoint is damaged.
     """
     if os.path.lexists(target):
@@ -123,11 +150,23 @@ def export_pipeline(
                 export_discriminator(checkpoint, critic, work / "discriminator", dtype, moved, shard_bytes)
             if index is not None:
                 copy(plan, work)
-                store.write_atomically(work / "model_index.json", json.dumps(alone(index) if checkpoint.one_step else index, indent=2) + "\n")
+                store.write_atomically(
+                    work / "model_index.json",
+                    json.dumps(alone(index) if checkpoint.one_step else index, indent=2) + "\n",
+                )
             if checkpoint.one_step or index is None:
                 (work / "scheduler").mkdir()
-                store.write_atomically(work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n")
-            card = model_card(checkpoint.state, family, checkpoint.prefix.endswith("ema."), license, base, _experts(checkpoint, part, index))
+                store.write_atomically(
+                    work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n"
+                )
+            card = model_card(
+                checkpoint.state,
+                family,
+                checkpoint.prefix.endswith("ema."),
+                license,
+                base,
+                _experts(checkpoint, part, index),
+            )
             store.write_atomically(work / "README.md", card)
             work.rename(target)
             (target / _PLAN).unlink()
@@ -148,29 +187,41 @@ def _remembered(checkpoint: Checkpoint, base: str) -> str:
     """
     if checkpoint.part is None and base and (Path(base) / SECOND).is_dir():
         raise ConvertError(
-            f"{checkpoint.folder}: started from {checkpoint.state['sources'].get(ROLE)}, which is not there any more, so that nothing tells "
-            f"whether it is the base's {PART} or {SECOND}; say --part"
+            f"{checkpoint.folder}: started from {checkpoint.state['sources'].get(ROLE)}, which is not there "
+            f"any more, so that nothing tells whether it is the base's {PART} or {SECOND}; say --part"
         )
     return checkpoint.part or PART
 
 
 def _experts(checkpoint: Checkpoint, part: str, index: dict | None) -> str:
-    """What the card says of a pipeline of two networks, of which the second takes over at less noise; "" of others."""
+    """What the card says of a pipeline of two networks, of which the second takes over at
+    less noise; "" of others.
+    """
     if part != PART:
-        return f"takes the place of `{part}`, which the pipeline calls where there is less noise than its `boundary_ratio`; `{PART}` is the base's"
+        return (
+            f"takes the place of `{part}`, which the pipeline calls where there is less noise than its "
+            f"`boundary_ratio`; `{PART}` is the base's"
+        )
     if checkpoint.one_step and (checkpoint.part == SECOND or (index or {}).get(SECOND, [None])[0]):
         return (
-            f"stands alone as `{PART}`, started from the `{checkpoint.part or PART}` of its pipeline: one evaluation at full noise makes the sample, "
-            "so that no second network and no `boundary_ratio` is left"
+            f"stands alone as `{PART}`, started from the `{checkpoint.part or PART}` of its pipeline: one "
+            "evaluation at full noise makes the sample, so that no second network and no `boundary_ratio` "
+            "is left"
         )
     return ""
 
 
 def _begin(work: Path, checkpoint: Checkpoint, part: str, dtype: str, shard_bytes: int) -> None:
-    """Keeps the files of weights that an interrupted export of the same checkpoint has finished, and nothing else."""
+    """Keeps the files of weights that an interrupted export of the same checkpoint has
+    finished, and nothing else.
+    """
     written = (checkpoint.folder / store.SUMS).stat().st_mtime_ns
-    plan = json.dumps([str(checkpoint.folder.resolve()), written, checkpoint.prefix, part, dtype, shard_bytes])
-    if work.exists() and not ((work / _PLAN).is_file() and (work / _PLAN).read_text(encoding="utf-8") == plan):
+    plan = json.dumps(
+        [str(checkpoint.folder.resolve()), written, checkpoint.prefix, part, dtype, shard_bytes]
+    )
+    if work.exists() and not (
+        (work / _PLAN).is_file() and (work / _PLAN).read_text(encoding="utf-8") == plan
+    ):
         shutil.rmtree(work)  # of another checkpoint
     work.mkdir(parents=True, exist_ok=True)
     for left_over in work.iterdir():
@@ -180,7 +231,16 @@ def _begin(work: Path, checkpoint: Checkpoint, part: str, dtype: str, shard_byte
     store.write_atomically(work / _PLAN, plan)
 
 
-def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Path, name: str, dtype: str, moved: Moved, shard_bytes: int) -> None:
+def _write_weights(
+    source: Path,
+    prefix: str,
+    tensors: list[Mapped],
+    folder: Path,
+    name: str,
+    dtype: str,
+    moved: Moved,
+    shard_bytes: int,
+) -> None:
     stored = store.Stored(source)
     kept = _dtypes(stored, prefix, tensors)
     dtypes = kept if dtype == "stored" else dict.fromkeys(kept, getattr(torch, dtype))
@@ -197,14 +257,26 @@ def _write_weights(source: Path, prefix: str, tensors: list[Mapped], folder: Pat
     def theirs(mapped: Mapped) -> Iterator[tuple[str, Tensor]]:
         key = _key(prefix, mapped)
         tensor = stored.read(key).to(dtypes[mapped.name])
-        if tensor.dtype == torch.float16 and kept[mapped.name] != tensor.dtype and not torch.isfinite(tensor).all():
-            raise ConvertError(f"{source}: {key} has numbers beyond float16 (65504); use --dtype bfloat16 or float32")
+        if (
+            tensor.dtype == torch.float16
+            and kept[mapped.name] != tensor.dtype
+            and not torch.isfinite(tensor).all()
+        ):
+            raise ConvertError(
+                f"{source}: {key} has numbers beyond float16 (65504); use --dtype bfloat16 or float32"
+            )
         return zip(mapped.theirs, mapped.change.theirs(tensor), strict=True)
 
     weight_map = {}
     for i, part in enumerate(files):
-        file = folder / (f"{name}.safetensors" if len(files) == 1 else f"{name}-{i + 1:05d}-of-{len(files):05d}.safetensors")
-        entries = [(key, dtypes[mapped.name], shape) for mapped in part for key, shape in mapped.theirs.items()]
+        file = folder / (
+            f"{name}.safetensors"
+            if len(files) == 1
+            else f"{name}-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        )
+        entries = [
+            (key, dtypes[mapped.name], shape) for mapped in part for key, shape in mapped.theirs.items()
+        ]
         weight_map |= dict.fromkeys((key for key, *_ in entries), file.name)
         if file.exists():  # of an export that was interrupted
             moved(sum(dtype.itemsize * shape.numel() for _, dtype, shape in entries))
@@ -230,17 +302,27 @@ def _dtypes(stored: store.Stored, prefix: str, tensors: list[Mapped]) -> dict[st
     for mapped in tensors:
         shape, dtype = stored.index.get(_key(prefix, mapped), (None, None))
         if shape != mapped.shape:
-            there = "is not in it" if shape is None else f"has shape {tuple(shape)} instead of {tuple(mapped.shape)}"
-            raise ConvertError(f"{stored.folder}: {_key(prefix, mapped)} {there}; its state.json describes another model")
+            there = (
+                "is not in it"
+                if shape is None
+                else f"has shape {tuple(shape)} instead of {tuple(mapped.shape)}"
+            )
+            raise ConvertError(
+                f"{stored.folder}: {_key(prefix, mapped)} {there}; its state.json describes another model"
+            )
         found[mapped.name] = dtype
     return found
 
 
-def _write_safetensors(file: Path, entries: list[tuple[str, torch.dtype, torch.Size]], makers: list[Maker], moved: Moved) -> None:
-    """A safetensors file of tensors that are made when they are written, in any order; the library's own writer wants all of them at once.
+def _write_safetensors(
+    file: Path, entries: list[tuple[str, torch.dtype, torch.Size]], makers: list[Maker], moved: Moved
+) -> None:
+    """A safetensors file of tensors that are made when they are written, in any order;
+    the library's own writer wants all of them at once.
 
-    The format: the header's length (8 bytes, little-endian), a JSON header with every tensor's dtype, shape and place, then the numbers. Tensors of
-    wider dtypes come first, so that each begins at a multiple of its number's size.
+    The format: the header's length (8 bytes, little-endian), a JSON header with every
+    tensor's dtype, shape and place, then the numbers. Tensors of wider dtypes come first,
+    so that each begins at a multiple of its number's size.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -20,9 +20,14 @@ def family_of(config: dict, where: str) -> Family:
     """
     found = config.get("_class_name")
     if found == "WanModel":
-        raise ConvertError(f"{where}: _class_name='WanModel' is the layout of Wan's authors; use the repository with -Diffusers in its name")
+        raise ConvertError(
+            f"{where}: _class_name='WanModel' is the layout of Wan's authors; use the repository with "
+            "-Diffusers in its name"
+        )
     if not isinstance(found, str) or found not in FAMILIES:
-        raise ConvertError(f"{where}: _class_name={printable(repr(found))} is not known; there are {', '.join(FAMILIES)}")
+        raise ConvertError(
+            f"{where}: _class_name={printable(repr(found))} is not known; there are {', '.join(FAMILIES)}"
+        )
     return FAMILIES[found]
 
 
@@ -35,6 +40,7 @@ def family_of_model(model: ModelConfig, where: str) -> Family:
     found = [family for family in FAMILIES.values() if family.name == model.family]
     if not found:
         raise ConvertError(
-            f"{where}: model.family={model.family!r} has no counterpart in diffusers; {', '.join(f.name for f in FAMILIES.values())} have"
+            f"{where}: model.family={model.family!r} has no counterpart in diffusers; "
+            f"{', '.join(f.name for f in FAMILIES.values())} have"
         )
     return found[0]

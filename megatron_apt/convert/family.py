@@ -19,12 +19,16 @@ from megatron_apt.parallel.mesh import Mesh
 
 # Fields of config.json whose null means something: as many as in_channels, or none.
 _NULLABLE = ("out_channels", "image_dim", "dual_attention_layers")
-_LARGEST = 10**7  # of any number in a config.json: above what models have, and small enough for their products
+# Of any number in a config.json: above what models have, and small enough for their
+# products
+_LARGEST = 10**7
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model of either library is given: latents (n, C, F, H, W), times (n,) in [0, 1], conditions, and channels beside the latents."""
+    """What a model of either library is given: latents (n, C, F, H, W), times (n,) in [0,
+    1], conditions, and channels beside the latents.
+    """
 
     latents: Tensor
     t: Tensor
@@ -50,7 +54,8 @@ class Family:
     Attributes:
         name: as in ModelConfig.family.
         architecture: its class in diffusers, `_class_name` of config.json.
-        read_config: our shape from config.json; raises ValueError naming a field whose value we do not have.
+        read_config: our shape from config.json; raises ValueError naming a field whose
+            value we do not have.
         write_config: config.json from our shape; read_config undoes it.
         rules: the map of weights for one shape.
         example: random inputs of n samples for a model of this shape.
@@ -74,7 +79,10 @@ class Family:
         try:
             return self.read_config(config)
         except KeyError as error:
-            raise ConvertError(f"{where}: config.json lacks {error.args[0]}, which a {self.architecture} has; download it again") from None
+            raise ConvertError(
+                f"{where}: config.json lacks {error.args[0]}, which a {self.architecture} has; download it "
+                "again"
+            ) from None
         except (TypeError, ValueError, OverflowError) as error:
             raise ConvertError(f"{where}: no {self.architecture} that can be converted: {error}") from None
 
@@ -88,7 +96,8 @@ class Family:
 
 
 def only(config: dict, architecture: str, **values) -> None:
-    """Stops at a field of config.json whose value we do not have; a missing field has its first value.
+    """Stops at a field of config.json whose value we do not have; a missing field has its
+    first value.
 
     Raises:
         ValueError: naming field and value.
@@ -98,12 +107,16 @@ def only(config: dict, architecture: str, **values) -> None:
         found = config.get(field, accepted[0])
         if not any(type(found) is type(value) and found == value for value in accepted):
             wanted = " or ".join(map(repr, accepted))
-            raise ValueError(f"config.json: {field}={_shown(found)} of a {architecture} is not supported; it can be {wanted}")
+            raise ValueError(
+                f"config.json: {field}={_shown(found)} of a {architecture} is not supported; it can be "
+                f"{wanted}"
+            )
 
 
 def whole(config: dict, architecture: str, **lengths: int) -> None:
-    """Stops at a field of config.json that is not one whole number (length 1), or a list of that many (0: of any length). Missing ones pass, as do
-    those that are null where that means something.
+    """Stops at a field of config.json that is not one whole number (length 1), or a list
+    of that many (0: of any length). Missing ones pass, as do those that are null where
+    that means something.
 
     Raises:
         ValueError: naming field and value.
@@ -111,16 +124,26 @@ def whole(config: dict, architecture: str, **lengths: int) -> None:
     for field, length in lengths.items():
         if field not in config or (config[field] is None and field in _NULLABLE):
             continue
-        value, wanted = config[field], "a whole number" if length == 1 else f"{length or 'a list of'} whole numbers"
+        value, wanted = (
+            config[field],
+            "a whole number" if length == 1 else f"{length or 'a list of'} whole numbers",
+        )
         parts = [value] if length == 1 else value
-        if not isinstance(parts, list | tuple) or (length and len(parts) != length) or any(type(part) is not int for part in parts):
+        if (
+            not isinstance(parts, list | tuple)
+            or (length and len(parts) != length)
+            or any(type(part) is not int for part in parts)
+        ):
             raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be {wanted}")
         if any(not 0 <= part <= _LARGEST for part in parts):
-            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be from 0 to {_LARGEST}")
+            raise ValueError(
+                f"config.json: {field}={_shown(value)} of a {architecture} must be from 0 to {_LARGEST}"
+            )
 
 
 def positive(config: dict, architecture: str, *fields: str) -> None:
-    """Stops at a field of config.json that is no number above 0, or one that no model has. Missing ones pass.
+    """Stops at a field of config.json that is no number above 0, or one that no model
+    has. Missing ones pass.
 
     Raises:
         ValueError: naming field and value.
@@ -128,7 +151,10 @@ def positive(config: dict, architecture: str, *fields: str) -> None:
     for field in fields:
         value = config.get(field, 1)
         if type(value) not in (int, float) or not 0 < value <= _LARGEST:
-            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be a positive number up to {_LARGEST}")
+            raise ValueError(
+                f"config.json: {field}={_shown(value)} of a {architecture} must be a positive number up to "
+                f"{_LARGEST}"
+            )
 
 
 def flags(config: dict, architecture: str, *fields: str) -> None:
@@ -139,7 +165,9 @@ def flags(config: dict, architecture: str, *fields: str) -> None:
     """
     for field in fields:
         if type(value := config.get(field, True)) is not bool:
-            raise ValueError(f"config.json: {field}={_shown(value)} of a {architecture} must be true or false")
+            raise ValueError(
+                f"config.json: {field}={_shown(value)} of a {architecture} must be true or false"
+            )
 
 
 def _shown(value: object) -> str:

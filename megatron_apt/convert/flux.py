@@ -1,4 +1,6 @@
-"""FLUX.1: diffusers' FluxTransformer2DModel, whose latents its pipeline packs into patches of 2 x 2 that it calls channels."""
+"""FLUX.1: diffusers' FluxTransformer2DModel, whose latents its pipeline packs into
+patches of 2 x 2 that it calls channels.
+"""
 
 from dataclasses import replace
 
@@ -15,14 +17,27 @@ _CLASS, _PATCH = "FluxTransformer2DModel", (1, 2, 2)
 
 
 def _read(config: dict) -> ModelConfig:
-    whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
-    whole(config, _CLASS, num_single_layers=1, joint_attention_dim=1, pooled_projection_dim=1, axes_dims_rope=3)
+    whole(
+        config,
+        _CLASS,
+        num_attention_heads=1,
+        attention_head_dim=1,
+        num_layers=1,
+        in_channels=1,
+        out_channels=1,
+    )
+    whole(
+        config, _CLASS, num_single_layers=1, joint_attention_dim=1, pooled_projection_dim=1, axes_dims_rope=3
+    )
     flags(config, _CLASS, "guidance_embeds")
     only(config, _CLASS, patch_size=1)
     heads, channels = config["num_attention_heads"], config["in_channels"]
     out = config.get("out_channels") or channels
     if channels % 4 or out % 4:
-        raise ValueError(f"config.json: in_channels={channels}, out_channels={out} of a {_CLASS} must be multiples of the 4 latents in a patch")
+        raise ValueError(
+            f"config.json: in_channels={channels}, out_channels={out} of a {_CLASS} must be multiples of the "
+            "4 latents in a patch"
+        )
     flux = FluxConfig(
         double_blocks=config["num_layers"],
         pooled_width=config["pooled_projection_dim"],
@@ -74,7 +89,8 @@ def _rules(model: ModelConfig) -> list[Rule]:
         *two_layers("guidance_embed", f"{outside}.guidance_embedder"),
         *double_blocks("blocks.{i}", "transformer_blocks.{i}", ByHead(model.heads, (model.head_size,) * 3)),
         *single_blocks(model, "blocks.{i}", "single_transformer_blocks.{i}"),
-        *layer("final.modulation.linear", "norm_out.linear", Reordered((1, 0))),  # theirs scale, shift; ours shift, scale
+        # Theirs scale, shift; ours shift, scale
+        *layer("final.modulation.linear", "norm_out.linear", Reordered((1, 0))),
         *layer("final.linear", "proj_out"),
     ]
 
@@ -100,7 +116,9 @@ def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     x = torch.cat(tokens, dim=1).unflatten(0, (n, -1))
     places = torch.cartesian_prod(*(torch.arange(size) for size in grid))  # (0, row, column); of text all 0
     texts = places.new_zeros(inputs.text.shape[1], 3)
-    v = original(x, inputs.text, inputs.pooled, inputs.t, places, texts, inputs.guidance, return_dict=False)[0]
+    v = original(x, inputs.text, inputs.pooled, inputs.t, places, texts, inputs.guidance, return_dict=False)[
+        0
+    ]
     return unpatchify(v.flatten(0, 1), grid, _PATCH)
 
 

@@ -1,6 +1,8 @@
-"""What a file of weights is that is no model of diffusers' under diffusers' names, told by the names of its tensors, and what to do with it.
+"""What a file of weights is that is no model of diffusers' under diffusers' names, told
+by the names of its tensors, and what to do with it.
 
-Also the names under which a model lies inside others (DDP, torch.compile, ComfyUI), which are no part of its tensors' names.
+Also the names under which a model lies inside others (DDP, torch.compile, ComfyUI), which
+are no part of its tensors' names.
 """
 
 import re
@@ -11,12 +13,13 @@ from dataclasses import dataclass
 from megatron_apt.encoders.weight_files import printable
 
 _MERGE = (
-    "merge it into its model with diffusers (load_lora_weights, fuse_lora, unload_lora_weights and save_pretrained of the pipeline) "
-    "and import the folder that gives"
+    "merge it into its model with diffusers (load_lora_weights, fuse_lora, unload_lora_weights and "
+    "save_pretrained of the pipeline) and import the folder that gives"
 )
 _WHOLE = "give the transformer of a whole pipeline in diffusers' layout"
 _UNQUANTISED = (
-    "take the bf16, fp16 or fp32 weights of the same model, or load it with diffusers, call `transformer.dequantize()` and `save_pretrained(FOLDER)`"
+    "take the bf16, fp16 or fp32 weights of the same model, or load it with diffusers, call "
+    "`transformer.dequantize()` and `save_pretrained(FOLDER)`"
 )
 
 # The first kind whose expression is found in a tensor's name is what the file is: (what, expression, remedy).
@@ -31,7 +34,11 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         r"[._]lora\.(up|down)\.|_lora\.(up|down)|lora_linear_layer\.|\.lora_[a-zA-Z_]+$",
         _MERGE,
     ),
-    ("a set of differences to a model (an adapter, extracted as a LoRA is)", r"\.(diff|diff_b|set_weight)$", _MERGE),
+    (
+        "a set of differences to a model (an adapter, extracted as a LoRA is)",
+        r"\.(diff|diff_b|set_weight)$",
+        _MERGE,
+    ),
     (
         "quantised",
         r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2|_inv)?|input_scale|comfy_quant|SCB|weight_format|absmax|quant_map|"
@@ -39,16 +46,32 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         r"\.weight\.(absmax|quant_map|nested|quant_state|_data|_scale)",
         _UNQUANTISED,
     ),
-    ("a textual inversion (embeddings of new words)", r"^(emb_params|string_to_param|string_to_token|<[^>]*>|clip_[lg]|t5xxl)$", _WHOLE),
-    ("a ControlNet", r"(^|\.)(controlnet_\w+|control_model|input_hint_block|zero_convs|lllite_\w+|control_\w*blocks)(\.|$)", _WHOLE),
-    ("a Wan VACE (a transformer with controls beside the video)", r"(^|\.)vace_(blocks|patch_embedding)\.", _WHOLE),
+    (
+        "a textual inversion (embeddings of new words)",
+        r"^(emb_params|string_to_param|string_to_token|<[^>]*>|clip_[lg]|t5xxl)$",
+        _WHOLE,
+    ),
+    (
+        "a ControlNet",
+        r"(^|\.)(controlnet_\w+|control_model|input_hint_block|zero_convs|lllite_\w+|control_\w*blocks)(\.|$)",
+        _WHOLE,
+    ),
+    (
+        "a Wan VACE (a transformer with controls beside the video)",
+        r"(^|\.)vace_(blocks|patch_embedding)\.",
+        _WHOLE,
+    ),
     (
         "the state of an optimiser",
         r"(^|\.)(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg)(\.|$)",
         _WHOLE,
     ),
     ("a T2I adapter", r"^adapter\.(body|conv_in)\.", _WHOLE),
-    ("an IP-Adapter", r"(^|\.)(ip_adapter|image_proj)\.|\.(to_[kv]_ip|add_[kv]_proj_ip)\.|_ip\.(weight|bias)$", _WHOLE),
+    (
+        "an IP-Adapter",
+        r"(^|\.)(ip_adapter|image_proj)\.|\.(to_[kv]_ip|add_[kv]_proj_ip)\.|_ip\.(weight|bias)$",
+        _WHOLE,
+    ),
 )
 
 # Names that only the authors' own files of a family have.
@@ -64,7 +87,11 @@ _AUTHORS: tuple[tuple[str, str, str], ...] = (
         "HunyuanVideoTransformer3DModel",
         r"double_blocks\.\d+\.(img|txt)_attn_qkv|txt_in\.individual_token_refiner|img_in\.proj\.|guidance_in\.mlp",
     ),
-    ("FLUX", "FluxTransformer2DModel", r"(double|single)_blocks\.\d|(img|txt)_in\.(weight|bias)$|(vector|guidance)_in\.in_layer"),
+    (
+        "FLUX",
+        "FluxTransformer2DModel",
+        r"(double|single)_blocks\.\d|(img|txt)_in\.(weight|bias)$|(vector|guidance)_in\.in_layer",
+    ),
 )
 _SD3_PATCHES = r"^x_embedder\.proj\."  # in HunyuanVideo diffusers' name too
 
@@ -75,11 +102,20 @@ _OTHERS: tuple[tuple[str, str], ...] = (
         r"^(quant_conv|post_quant_conv|conv1|conv2|(encoder|decoder)\.(conv_in|conv_out|conv1|up_blocks|down_blocks|mid_block|mid|up|down|"
         r"upsamples|downsamples|middle|head))\b",
     ),
-    ("a text encoder (T5)", r"^(shared\.weight|encoder\.(block\.\d+\.layer|embed_tokens|final_layer_norm)|token_embedding\.weight)"),
+    (
+        "a text encoder (T5)",
+        r"^(shared\.weight|encoder\.(block\.\d+\.layer|embed_tokens|final_layer_norm)|token_embedding\.weight)",
+    ),
     ("an image encoder (CLIP)", r"^(vision_model|visual)\."),
-    ("a text encoder (CLIP)", r"^(text_model|text_projection|resblocks)\b|^embeddings\.(token|position)_embedding"),
+    (
+        "a text encoder (CLIP)",
+        r"^(text_model|text_projection|resblocks)\b|^embeddings\.(token|position)_embedding",
+    ),
     ("a language model", r"^(layers\.\d+\.self_attn|embed_tokens|lm_head|language_model)\b"),
-    ("a UNet of Stable Diffusion 1, 2 or XL", r"^(input_blocks|output_blocks|middle_block|down_blocks\.\d|up_blocks\.\d|mid_block)\b"),
+    (
+        "a UNet of Stable Diffusion 1, 2 or XL",
+        r"^(input_blocks|output_blocks|middle_block|down_blocks\.\d|up_blocks\.\d|mid_block)\b",
+    ),
     ("a transformer of LTX-Video", r"^patchify_proj\."),
     ("a transformer of Mochi", r"^blocks\.\d+\.attn\.qkv_x"),
     ("a transformer of AuraFlow", r"^double_layers\.\d"),
@@ -95,7 +131,9 @@ _OTHERS: tuple[tuple[str, str], ...] = (
 # The names that begin those of a family's tensors in diffusers.
 _AROUND = {"context_embedder", "time_text_embed", "transformer_blocks", "norm_out", "proj_out"}
 ROOTS: dict[str, frozenset[str]] = {
-    "WanTransformer3DModel": frozenset({"patch_embedding", "condition_embedder", "blocks", "proj_out", "scale_shift_table"}),
+    "WanTransformer3DModel": frozenset(
+        {"patch_embedding", "condition_embedder", "blocks", "proj_out", "scale_shift_table"}
+    ),
     "SD3Transformer2DModel": frozenset({"pos_embed", *_AROUND}),
     "FluxTransformer2DModel": frozenset({"x_embedder", "single_transformer_blocks", *_AROUND}),
     "HunyuanVideoTransformer3DModel": frozenset({"x_embedder", "single_transformer_blocks", *_AROUND}),
@@ -113,7 +151,9 @@ _OUTER = re.compile(
     r"^(model\.diffusion_model|diffusion_model|first_stage_model|cond_stage_model|vae|model|module|_orig_mod|transformer|net|dit|base_model)\."
 )
 # Other parts of a file that holds a whole pipeline; of no family the beginning of a name.
-_BESIDE = re.compile(r"^(first_stage_model|cond_stage_model|conditioner|vae|text_encoders?(_\d)?|model_ema)\.|^(clip_[lg]|t5xxl|umt5xxl)\.")
+_BESIDE = re.compile(
+    r"^(first_stage_model|cond_stage_model|conditioner|vae|text_encoders?(_\d)?|model_ema)\.|^(clip_[lg]|t5xxl|umt5xxl)\."
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +185,10 @@ def plain(names: Iterable[str], architecture: str) -> Plain:
             continue
         prefix, short = _split(name, roots)
         if short in found:
-            raise ValueError(f"has {short} more than once, as {found[short]} and {name}: a file of several models, such as a student and its average")
+            raise ValueError(
+                f"has {short} more than once, as {found[short]} and {name}: a file of several models, such "
+                "as a student and its average"
+            )
         found[short] = name
         if prefix:
             prefixes[prefix] += 1
@@ -155,19 +198,24 @@ def plain(names: Iterable[str], architecture: str) -> Plain:
 
 
 def _split(name: str, roots: frozenset[str]) -> tuple[str, str]:
-    """What stands before the first word that begins a family's names, and the name from there; without one, nothing and the name."""
+    """What stands before the first word that begins a family's names, and the name from
+    there; without one, nothing and the name.
+    """
     words = name.split(".")
     first = next((i for i, word in enumerate(words) if word in roots), None)
     if first is None:
         return "", name
     kept = [word for word in words[first:] if word not in _WRAPPERS]
     inner = [word for word in words[first:] if word in _WRAPPERS]
-    prefix = "".join(f"{word}." for word in words[:first]) or "".join(f"{word}." for word in dict.fromkeys(inner))
+    prefix = "".join(f"{word}." for word in words[:first]) or "".join(
+        f"{word}." for word in dict.fromkeys(inner)
+    )
     return prefix, ".".join(kept)
 
 
 def what_it_is(names: Iterable[str], architecture: str = "") -> str | None:
-    """What to say of a file that is no transformer under diffusers' names; None where nothing is known of it.
+    """What to say of a file that is no transformer under diffusers' names; None where
+    nothing is known of it.
 
     Args:
         architecture: the family of the config.json that it is to be read by.
@@ -180,7 +228,10 @@ def what_it_is(names: Iterable[str], architecture: str = "") -> str | None:
         hit = _first(bare, rf"(^|\.)({expression})")
         if hit or (owner == architecture == "SD3Transformer2DModel" and (hit := _first(bare, _SD3_PATCHES))):
             other = f", and config.json is of a {architecture}" if architecture not in ("", owner) else ""
-            return f"it has its authors' names ({authors}: {printable(hit)}), not diffusers'{other}: {rewrite(owner)}"
+            return (
+                f"it has its authors' names ({authors}: {printable(hit)}), not diffusers'{other}: "
+                f"{rewrite(owner)}"
+            )
     roots = ROOTS.get(architecture) or frozenset().union(*ROOTS.values())
     if 2 * sum(name.split(".")[0] in roots for name in bare) <= len(bare):
         for kind, expression in _OTHERS:
@@ -200,7 +251,10 @@ def kind_of(names: Iterable[str]) -> str | None:
 
 def rewrite(architecture: str) -> str:
     """What to do with a checkpoint under its authors' names."""
-    return f"`diffusers.{architecture}.from_single_file(FILE, config=FOLDER_OF_CONFIG_JSON).save_pretrained(FOLDER)` renames them"
+    return (
+        f"`diffusers.{architecture}.from_single_file(FILE, "
+        "config=FOLDER_OF_CONFIG_JSON).save_pretrained(FOLDER)` renames them"
+    )
 
 
 def _bare(name: str) -> str:

@@ -14,7 +14,15 @@ _CLASS = "HunyuanVideoTransformer3DModel"
 
 
 def _read(config: dict) -> ModelConfig:
-    whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
+    whole(
+        config,
+        _CLASS,
+        num_attention_heads=1,
+        attention_head_dim=1,
+        num_layers=1,
+        in_channels=1,
+        out_channels=1,
+    )
     whole(config, _CLASS, num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1)
     positive(config, _CLASS, "mlp_ratio", "rope_theta")
     whole(config, _CLASS, text_embed_dim=1, pooled_projection_dim=1, rope_axes_dim=3)
@@ -71,10 +79,18 @@ def _write(model: ModelConfig) -> dict:
 
 
 def _rules(model: ModelConfig) -> list[Rule]:
-    channels, size, outside = model.latent_channels + model.condition_channels, model.head_size, "time_text_embed"
+    channels, size, outside = (
+        model.latent_channels + model.condition_channels,
+        model.head_size,
+        "time_text_embed",
+    )
     text = "context_embedder"
     return [
-        Rule("x_embed.weight", ("x_embedder.proj.weight",), View((model.width, -1), (model.width, channels, *model.patch))),
+        Rule(
+            "x_embed.weight",
+            ("x_embedder.proj.weight",),
+            View((model.width, -1), (model.width, channels, *model.patch)),
+        ),
         Rule("x_embed.bias", ("x_embedder.proj.bias",)),
         *two_layers("time_embed", f"{outside}.timestep_embedder"),
         *two_layers("pooled_embed", f"{outside}.text_embedder"),
@@ -82,10 +98,15 @@ def _rules(model: ModelConfig) -> list[Rule]:
         *layer("text_embed.linear_in", f"{text}.proj_in"),
         *two_layers("text_embed.time_embed", f"{text}.time_text_embed.timestep_embedder"),
         *two_layers("text_embed.mean_embed", f"{text}.time_text_embed.text_embedder"),
-        *_refiner("text_embed.blocks.{i}", f"{text}.token_refiner.refiner_blocks.{{i}}", ByHead(model.heads, (size,) * 3)),
+        *_refiner(
+            "text_embed.blocks.{i}",
+            f"{text}.token_refiner.refiner_blocks.{{i}}",
+            ByHead(model.heads, (size,) * 3),
+        ),
         *double_blocks("blocks.{i}", "transformer_blocks.{i}", ByHead(model.heads, (size,) * 3)),
         *single_blocks(model, "blocks.{i}", "single_transformer_blocks.{i}"),
-        *layer("final.modulation.linear", "norm_out.linear", Reordered((1, 0))),  # theirs scale, shift; ours shift, scale
+        # Theirs scale, shift; ours shift, scale
+        *layer("final.modulation.linear", "norm_out.linear", Reordered((1, 0))),
         *layer("final.linear", "proj_out"),
     ]
 
@@ -115,8 +136,14 @@ def double_blocks(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
     ):
         rules += [
             *layer(f"{ours}.{stream}.modulation.linear", f"{theirs}.{modulation}.linear"),
-            *joined(f"{ours}.{stream}.linear_qkv", [f"{theirs}.attn.{qkv.format(x)}" for x in "qkv"], by_head),
-            Rule(f"{ours}.{stream}.qk_norm.weight", (f"{theirs}.attn.{norm}_q.weight", f"{theirs}.attn.{norm}_k.weight"), Stacked(2)),
+            *joined(
+                f"{ours}.{stream}.linear_qkv", [f"{theirs}.attn.{qkv.format(x)}" for x in "qkv"], by_head
+            ),
+            Rule(
+                f"{ours}.{stream}.qk_norm.weight",
+                (f"{theirs}.attn.{norm}_q.weight", f"{theirs}.attn.{norm}_k.weight"),
+                Stacked(2),
+            ),
             *layer(f"{ours}.{stream}.linear_proj", f"{theirs}.attn.{out}"),
             *layer(f"{ours}.{stream}.linear_fc1", f"{theirs}.{mlp}.net.0.proj"),
             *layer(f"{ours}.{stream}.linear_fc2", f"{theirs}.{mlp}.net.2"),
@@ -131,8 +158,16 @@ def single_blocks(model: ModelConfig, ours: str, theirs: str) -> list[Rule]:
     rules = [
         *layer(f"{ours}.modulation.linear", f"{theirs}.norm.linear"),
         *joined(f"{ours}.linear_in", inputs, ByHead(model.heads, (size, size, size, mlp))),
-        Rule(f"{ours}.qk_norm.weight", (f"{theirs}.attn.norm_q.weight", f"{theirs}.attn.norm_k.weight"), Stacked(2)),
-        Rule(f"{ours}.linear_out.weight", (f"{theirs}.proj_out.weight",), ColumnsByHead(model.heads, (size, mlp))),
+        Rule(
+            f"{ours}.qk_norm.weight",
+            (f"{theirs}.attn.norm_q.weight", f"{theirs}.attn.norm_k.weight"),
+            Stacked(2),
+        ),
+        Rule(
+            f"{ours}.linear_out.weight",
+            (f"{theirs}.proj_out.weight",),
+            ColumnsByHead(model.heads, (size, mlp)),
+        ),
         Rule(f"{ours}.linear_out.bias", (f"{theirs}.proj_out.bias",)),
     ]
     return [replace(rule, ahead=model.single_stream.double_blocks) for rule in rules]
@@ -158,7 +193,9 @@ def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     latents = inputs.latents if inputs.given is None else torch.cat((inputs.latents, inputs.given), dim=1)
     guidance = None if inputs.guidance is None else 1000 * inputs.guidance
     visible = torch.ones(inputs.text.shape[:2], dtype=torch.int64)
-    return original(latents, 1000 * inputs.t, inputs.text, visible, inputs.pooled, guidance, return_dict=False)[0]
+    return original(
+        latents, 1000 * inputs.t, inputs.text, visible, inputs.pooled, guidance, return_dict=False
+    )[0]
 
 
 HUNYUAN = Family("hunyuan", _CLASS, _read, _write, _rules, _example, _forward)

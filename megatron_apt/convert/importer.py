@@ -1,10 +1,13 @@
 """A Hugging Face checkpoint into one of ours, one tensor at a time.
 
-Our tensors are written in parts of some hundred megabytes, two parts at a time, each tensor as torch.save writes it: a thread holds one of ours, made
-of views of the mapped source, and its numbers are read once, to be hashed and written. Parts that are on disk stay if the import is killed, and the
-next one goes on behind them. At the end they are one commit under one index of torch_dist, which any mesh loads.
+Our tensors are written in parts of some hundred megabytes, two parts at a time, each
+tensor as torch.save writes it: a thread holds one of ours, made of views of the mapped
+source, and its numbers are read once, to be hashed and written. Parts that are on disk
+stay if the import is killed, and the next one goes on behind them. At the end they are
+one commit under one index of torch_dist, which any mesh loads.
 
-Tensors keep the dtype they have. The commit is a run folder's iteration 0: train with `--init.generator TARGET`, sample, inspect, export.
+Tensors keep the dtype they have. The commit is a run folder's iteration 0: train with
+`--init.generator TARGET`, sample, inspect, export.
 """
 
 import hashlib
@@ -85,7 +88,8 @@ def import_checkpoint(
     """Writes TARGET/checkpoints/iteration-00000000; returns it.
 
     Args:
-        moved: called with the bytes of each tensor written, and of each that an interrupted import had written.
+        moved: called with the bytes of each tensor written, and of each that an
+            interrupted import had written.
         first_frame: model.wan.first_frame of the checkpoint's configuration.
 
     Raises:
@@ -110,14 +114,16 @@ def import_checkpoint(
             raise ConvertError(f"{root} holds checkpoints already; give another target")
         if not interrupted:
             work = _begin(root / ".import.tmp", parts, plan)
-            no_crc = serialization.patch("save.compute_crc32", False)  # SHA-256 sees more, and every file is compared with it
+            # SHA-256 sees more, and every file is compared with it
+            no_crc = serialization.patch("save.compute_crc32", False)
             with no_crc, ThreadPoolExecutor(1) as sealing, ThreadPoolExecutor(_WRITERS) as writing:
 
                 def write(i: int) -> Future:
                     _write(work, i, source, moved)
                     return sealing.submit(_seal, work, i)  # while the next one is written
 
-                sealing.submit(importlib.import_module, "torch.distributed.checkpoint")  # for _finish; it takes a second
+                # For _finish; it takes a second
+                sealing.submit(importlib.import_module, "torch.distributed.checkpoint")
                 for sealed in list(writing.map(write, range(len(parts)))):
                     sealed.result()
             _finish(work, model, source)
@@ -192,11 +198,15 @@ def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
     except Exception as error:
         cause = (stream is not None and stream.failure) or error
         reason = f"{type(cause).__name__}: {cause}"
-        raise ConvertError(f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here") from error
+        raise ConvertError(
+            f"{temporary}: could not be written ({reason}); free disk space and import again: it goes on here"
+        ) from error
 
 
 def _main_dtype(source: Source) -> str:
-    """What the model is run in, unless a recipe says otherwise: bfloat16 where most numbers are; float16 would not hold training's range."""
+    """What the model is run in, unless a recipe says otherwise: bfloat16 where most
+    numbers are; float16 would not hold training's range.
+    """
     numbers = Counter()
     for entry in source.entries.values():
         numbers[entry.dtype] += entry.shape.numel()
@@ -206,7 +216,10 @@ def _main_dtype(source: Source) -> str:
 def _dtype(mapped: Mapped, source: Source) -> torch.dtype:
     dtypes = {source.entries[name].dtype for name in mapped.theirs}
     if len(dtypes) > 1:
-        raise ConvertError(f"{source.path}: {', '.join(mapped.theirs)} become one tensor, and have dtypes {sorted(map(str, dtypes))}; give them one")
+        raise ConvertError(
+            f"{source.path}: {', '.join(mapped.theirs)} become one tensor, and have dtypes "
+            f"{sorted(map(str, dtypes))}; give them one"
+        )
     return dtypes.pop()
 
 
@@ -222,7 +235,9 @@ def _seal(work: _Work, i: int) -> None:
 
 def _written(mapped: Mapped, source: Source, places: dict[str, tuple[int, int]]) -> describe.Written:
     key, whole = f"{ROLE}.{mapped.name}", (0,) * len(mapped.shape)
-    return describe.Written(key, mapped.shape, _dtype(mapped, source), whole, mapped.shape, tuple(places[key]))
+    return describe.Written(
+        key, mapped.shape, _dtype(mapped, source), whole, mapped.shape, tuple(places[key])
+    )
 
 
 class _Part(msgspec.Struct):
@@ -248,7 +263,11 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
     for i in range(len(work.parts)):
         name = work.part(i).name
         part = _read_part(work.part(i), work.parts[i])
-        found.append(describe.located(work.folder, f"{name}/{_DATA}", [_written(m, source, part.places) for m in work.parts[i]]))
+        found.append(
+            describe.located(
+                work.folder, f"{name}/{_DATA}", [_written(m, source, part.places) for m in work.parts[i]]
+            )
+        )
         sums[f"{name}/{_DATA}"] = {"bytes": part.bytes, "sha256": part.sha256}
         sums[f"{name}/{_PLACES}"] = store.checksum(work.part(i) / _PLACES)
     describe.write(work.folder, describe.joined(found))
@@ -262,7 +281,9 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
         "values": {},
         "imported": source.config,
         "part": source.part,
-        "config": to_dict(RunConfig(method="flow", model=model, data=DataConfig(text_length=CAPTIONS.get(model.family, 0)))),
+        "config": to_dict(
+            RunConfig(method="flow", model=model, data=DataConfig(text_length=CAPTIONS.get(model.family, 0)))
+        ),
     }
     store.write_atomically(work.folder / "state.json", json.dumps(state, indent=1))
     store.seal(work.folder, sums)

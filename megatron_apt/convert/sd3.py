@@ -1,4 +1,6 @@
-"""Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel. Its norms all have eps 1e-6, ours too, which config.json does not say."""
+"""Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel. Its norms all have eps
+1e-6, ours too, which config.json does not say.
+"""
 
 from dataclasses import replace
 
@@ -6,17 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from megatron_apt.convert.family import Family, Inputs, only, whole
-from megatron_apt.convert.weights import ByHead, ChannelsFirst, Reordered, Rule, Same, Stacked, View, joined, layer
+from megatron_apt.convert.weights import (
+    ByHead,
+    ChannelsFirst,
+    Reordered,
+    Rule,
+    Same,
+    Stacked,
+    View,
+    joined,
+    layer,
+)
 from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium
 
 _CLASS = "SD3Transformer2DModel"
 
 
 def _read(config: dict) -> ModelConfig:
-    whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
+    whole(
+        config,
+        _CLASS,
+        num_attention_heads=1,
+        attention_head_dim=1,
+        num_layers=1,
+        in_channels=1,
+        out_channels=1,
+    )
     whole(config, _CLASS, patch_size=1, sample_size=1, joint_attention_dim=1, pooled_projection_dim=1)
     whole(config, _CLASS, pos_embed_max_size=1, dual_attention_layers=0)
-    heads, size, channels, patch = (config[name] for name in ("num_attention_heads", "attention_head_dim", "in_channels", "patch_size"))
+    heads, size, channels, patch = (
+        config[name] for name in ("num_attention_heads", "attention_head_dim", "in_channels", "patch_size")
+    )
     out = config.get("out_channels") or channels
     only(config, _CLASS, qk_norm=(None, "rms_norm"), caption_projection_dim=heads * size)
     sd3 = Sd3Config(
@@ -66,7 +88,11 @@ def _rules(model: ModelConfig) -> list[Rule]:
     by_head = ByHead(model.heads, (model.head_size,) * 3)
     scale_shift = Reordered((1, 0))  # theirs scale, shift; ours shift, scale
     return [
-        Rule("x_embed.weight", ("pos_embed.proj.weight",), View((model.width, -1), (model.width, channels, *model.patch[1:]))),
+        Rule(
+            "x_embed.weight",
+            ("pos_embed.proj.weight",),
+            View((model.width, -1), (model.width, channels, *model.patch[1:])),
+        ),
         Rule("x_embed.bias", ("pos_embed.proj.bias",)),
         Rule("position_table", ("pos_embed.pos_embed",), View((-1, model.width), (1, -1, model.width))),
         *layer("time_embed.linear_1", f"{outside}.timestep_embedder.linear_1"),
@@ -74,23 +100,49 @@ def _rules(model: ModelConfig) -> list[Rule]:
         *layer("pooled_embed.linear_1", f"{outside}.text_embedder.linear_1"),
         *layer("pooled_embed.linear_2", f"{outside}.text_embedder.linear_2"),
         *layer("text_embed", "context_embedder"),
-        *_stream(f"{ours}.visual", f"{block}.attn", [f"to_{x}" for x in "qkv"], "norm", "to_out.0", f"{block}.ff", by_head),
-        *_stream(f"{ours}.text", f"{block}.attn", [f"add_{x}_proj" for x in "qkv"], "norm_added", "to_add_out", f"{block}.ff_context", by_head),
+        *_stream(
+            f"{ours}.visual",
+            f"{block}.attn",
+            [f"to_{x}" for x in "qkv"],
+            "norm",
+            "to_out.0",
+            f"{block}.ff",
+            by_head,
+        ),
+        *_stream(
+            f"{ours}.text",
+            f"{block}.attn",
+            [f"add_{x}_proj" for x in "qkv"],
+            "norm_added",
+            "to_add_out",
+            f"{block}.ff_context",
+            by_head,
+        ),
         *layer(f"{ours}.visual.modulation.linear", f"{block}.norm1.linear"),
         *_text_modulation(last, scale_shift),
         *joined(f"{ours}.second.linear_qkv", [f"{block}.attn2.to_{x}" for x in "qkv"], by_head),
-        Rule(f"{ours}.second.qk_norm.weight", (f"{block}.attn2.norm_q.weight", f"{block}.attn2.norm_k.weight"), Stacked(2)),
+        Rule(
+            f"{ours}.second.qk_norm.weight",
+            (f"{block}.attn2.norm_q.weight", f"{block}.attn2.norm_k.weight"),
+            Stacked(2),
+        ),
         *layer(f"{ours}.second.linear_proj", f"{block}.attn2.to_out.0"),
         *layer("final.modulation.linear", "norm_out.linear", scale_shift),
         *layer("final.linear", "proj_out", ChannelsFirst(model.patch)),
     ]
 
 
-def _stream(ours: str, attention: str, qkv: list[str], norm: str, out: str, mlp: str, by_head: ByHead) -> list[Rule]:
+def _stream(
+    ours: str, attention: str, qkv: list[str], norm: str, out: str, mlp: str, by_head: ByHead
+) -> list[Rule]:
     """Attention and MLP of one stream of a block."""
     return [
         *joined(f"{ours}.linear_qkv", [f"{attention}.{x}" for x in qkv], by_head),
-        Rule(f"{ours}.qk_norm.weight", (f"{attention}.{norm}_q.weight", f"{attention}.{norm}_k.weight"), Stacked(2)),
+        Rule(
+            f"{ours}.qk_norm.weight",
+            (f"{attention}.{norm}_q.weight", f"{attention}.{norm}_k.weight"),
+            Stacked(2),
+        ),
         *layer(f"{ours}.linear_proj", f"{attention}.{out}"),
         *layer(f"{ours}.linear_fc1", f"{mlp}.net.0.proj"),
         *layer(f"{ours}.linear_fc2", f"{mlp}.net.2"),
@@ -99,8 +151,13 @@ def _stream(ours: str, attention: str, qkv: list[str], norm: str, out: str, mlp:
 
 def _text_modulation(last: int, scale_shift: Reordered) -> list[Rule]:
     """Of each block its own rule, because the last one's text has two vectors, in the other order."""
-    names = [(f"blocks.{i}.text.modulation.linear", f"transformer_blocks.{i}.norm1_context.linear") for i in range(last + 1)]
-    return [rule for i, (a, b) in enumerate(names) for rule in layer(a, b, scale_shift if i == last else Same())]
+    names = [
+        (f"blocks.{i}.text.modulation.linear", f"transformer_blocks.{i}.norm1_context.linear")
+        for i in range(last + 1)
+    ]
+    return [
+        rule for i, (a, b) in enumerate(names) for rule in layer(a, b, scale_shift if i == last else Same())
+    ]
 
 
 def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
@@ -119,7 +176,9 @@ def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> In
 
 def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     latents = inputs.latents if inputs.given is None else torch.cat((inputs.latents, inputs.given), dim=1)
-    return original(latents.squeeze(2), inputs.text, inputs.pooled, 1000 * inputs.t, return_dict=False)[0].unsqueeze(2)
+    return original(latents.squeeze(2), inputs.text, inputs.pooled, 1000 * inputs.t, return_dict=False)[
+        0
+    ].unsqueeze(2)
 
 
 SD3 = Family("sd3", _CLASS, _read, _write, _rules, _example, _forward)

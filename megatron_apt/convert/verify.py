@@ -19,8 +19,11 @@ from megatron_apt.training.networks import load_weights
 
 
 @torch.no_grad()
-def parity(checkpoint: str, family: Family, model: ModelConfig, source: Source, mesh: Mesh, samples: int, seed: int) -> float:
-    """Largest difference of the velocities in float32, relative to their largest value, over all ranks. One model at a time is in memory.
+def parity(
+    checkpoint: str, family: Family, model: ModelConfig, source: Source, mesh: Mesh, samples: int, seed: int
+) -> float:
+    """Largest difference of the velocities in float32, relative to their largest value,
+    over all ranks. One model at a time is in memory.
 
     Args:
         checkpoint: `path`, `path:ema` or `path:raw`.
@@ -38,7 +41,9 @@ def parity(checkpoint: str, family: Family, model: ModelConfig, source: Source, 
     ours = build_backbone(replace(model, dtype="float32", fp8=Fp8Config()), mesh, cut=cut).to(mesh.device)
     load_weights(checkpoint, ours, mesh)
     condition = inputs.condition(model.patch).to(mesh.device)
-    layout = build_layout((patch_grid(tuple(inputs.latents.shape[2:]), model.patch),) * samples, condition.lengths, mesh)
+    layout = build_layout(
+        (patch_grid(tuple(inputs.latents.shape[2:]), model.patch),) * samples, condition.lengths, mesh
+    )
     x = patchify(inputs.latents, model.patch).to(mesh.device).index_select(0, layout.visual.index)
     got = run_line(ours, x, inputs.t.to(mesh.device), condition, layout, mesh.pp)
     del ours
@@ -51,7 +56,9 @@ def parity(checkpoint: str, family: Family, model: ModelConfig, source: Source, 
     if got is not None:
         difference = (got - patchify(want, model.patch).index_select(0, layout.visual.index)).abs().max()
     smallest = torch.finfo(want.dtype).tiny  # of models that answer with zeros
-    return float(max_over(torch.nan_to_num(difference / largest.clamp_min(smallest), nan=torch.inf), mesh.world))
+    return float(
+        max_over(torch.nan_to_num(difference / largest.clamp_min(smallest), nan=torch.inf), mesh.world)
+    )
 
 
 def original(family: Family, source: Source) -> nn.Module:
@@ -64,9 +71,15 @@ def original(family: Family, source: Source) -> nn.Module:
 
     module = getattr(diffusers, family.architecture).from_config(source.config)
     state = module.state_dict()
-    shapes, held = {name: t.shape for name, t in state.items()}, {name: entry.shape for name, entry in source.entries.items()}
+    shapes, held = (
+        {name: t.shape for name, t in state.items()},
+        {name: entry.shape for name, entry in source.entries.items()},
+    )
     if wrong := sorted(name for name, _ in shapes.items() ^ held.items()):
-        raise ConvertError(f"{source.path}: diffusers' {family.architecture} and the weights differ in {wrong[0]}; config.json is of another model")
+        raise ConvertError(
+            f"{source.path}: diffusers' {family.architecture} and the weights differ in {wrong[0]}; "
+            "config.json is of another model"
+        )
     for name, tensor in state.items():
         tensor.copy_(source.read(name))
     return module.eval()

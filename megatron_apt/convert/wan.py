@@ -15,11 +15,22 @@ _LONGEST = 2**16  # positions of a side that diffusers keeps angles for
 
 
 def _read(config: dict) -> ModelConfig:
-    whole(config, _CLASS, num_attention_heads=1, attention_head_dim=1, num_layers=1, in_channels=1, out_channels=1)
+    whole(
+        config,
+        _CLASS,
+        num_attention_heads=1,
+        attention_head_dim=1,
+        num_layers=1,
+        in_channels=1,
+        out_channels=1,
+    )
     whole(config, _CLASS, patch_size=3, ffn_dim=1, text_dim=1, image_dim=1, rope_max_seq_len=1)
     flags(config, _CLASS, "cross_attn_norm")
     if config.get("rope_max_seq_len", 0) > _LONGEST:
-        raise ValueError(f"config.json: rope_max_seq_len={config['rope_max_seq_len']} of a {_CLASS} must be at most {_LONGEST}")
+        raise ValueError(
+            f"config.json: rope_max_seq_len={config['rope_max_seq_len']} of a {_CLASS} must be at most "
+            f"{_LONGEST}"
+        )
     only(config, _CLASS, qk_norm="rms_norm_across_heads", eps=1e-6, freq_dim=256, pos_embed_seq_len=None)
     heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
     out, image = config.get("out_channels") or channels, config.get("image_dim") or 0
@@ -66,7 +77,11 @@ def _rules(model: ModelConfig) -> list[Rule]:
     channels, row = model.latent_channels + model.condition_channels, View((1, -1), (-1,))
     outside, block, cross = "condition_embedder", "blocks.{i}", "blocks.{i}.attn2"
     return [
-        Rule("x_embed.weight", ("patch_embedding.weight",), View((model.width, -1), (model.width, channels, *model.patch))),
+        Rule(
+            "x_embed.weight",
+            ("patch_embedding.weight",),
+            View((model.width, -1), (model.width, channels, *model.patch)),
+        ),
         Rule("x_embed.bias", ("patch_embedding.bias",)),
         *layer("time_embed.linear_1", f"{outside}.time_embedder.linear_1"),
         *layer("time_embed.linear_2", f"{outside}.time_embedder.linear_2"),
@@ -78,15 +93,31 @@ def _rules(model: ModelConfig) -> list[Rule]:
         *layer("image_embed.linear_2", f"{outside}.image_embedder.ff.net.2"),
         *layer("image_embed.norm_out", f"{outside}.image_embedder.norm2"),
         Rule(f"{block}.modulation.offset", (f"{block}.scale_shift_table",), View((-1,), (1, 6, model.width))),
-        *joined(f"{block}.linear_qkv", [f"{block}.attn1.to_{x}" for x in "qkv"], ByHead(model.heads, (model.head_size,) * 3)),
-        Rule(f"{block}.qk_norm.weight", (f"{block}.attn1.norm_q.weight", f"{block}.attn1.norm_k.weight"), Stacked(2)),
+        *joined(
+            f"{block}.linear_qkv",
+            [f"{block}.attn1.to_{x}" for x in "qkv"],
+            ByHead(model.heads, (model.head_size,) * 3),
+        ),
+        Rule(
+            f"{block}.qk_norm.weight",
+            (f"{block}.attn1.norm_q.weight", f"{block}.attn1.norm_k.weight"),
+            Stacked(2),
+        ),
         *layer(f"{block}.linear_proj", f"{block}.attn1.to_out.0"),
         *layer(f"{block}.cross_norm", f"{block}.norm2"),
         *layer(f"{block}.cross.linear_q", f"{cross}.to_q"),
         Rule(f"{block}.cross.q_norm.weight", (f"{cross}.norm_q.weight",), row),
-        *joined(f"{block}.cross.linear_kv.text", [f"{cross}.to_k", f"{cross}.to_v"], ByHead(model.heads, (model.head_size,) * 2)),
+        *joined(
+            f"{block}.cross.linear_kv.text",
+            [f"{cross}.to_k", f"{cross}.to_v"],
+            ByHead(model.heads, (model.head_size,) * 2),
+        ),
         Rule(f"{block}.cross.k_norm.text.weight", (f"{cross}.norm_k.weight",), row),
-        *joined(f"{block}.cross.linear_kv.image", [f"{cross}.add_k_proj", f"{cross}.add_v_proj"], ByHead(model.heads, (model.head_size,) * 2)),
+        *joined(
+            f"{block}.cross.linear_kv.image",
+            [f"{cross}.add_k_proj", f"{cross}.add_v_proj"],
+            ByHead(model.heads, (model.head_size,) * 2),
+        ),
         Rule(f"{block}.cross.k_norm.image.weight", (f"{cross}.norm_added_k.weight",), row),
         *layer(f"{block}.cross.linear_proj", f"{cross}.to_out.0"),
         *layer(f"{block}.linear_fc1", f"{block}.ffn.net.0.proj"),
@@ -105,7 +136,8 @@ def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> In
     return Inputs(
         normal(samples, model.latent_channels, *size),
         torch.rand(samples, generator=generator),
-        normal(samples, 512 if image else 77, model.text_width),  # beside image tokens, diffusers takes the last 512 for the text
+        # Beside image tokens, diffusers takes the last 512 for the text
+        normal(samples, 512 if image else 77, model.text_width),
         given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
         image=normal(samples, model.wan.image_tokens, image) if image else None,
         first=normal(samples, model.latent_channels, 1, *size[1:]) if model.wan.first_frame else None,
@@ -114,10 +146,14 @@ def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> In
 
 def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     latents, t = inputs.latents, 1000 * inputs.t
-    if inputs.first is not None:  # as WanImageToVideoPipeline with expand_timesteps: a time for every token, 0 for those of the first frame
+    # As WanImageToVideoPipeline with expand_timesteps: a time for every token, 0 for
+    # those of the first frame
+    if inputs.first is not None:
         latents = torch.cat((inputs.first, latents[:, :, 1:]), dim=2)
         frames, rows, columns = patch_grid(tuple(latents.shape[2:]), tuple(original.config.patch_size))
-        t = torch.cat((torch.zeros(len(t), rows * columns), t[:, None].expand(-1, (frames - 1) * rows * columns)), dim=1)
+        t = torch.cat(
+            (torch.zeros(len(t), rows * columns), t[:, None].expand(-1, (frames - 1) * rows * columns)), dim=1
+        )
     if inputs.given is not None:
         latents = torch.cat((latents, inputs.given), dim=1)
     return original(latents, t, inputs.text, inputs.image, return_dict=False)[0]

@@ -1,7 +1,9 @@
-"""Maps between a family's tensors and ours: which tensors of theirs make one of ours, rearranged how. Every change is exact in both directions.
+"""Maps between a family's tensors and ours: which tensors of theirs make one of ours,
+rearranged how. Every change is exact in both directions.
 
-Patterns hold `{i}` for the number of a block. Which dimension of our tensor tensor parallelism splits is a fact of our parameter
-(models/parameters.py); changes therefore act on whole tensors, and the checkpoint they end in loads on any mesh.
+Patterns hold `{i}` for the number of a block. Which dimension of our tensor tensor
+parallelism splits is a fact of our parameter (models/parameters.py); changes therefore
+act on whole tensors, and the checkpoint they end in loads on any mesh.
 """
 
 import math
@@ -49,7 +51,9 @@ class View:
 
 @dataclass(frozen=True)
 class ByHead:
-    """Several projections to heads, (H K, ...) each with a K of its own, in one whose rows are ordered (head, projection, K)."""
+    """Several projections to heads, (H K, ...) each with a K of its own, in one whose
+    rows are ordered (head, projection, K).
+    """
 
     heads: int
     widths: tuple[int, ...]  # K of each
@@ -58,12 +62,17 @@ class ByHead:
         return torch.cat([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def theirs(self, tensor: Tensor) -> list[Tensor]:
-        return [part.flatten(0, 1).contiguous() for part in tensor.unflatten(0, (self.heads, -1)).split(self.widths, dim=1)]
+        return [
+            part.flatten(0, 1).contiguous()
+            for part in tensor.unflatten(0, (self.heads, -1)).split(self.widths, dim=1)
+        ]
 
 
 @dataclass(frozen=True)
 class ColumnsByHead:
-    """A projection from several inputs, (D, H K) of each side by side, whose columns become ordered (head, input, K)."""
+    """A projection from several inputs, (D, H K) of each side by side, whose columns
+    become ordered (head, input, K).
+    """
 
     heads: int
     widths: tuple[int, ...]  # K of each
@@ -73,7 +82,15 @@ class ColumnsByHead:
         return torch.cat([part.unflatten(1, (self.heads, -1)) for part in inputs], dim=2).flatten(1, 2)
 
     def theirs(self, tensor: Tensor) -> list[Tensor]:
-        return [torch.cat([part.flatten(1, 2) for part in tensor.unflatten(1, (self.heads, -1)).split(self.widths, dim=2)], dim=1)]
+        return [
+            torch.cat(
+                [
+                    part.flatten(1, 2)
+                    for part in tensor.unflatten(1, (self.heads, -1)).split(self.widths, dim=2)
+                ],
+                dim=1,
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -140,19 +157,27 @@ class Mapped:
 
 def layer(ours: str, theirs: str, weight: Change = Same(), bias: Change | None = None) -> list[Rule]:
     """The rules of a linear layer or norm: weight and bias."""
-    return [Rule(f"{ours}.weight", (f"{theirs}.weight",), weight), Rule(f"{ours}.bias", (f"{theirs}.bias",), weight if bias is None else bias)]
+    return [
+        Rule(f"{ours}.weight", (f"{theirs}.weight",), weight),
+        Rule(f"{ours}.bias", (f"{theirs}.bias",), weight if bias is None else bias),
+    ]
 
 
 def joined(ours: str, theirs: Sequence[str], change: Change) -> list[Rule]:
     """Several linear layers in one of ours."""
-    return [Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), change) for kind in ("weight", "bias")]
+    return [
+        Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), change)
+        for kind in ("weight", "bias")
+    ]
 
 
 def mapped(rules: Iterable[Rule], shapes: dict[str, torch.Size], fixed: Iterable[str] = ()) -> list[Mapped]:
-    """The rules applied to every tensor of a model of ours, given by name and whole shape; `fixed` names those that are never trained.
+    """The rules applied to every tensor of a model of ours, given by name and whole
+    shape; `fixed` names those that are never trained.
 
     Raises:
-        ValueError: a tensor for which there is no rule, or more than one: the family's map and our model have come apart.
+        ValueError: a tensor for which there is no rule, or more than one: the family's
+            map and our model have come apart.
     """
     compiled = [(re.compile(re.escape(rule.ours).replace(r"\{i\}", r"(\d+)")), rule) for rule in rules]
     found = []
@@ -164,5 +189,13 @@ def mapped(rules: Iterable[Rule], shapes: dict[str, torch.Size], fixed: Iterable
         number = str(int(match.groups()[0]) - rule.ahead) if match.groups() else ""
         names = [pattern.replace("{i}", number) for pattern in rule.theirs]
         parts = rule.change.theirs(torch.empty(shape, device="meta"))
-        found.append(Mapped(name, shape, {key: part.shape for key, part in zip(names, parts, strict=True)}, rule.change, name in fixed))
+        found.append(
+            Mapped(
+                name,
+                shape,
+                {key: part.shape for key, part in zip(names, parts, strict=True)},
+                rule.change,
+                name in fixed,
+            )
+        )
     return found

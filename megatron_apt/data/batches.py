@@ -1,8 +1,10 @@
 """Microbatches from latent shards: which samples, in which shape, on which rank.
 
-An iteration takes the next `global_batch` samples of the stream. They are dealt out in rounds: `micro_batch` samples to each data-parallel rank
-in turn. What is left after the last full round is cut into one contiguous piece for each rank, whose sizes differ by at most one, so that a
-global batch need not be a multiple of anything; a rank whose piece is empty has one microbatch less.
+An iteration takes the next `global_batch` samples of the stream. They are dealt out in
+rounds: `micro_batch` samples to each data-parallel rank in turn. What is left after the
+last full round is cut into one contiguous piece for each rank, whose sizes differ by at
+most one, so that a global batch need not be a multiple of anything; a rank whose piece is
+empty has one microbatch less.
 """
 
 from collections.abc import Sequence
@@ -31,28 +33,36 @@ def deal(global_batch: int, micro_batch: int, ranks: int, rank: int) -> list[tup
 
 
 def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
-    """Raises ValueError if the model is given first frames that the dataset does not hold in its widths. More than the model reads is no harm."""
+    """Raises ValueError if the model is given first frames that the dataset does not hold
+    in its widths. More than the model reads is no harm.
+    """
     if model.condition_channels and not source.given_channels:
         raise ValueError(
-            f"{source.path}: holds no first frames, model.condition_channels={model.condition_channels} reads them; "
-            "encode it with --image-to-video, or train a text-to-video model"
+            f"{source.path}: holds no first frames, model.condition_channels={model.condition_channels} "
+            "reads them; encode it with --image-to-video, or train a text-to-video model"
         )
     if model.condition_channels not in (0, source.given_channels):
         raise ValueError(
             f"{source.path}: first frames have {source.given_channels} channels (mask and latent), "
-            f"model.condition_channels={model.condition_channels}; encode with the VAE of the model's pipeline"
+            f"model.condition_channels={model.condition_channels}; encode with the VAE of the model's "
+            "pipeline"
         )
     if model.wan.first_frame and source.info["codec"].get("causal") is False:
         raise ValueError(
-            f"{source.path}: was encoded with pixel_causal=False, so a first latent frame holds several frames and no picture makes one; "
-            "encode it with a causal codec for model.wan.first_frame"
+            f"{source.path}: was encoded with pixel_causal=False, so a first latent frame holds several "
+            "frames and no picture makes one; encode it with a causal codec for model.wan.first_frame"
         )
     wanted = (model.wan.image_tokens, model.wan.image_width)
     if model.wan.image_width and source.image_shape != wanted:
-        found = "no image tokens" if source.image_shape is None else "image tokens of {} x {}".format(*source.image_shape)
+        found = (
+            "no image tokens"
+            if source.image_shape is None
+            else "image tokens of {} x {}".format(*source.image_shape)
+        )
         raise ValueError(
-            f"{source.path}: holds {found}, this model reads {wanted[0]} x {wanted[1]} (model.wan.image_tokens, image_width); "
-            "encode with --image-to-video and the image_encoder of its pipeline"
+            f"{source.path}: holds {found}, this model reads {wanted[0]} x {wanted[1]} "
+            "(model.wan.image_tokens, image_width); encode with --image-to-video and the image_encoder of "
+            "its pipeline"
         )
 
 
@@ -62,7 +72,9 @@ def first_frames(frames: Sequence[FirstFrame], model: ModelConfig) -> dict[str, 
     pictures: dict[str, Tensor] = {}
     if model.condition_channels:
         shapes = tuple(tuple(one.shape) for one in given)
-        pictures["visual"] = pack_latents(shapes, model.patch, lambda rows, _: torch.stack([given[i] for i in rows]))
+        pictures["visual"] = pack_latents(
+            shapes, model.patch, lambda rows, _: torch.stack([given[i] for i in rows])
+        )
     if model.wan.image_width:
         pictures["image"] = torch.stack(images)
     if model.wan.first_frame:
@@ -78,29 +90,48 @@ class Batches:
         least: samples that every microbatch must have.
 
     Raises:
-        ValueError: datasets that do not fit the model, or a global batch that leaves a rank without samples or a microbatch with too few.
+        ValueError: datasets that do not fit the model, or a global batch that leaves a
+            rank without samples or a microbatch with too few.
     """
 
-    def __init__(self, data: DataConfig, model: ModelConfig, mesh: Mesh, seed: int, global_batch: int, micro_batch: int, least: int = 1):
+    def __init__(
+        self,
+        data: DataConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        least: int = 1,
+    ):
         if not data.shards:
             raise ValueError("data.shards=(): name at least one folder written by `megatron-apt encode`")
         everyone = [deal(global_batch, micro_batch, mesh.dp.size, rank) for rank in range(mesh.dp.size)]
         if not all(everyone):
-            raise ValueError(f"global_batch={global_batch} leaves some of {mesh.dp.size} data-parallel ranks without samples; use a larger one")
+            raise ValueError(
+                f"global_batch={global_batch} leaves some of {mesh.dp.size} data-parallel ranks without "
+                "samples; use a larger one"
+            )
         fewest = min(count for parts in everyone for _, count in parts)
         if fewest < least:
             raise ValueError(
-                f"global_batch={global_batch} in microbatches of micro_batch={micro_batch} on {mesh.dp.size} data-parallel ranks leaves one of "
-                f"{fewest}; this method needs {least} in each, use a multiple of {micro_batch * mesh.dp.size} with micro_batch of at least {least}"
+                f"global_batch={global_batch} in microbatches of micro_batch={micro_batch} on {mesh.dp.size} "
+                f"data-parallel ranks leaves one of {fewest}; this method needs {least} in each, use a "
+                f"multiple of {micro_batch * mesh.dp.size} with micro_batch of at least {least}"
             )
         self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
         self.global_batch, self.parts = global_batch, everyone[mesh.dp.rank]
         self.sources = [LatentShards(path) for path in data.shards]
         for path, source in zip(data.shards, self.sources, strict=True):
             self._check(path, source)
-        pooled = {path: "none" if s.null_pooled is None else s.pooled_width for path, s in zip(data.shards, self.sources, strict=True)}
+        pooled = {
+            path: "none" if s.null_pooled is None else s.pooled_width
+            for path, s in zip(data.shards, self.sources, strict=True)
+        }
         if len(set(pooled.values())) > 1:
-            raise ValueError(f"data.shards: widths of the pooled text differ, {pooled}; mix datasets of one text encoder")
+            raise ValueError(
+                f"data.shards: widths of the pooled text differ, {pooled}; mix datasets of one text encoder"
+            )
         weights = data.weights or (1,) * len(self.sources)
         self.order = SampleOrder([len(s) for s in self.sources], weights, data.block, seed)
 
@@ -108,23 +139,31 @@ class Batches:
         for shape in set(source.shapes):
             if shape[0] != self.model.latent_channels:
                 raise ValueError(
-                    f"{path}: latents have {shape[0]} channels, model.latent_channels={self.model.latent_channels}; set it to {shape[0]}"
+                    f"{path}: latents have {shape[0]} channels, "
+                    f"model.latent_channels={self.model.latent_channels}; set it to {shape[0]}"
                 )
             patch_grid(tuple(shape[1:]), self.model.patch)
         width = source.null_text.shape[-1]
         if width != self.model.text_width:
-            raise ValueError(f"{path}: text embeddings are {width} wide, model.text_width={self.model.text_width}; set it to {width}")
+            raise ValueError(
+                f"{path}: text embeddings are {width} wide, model.text_width={self.model.text_width}; set it "
+                f"to {width}"
+            )
         if self.model.pooled_text and source.pooled_width != self.model.pooled_width:
             kind = "the mean of the text" if source.null_pooled is None else "the text encoder's own"
             raise ValueError(
-                f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads {self.model.pooled_width} (families sd3, "
-                "flux and hunyuan: pooled_width); encode with the text encoders of its pipeline"
+                f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads "
+                f"{self.model.pooled_width} (families sd3, flux and hunyuan: pooled_width); encode with the "
+                "text encoders of its pipeline"
             )
         check_first_frames(source, self.model)
 
     def iteration(self, iteration: int) -> list[Microbatch]:
         """This rank's microbatches of an iteration."""
-        return [self._microbatch(iteration, iteration * self.global_batch + first, count) for first, count in self.parts]
+        return [
+            self._microbatch(iteration, iteration * self.global_batch + first, count)
+            for first, count in self.parts
+        ]
 
     def _microbatch(self, iteration: int, first: int, count: int) -> Microbatch:
         positions = range(first, first + count)
@@ -132,11 +171,18 @@ class Batches:
         samples = [self.sources[source][index] for source, index in places]
         dtype = torch.float64 if self.model.dtype == "float64" else torch.float32
         shapes = tuple(tuple(sample.latent.shape) for sample in samples)
-        tokens = pack_latents(shapes, self.model.patch, lambda rows, _: torch.stack([samples[i].latent for i in rows]))
-        condition = Condition.pack([sample.text for sample in samples], self.data.text_length, stack_pooled(samples))
-        layout = build_layout(tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh)
+        tokens = pack_latents(
+            shapes, self.model.patch, lambda rows, _: torch.stack([samples[i].latent for i in rows])
+        )
+        condition = Condition.pack(
+            [sample.text for sample in samples], self.data.text_length, stack_pooled(samples)
+        )
+        layout = build_layout(
+            tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh
+        )
         datasets = [source for source, _ in places]
-        # What is dropped or replaced is the text: the empty and the negative caption keep a sample's own first frame, as in the pipelines.
+        # What is dropped or replaced is the text: the empty and the negative caption keep
+        # a sample's own first frame, as in the pipelines.
         pictures = first_frames([sample.first_frame for sample in samples], self.model)
         pictures = {name: tensor.to(self.mesh.device, dtype) for name, tensor in pictures.items()}
         return Microbatch(
@@ -156,7 +202,9 @@ class Batches:
 
     def _fixed(self, datasets: list[int], which: str) -> Condition:
         """The empty or the negative caption of each sample's dataset."""
-        sources = [self.sources[dataset] for dataset in (datasets[:1] if len(set(datasets)) == 1 else datasets)]
+        sources = [
+            self.sources[dataset] for dataset in (datasets[:1] if len(set(datasets)) == 1 else datasets)
+        ]
         pooled = [getattr(source, f"{which}_pooled") for source in sources]
         packed = Condition.pack(
             [getattr(source, f"{which}_text") for source in sources],

@@ -1,4 +1,6 @@
-"""Which dataset a folder holds, so that a run resumes on the data it was trained on, wherever that lies by now."""
+"""Which dataset a folder holds, so that a run resumes on the data it was trained on,
+wherever that lies by now.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,7 +18,9 @@ class Identity:
     path: str
     samples: Count
     digest: str
-    """SHA-256 of the index, and of the shards' bytes at 64 places: other samples, captions or encodings show, one changed latent may not."""
+    """SHA-256 of the index, and of the shards' bytes at 64 places: other samples,
+    captions or encodings show, one changed latent may not.
+    """
 
 
 def identify(source: LatentShards) -> Identity:

@@ -1,6 +1,8 @@
-"""The files that describe a dataset, by declared types and checked against each other: dataset.json, index.jsonl and shard-*.done.
+"""The files that describe a dataset, by declared types and checked against each other:
+dataset.json, index.jsonl and shard-*.done.
 
-Whatever they say of sizes and places is bounded by what the shards hold before anything is allocated.
+Whatever they say of sizes and places is bounded by what the shards hold before anything
+is allocated.
 """
 
 import hashlib
@@ -15,8 +17,10 @@ import msgspec
 from megatron_apt.encode.rejected import shown
 from megatron_apt.schema import Count, Positive, convert, parse_json_lines, read_json
 
-FORMAT, POOLED_FORMAT = 1, 2  # a reader of format 1 alone would take means for the pooled vectors it does not know
-ARRAYS = ("latent", "text", "pooled", "given", "image")  # of a sample; only the first two are in every dataset
+# A reader of format 1 alone would take means for the pooled vectors it does not know
+FORMAT, POOLED_FORMAT = 1, 2
+# Of a sample; only the first two are in every dataset
+ARRAYS = ("latent", "text", "pooled", "given", "image")
 INDEX = "index.jsonl"
 AGAIN = "copy the folder again or encode again"
 BLOCK = 512  # of a tar file
@@ -48,7 +52,9 @@ class Info(msgspec.Struct):
 
 
 class DoneLine(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
-    """One sample: where its arrays lie. crc32, of the arrays that are there in the order of ARRAYS, came later than format 1."""
+    """One sample: where its arrays lie. crc32, of the arrays that are there in the order
+    of ARRAYS, came later than format 1.
+    """
 
     key: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]+\Z", max_length=100)]
     shard: Name
@@ -65,7 +71,9 @@ class DoneLine(msgspec.Struct, kw_only=True, gc=False, omit_defaults=True):
 
     def places(self) -> list[Place]:
         """Of its members, in the file's order."""
-        return sorted(place for place in (*(getattr(self, name) for name in ARRAYS), self.meta) if place is not None)
+        return sorted(
+            place for place in (*(getattr(self, name) for name in ARRAYS), self.meta) if place is not None
+        )
 
 
 class IndexLine(DoneLine, kw_only=True, gc=False, omit_defaults=True):
@@ -97,7 +105,10 @@ def read_info(folder: Path) -> dict:
         raise FileNotFoundError(f"{file} does not exist; {remedy}")
     info = read_json(file, dict, remedy=AGAIN)
     if info.get("format") not in (FORMAT, POOLED_FORMAT):
-        raise ValueError(f"{file}: format={info.get('format')}, this version reads {FORMAT} and {POOLED_FORMAT}; encode the dataset again")
+        raise ValueError(
+            f"{file}: format={info.get('format')}, this version reads {FORMAT} and {POOLED_FORMAT}; encode "
+            "the dataset again"
+        )
     if info.get("samples") == 0:
         raise ValueError(f"{file}: samples=0, the dataset is empty; encode inputs that can be used")
     convert(info, Info, str(file), remedy=AGAIN)
@@ -115,7 +126,10 @@ def read_index(folder: Path, info: dict) -> list[IndexLine]:
         raise FileNotFoundError(f"{file} does not exist; copy it there or encode again")
     lines = list(_in_order(file, parse_json_lines(file, IndexLine, remedy=AGAIN)))
     if len(lines) != info["samples"]:
-        raise ValueError(f"{file}: {len(lines)} samples, dataset.json says {info['samples']}: the two are not of one encoding; {AGAIN}")
+        raise ValueError(
+            f"{file}: {len(lines)} samples, dataset.json says {info['samples']}: the two are not of one "
+            f"encoding; {AGAIN}"
+        )
     if info.get("index_sha256") not in (None, sha256_of(file)):
         raise ValueError(f"{file}: is not the one that dataset.json was written with (index_sha256); {AGAIN}")
     check_shards(folder, lines)
@@ -141,14 +155,19 @@ def read_done(file: Path) -> dict:
 
 def check_shards(folder: Path, lines: list[IndexLine]) -> None:
     """Raises FileNotFoundError or ValueError if a shard is missing or ends before its last member."""
-    ends = {line.shard: sum(line.places()[-1]) for line in lines}  # the last line of each shard, for they are in order
+    # The last line of each shard, for they are in order
+    ends = {line.shard: sum(line.places()[-1]) for line in lines}
     for shard, end in ends.items():
         file = folder / shard
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist, but {INDEX} names it; copy it there or encode again")
+            raise FileNotFoundError(
+                f"{file} does not exist, but {INDEX} names it; copy it there or encode again"
+            )
         size = file.stat().st_size
         if size < end:
-            raise ValueError(f"{file} is truncated: it ends at byte {size}, {INDEX} has data up to {end}; {AGAIN}")
+            raise ValueError(
+                f"{file} is truncated: it ends at byte {size}, {INDEX} has data up to {end}; {AGAIN}"
+            )
 
 
 def _in_order(file: Path, lines: Iterator[IndexLine]) -> Iterator[IndexLine]:
@@ -183,7 +202,10 @@ def _size_problem(line: IndexLine) -> str | None:
     if not re.fullmatch(r".+\.tar", line.shard):
         return f"shard={line.shard!r} is no tar file"
     if not 0 <= line.latent[1] - 4 * math.prod(line.latent_shape) <= MOST_HEADER:
-        return f"latent_shape={list(line.latent_shape)} in float32 does not fit a member of {line.latent[1]} bytes"
+        return (
+            f"latent_shape={list(line.latent_shape)} in float32 does not fit a member of {line.latent[1]} "
+            "bytes"
+        )
     if 4 * line.text_length > line.text[1]:
         return f"text_length={line.text_length} in float32 does not fit a member of {line.text[1]} bytes"
     if line.crc32 is not None and len(line.crc32) != len(line.places()) - 1:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from megatron_apt.conventions import interpolate
-from megatron_apt.kernels.keyed_noise import Tokens, derive_key, keyed_normal, keyed_uniform, token_mix, token_noise
+from megatron_apt.kernels.keyed_noise import (
+    Tokens,
+    derive_key,
+    keyed_normal,
+    keyed_uniform,
+    token_mix,
+    token_noise,
+)
 from megatron_apt.kernels.launch import use_kernels
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.embeddings import patch_grid, patchify
@@ -18,8 +25,12 @@ from megatron_apt.parallel.mesh import Mesh
 LatentShape = tuple[int, int, int, int]
 
 
-def pack_latents(shapes: tuple[LatentShape, ...], patch: Grid, make: Callable[[list[int], LatentShape], Tensor]) -> Tensor:
-    """Packed tokens of samples in order; `make(rows, shape)` gives the (len(rows), C, F, H, W) latents of the samples of one shape."""
+def pack_latents(
+    shapes: tuple[LatentShape, ...], patch: Grid, make: Callable[[list[int], LatentShape], Tensor]
+) -> Tensor:
+    """Packed tokens of samples in order; `make(rows, shape)` gives the (len(rows), C, F,
+    H, W) latents of the samples of one shape.
+    """
     if len(set(shapes)) == 1:
         return patchify(make(list(range(len(shapes))), shapes[0]), patch)
     parts: list[Tensor | None] = [None] * len(shapes)
@@ -35,13 +46,15 @@ class Microbatch:
     """Samples of one microbatch.
 
     Attributes:
-        positions: (n,) place of each sample in the run's endless sample stream. With (seed, iteration, phase, purpose) it keys every draw, so
-            noise depends on neither rank, mesh nor the way the global batch is cut into microbatches.
+        positions: (n,) place of each sample in the run's endless sample stream. With
+            (seed, iteration, phase, purpose) it keys every draw, so noise depends on
+            neither rank, mesh nor the way the global batch is cut into microbatches.
         sample_ids: index of each sample in its dataset, for messages.
         shapes: latent shape (C, F, H, W) of each sample.
         x: (T_visual, C * patch) clean latents, this rank's tokens.
-        condition, null, negative: each sample's own text, the empty caption and the fixed negative prompt, n of each; all with the sample's own
-            first frame, if the model is given one. That of `condition.first` is part of x too.
+        condition, null, negative: each sample's own text, the empty caption and the fixed
+            negative prompt, n of each; all with the sample's own first frame, if the
+            model is given one. That of `condition.first` is part of x too.
         global_batch: samples of the whole iteration, over which losses are averaged.
     """
 
@@ -58,7 +71,8 @@ class Microbatch:
     iteration: int
     global_batch: int
     phase: str = ""
-    drawn: dict[str, Tensor] = field(default_factory=dict)  # noise is used by several segments of a branch, drawn once
+    # Noise is used by several segments of a branch, drawn once
+    drawn: dict[str, Tensor] = field(default_factory=dict)
 
     def for_phase(self, phase: str) -> "Microbatch":
         return replace(self, phase=phase, drawn={})
@@ -77,13 +91,21 @@ class Microbatch:
 
     def layout_for(self, condition: Condition) -> Layout:
         """Layout for one or several copies of these samples under as many conditions."""
-        return build_layout(self.grids * (len(condition.lengths) // len(self.grids)), condition.lengths, self.mesh)
+        return build_layout(
+            self.grids * (len(condition.lengths) // len(self.grids)), condition.lengths, self.mesh
+        )
 
     def noise(self, purpose: str) -> Tensor:
-        """N(0, I) shaped like x, from (seed, iteration, phase, position, purpose); a sample's stream has the order of its latents."""
+        """N(0, I) shaped like x, from (seed, iteration, phase, position, purpose); a
+        sample's stream has the order of its latents.
+        """
         if purpose not in self.drawn:
             key = self._key(purpose)
-            self.drawn[purpose] = token_noise(key, self.positions, self._places, self.x) if use_kernels(self.x) else self._noise_reference(key)
+            self.drawn[purpose] = (
+                token_noise(key, self.positions, self._places, self.x)
+                if use_kernels(self.x)
+                else self._noise_reference(key)
+            )
         return self.drawn[purpose]
 
     def _noise_reference(self, key: int) -> Tensor:
@@ -129,16 +151,22 @@ class Microbatch:
         return self.x.new_full((len(self.shapes),), t)
 
     def token_mean(self, squared: Tensor) -> Tensor:
-        """Contribution of (T_visual, P) elementwise values to the mean over the global batch of each sample's mean.
+        """Contribution of (T_visual, P) elementwise values to the mean over the global
+        batch of each sample's mean.
 
-        First frames that stand in place of the sample's own are not generated and do not count.
+        First frames that stand in place of the sample's own are not generated and do not
+        count.
         """
         given = self.condition.first is not None
         counted = squared.index_fill(0, self.layout.first.local, 0) if given else squared
-        return (self.layout.sample_sum(counted) / self.layout.sample_numel(squared.shape[1], without_first=given)).sum() / self.global_batch
+        return (
+            self.layout.sample_sum(counted) / self.layout.sample_numel(squared.shape[1], without_first=given)
+        ).sum() / self.global_batch
 
     def sample_mean(self, values: Tensor) -> Tensor:
-        """Contribution of (n,) per-sample values, equal on every context-parallel rank, to their mean over the global batch."""
+        """Contribution of (n,) per-sample values, equal on every context-parallel rank,
+        to their mean over the global batch.
+        """
         return values.sum() / (self.global_batch * self.mesh.cp.size)
 
 
@@ -155,11 +183,21 @@ def choose(a: Condition, b: Condition, take_a: list[bool]) -> Condition:
     texts_a, texts_b = a.tokens.split(a.lengths), b.tokens.split(b.lengths)
     texts = [ta if flag else tb for ta, tb, flag in zip(texts_a, texts_b, take_a, strict=True)]
     mask = torch.tensor(take_a, device=a.pooled.device)[:, None]
-    return replace(b, tokens=torch.cat(texts), lengths=tuple(len(t) for t in texts), pooled=torch.where(mask, a.pooled, b.pooled))
+    return replace(
+        b,
+        tokens=torch.cat(texts),
+        lengths=tuple(len(t) for t in texts),
+        pooled=torch.where(mask, a.pooled, b.pooled),
+    )
 
 
 def rolled(condition: Condition) -> Condition:
     """Each sample's text given to the next sample: unmatched pairs. Pictures stay."""
     texts = condition.tokens.split(condition.lengths)
     texts = (texts[-1], *texts[:-1])
-    return replace(condition, tokens=torch.cat(texts), lengths=tuple(len(t) for t in texts), pooled=condition.pooled.roll(1, 0))
+    return replace(
+        condition,
+        tokens=torch.cat(texts),
+        lengths=tuple(len(t) for t in texts),
+        pooled=condition.pooled.roll(1, 0),
+    )

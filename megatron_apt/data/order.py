@@ -1,4 +1,6 @@
-"""The order of samples: a pure function of (seed, epoch, position), so it survives a restart and any number of ranks."""
+"""The order of samples: a pure function of (seed, epoch, position), so it survives a
+restart and any number of ranks.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,11 +13,14 @@ from megatron_apt.kernels.keyed_noise import derive_key
 @lru_cache(maxsize=8)
 def permutation(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
     """Shuffled indices of one epoch of one dataset."""
-    return np.random.Generator(np.random.Philox(key=derive_key(seed, "order", source, epoch))).permutation(size)
+    return np.random.Generator(np.random.Philox(key=derive_key(seed, "order", source, epoch))).permutation(
+        size
+    )
 
 
 class SampleOrder:
-    """An endless stream of (dataset, index), cut into blocks that come from one dataset each.
+    """An endless stream of (dataset, index), cut into blocks that come from one dataset
+    each.
 
     Args:
         sizes: samples of each dataset.

@@ -4,16 +4,20 @@
     index.jsonl             one line per sample: id, key, shard, [offset, size] of each member, latent shape, text length, caption,
                             CRC-32 of the arrays in the order of ARRAYS
     shard-00000.tar         WebDataset: {key}.latent.npy (C, F, H, W) and {key}.text.npy (L, E), both float32, and {key}.json
-                            with format 2 also {key}.pooled.npy (P,) float32, the text encoder's vector for the whole caption
-                            for image-to-video also {key}.given.npy (C', F, H, W), the mask and the latents of the first frame, and, if there
-                            was an image encoder, {key}.image.npy (L', E'), its tokens of that frame; dataset.json has "first_frame" then
+                            with format 2 also {key}.pooled.npy (P,) float32, the text
+                            encoder's vector for the whole caption for image-to-video also
+                            {key}.given.npy (C', F, H, W), the mask and the latents of the
+                            first frame, and, if there was an image encoder,
+                            {key}.image.npy (L', E'), its tokens of that frame;
+                            dataset.json has "first_frame" then
     conditions.safetensors  text embeddings "null" (empty caption) and "negative" (the fixed negative prompt),
                             with format 2 also "null_pooled" and "negative_pooled"
     tokenizer.model         sentencepiece model of the built-in text encoder, so that new prompts can be encoded
     rejected.jsonl          inputs that did not become samples: file, field, value, remedy
     notes.jsonl             only if there are any: what is worth knowing of inputs that did: file, note
 
-While encoding, encode.json holds the settings and shard-*.done the index lines, rejected inputs and notes of each finished shard.
+While encoding, encode.json holds the settings and shard-*.done the index lines, rejected
+inputs and notes of each finished shard.
 """
 
 import contextlib
@@ -42,18 +46,24 @@ CONDITIONS = "conditions.safetensors"
 
 
 class FirstFrame(NamedTuple):
-    """What image-to-video models are given of a clip's first frame, each in its own way; None what there is not."""
+    """What image-to-video models are given of a clip's first frame, each in its own way;
+    None what there is not.
+    """
 
     given: Tensor | None = None  # (C', F, H, W) mask and latents
     image: Tensor | None = None  # (L', E') tokens of an image encoder
-    latent: Tensor | None = None  # (C, 1, H, W) its latent, which a causal VAE makes of it alone; none in a sample of one frame, which is a picture
+    # (C, 1, H, W) its latent, which a causal VAE makes of it alone; none in a sample of
+    # one frame, which is a picture
+    latent: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """latent (C, F, H, W), text (L, E), and pooled (P,) if the text encoder has it, float32; read-only, they may be shared with a cache.
+    """latent (C, F, H, W), text (L, E), and pooled (P,) if the text encoder has it,
+    float32; read-only, they may be shared with a cache.
 
-    For image-to-video also given (C', F, H, W), and image (L', E') if there was an image encoder.
+    For image-to-video also given (C', F, H, W), and image (L', E') if there was an image
+    encoder.
     """
 
     id: int
@@ -70,7 +80,9 @@ class Sample:
 
 
 def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:
-    """(n, P) pooled vectors of samples of datasets that all have them, or None where none has: what Condition.pack takes."""
+    """(n, P) pooled vectors of samples of datasets that all have them, or None where none
+    has: what Condition.pack takes.
+    """
     return None if samples[0].pooled is None else torch.stack([sample.pooled for sample in samples])
 
 
@@ -78,18 +90,24 @@ class LatentShards:
     """Random access to an encoded dataset, by sample id 0 .. len - 1.
 
     Attributes:
-        captions, shapes: of every sample, in order; shapes are latent shapes (C, F, H, W).
-        null_text, negative_text: (L, E) float32 embeddings of the empty caption and of the negative prompt.
-        null_pooled, negative_pooled: (1, P) float32 pooled vectors of the two, or None without.
-        given_channels: C' of what is given of the first frame; 0 if the dataset holds no first frames.
+        captions, shapes: of every sample, in order; shapes are latent shapes (C, F, H,
+            W).
+        null_text, negative_text: (L, E) float32 embeddings of the empty caption and of
+            the negative prompt.
+        null_pooled, negative_pooled: (1, P) float32 pooled vectors of the two, or None
+            without.
+        given_channels: C' of what is given of the first frame; 0 if the dataset holds no
+            first frames.
         image_shape: (L', E') of the image encoder's tokens, or None without.
         info: the contents of dataset.json.
 
     Args:
-        cache_bytes: datasets up to this size are kept in memory as they are read; 0 turns it off.
+        cache_bytes: datasets up to this size are kept in memory as they are read; 0 turns
+            it off.
 
     Raises:
-        FileNotFoundError, ValueError: folder, index or shard missing, unfinished, empty, of another format, truncated, or not of one encoding.
+        FileNotFoundError, ValueError: folder, index or shard missing, unfinished, empty,
+            of another format, truncated, or not of one encoding.
     """
 
     def __init__(self, path: str | Path, cache_bytes: int = 256 << 20):
@@ -100,7 +118,10 @@ class LatentShards:
         self.shapes = [line.latent_shape for line in self._index]
         conditions = _read_conditions(self.path / self.info["conditions"])
         self.null_text, self.negative_text = conditions["null"], conditions["negative"]
-        self.null_pooled, self.negative_pooled = conditions.get("null_pooled"), conditions.get("negative_pooled")
+        self.null_pooled, self.negative_pooled = (
+            conditions.get("null_pooled"),
+            conditions.get("negative_pooled"),
+        )
         first = self.info.get("first_frame", {})
         self.given_channels: int = first.get("channels", 0)
         self.image_shape: tuple[int, int] | None = tuple(first["image"]) if "image" in first else None
@@ -114,7 +135,8 @@ class LatentShards:
         """The sample of this id; negative ids count from the end.
 
         Raises:
-            IndexError; ValueError naming shard and offset if the bytes there are not what the index says.
+            IndexError; ValueError naming shard and offset if the bytes there are not what
+            the index says.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path}: sample {index} of {len(self)}")
@@ -127,20 +149,29 @@ class LatentShards:
 
     @property
     def pooled_width(self) -> int:
-        """Width of the pooled text a model is given: the encoder's own vectors, or without them the mean of the text."""
+        """Width of the pooled text a model is given: the encoder's own vectors, or
+        without them the mean of the text.
+        """
         return (self.null_text if self.null_pooled is None else self.null_pooled).shape[1]
 
     def codec(self, device: str = "cpu", tiling: int | None = None):
-        """The codec the latents were made with; `tiling` replaces the side of its tiles (see VaeCodec), 0 for none."""
+        """The codec the latents were made with; `tiling` replaces the side of its tiles
+        (see VaeCodec), 0 for none.
+        """
         with self._named():
-            return load_codec(self.info["codec"] if tiling is None else {**self.info["codec"], "tiling": tiling}, device)
+            return load_codec(
+                self.info["codec"] if tiling is None else {**self.info["codec"], "tiling": tiling}, device
+            )
 
     def text_encoder(self, device: str = "cpu"):
         """The text encoder the embeddings were made with."""
         config = dict(self.info["text_encoder"])
         if "tokenizer" in config:
             if config["tokenizer"] != TOKENIZER:
-                raise ValueError(f"{self.path}/dataset.json: text_encoder.tokenizer={config['tokenizer']!r}, but it is {TOKENIZER!r}; {AGAIN}")
+                raise ValueError(
+                    f"{self.path}/dataset.json: text_encoder.tokenizer={config['tokenizer']!r}, but it is "
+                    f"{TOKENIZER!r}; {AGAIN}"
+                )
             config["tokenizer"] = str(self.path / TOKENIZER)
         with self._named():
             return load_text_encoder(config, device)
@@ -155,7 +186,11 @@ class LatentShards:
 
     def image_encoder(self, device: str = "cpu") -> ClipImageEncoder | None:
         """The image encoder of the first frames, or None without."""
-        return None if self.image_shape is None else load_image_encoder(self.info["first_frame"]["image_encoder"], device)
+        return (
+            None
+            if self.image_shape is None
+            else load_image_encoder(self.info["first_frame"]["image_encoder"], device)
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -164,7 +199,10 @@ class LatentShards:
 
     def _read(self, index: int) -> Sample:
         line, latent = self._index[index], self.shapes[index]
-        shapes: dict[str, tuple[int, ...]] = {"latent": latent, "text": (line.text_length, self.null_text.shape[1])}
+        shapes: dict[str, tuple[int, ...]] = {
+            "latent": latent,
+            "text": (line.text_length, self.null_text.shape[1]),
+        }
         if self.null_pooled is not None:
             shapes["pooled"] = (self.pooled_width,)
         if self.given_channels:
@@ -194,36 +232,64 @@ def _read_conditions(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: no readable safetensors file ({error}); {AGAIN}") from None
     missing = [name for name in ("null", "negative") if name not in found]
     if missing or ("null_pooled" in found) != ("negative_pooled" in found):
-        raise ValueError(f"{file}: holds {sorted(map(shown, found))[:8]}, needed are null and negative, and both pooled or none; {AGAIN}")
+        raise ValueError(
+            f"{file}: holds {sorted(map(shown, found))[:8]}, needed are null and negative, and both pooled "
+            f"or none; {AGAIN}"
+        )
     for name in (name for name in ("null", "negative", "null_pooled", "negative_pooled") if name in found):
         tensor, other = found[name], found["null_pooled" if name.endswith("_pooled") else "null"]
-        fits = tensor.dtype == torch.float32 and tensor.ndim == 2 and tensor.shape[1:] == other.shape[1:] and tensor.numel() > 0
+        fits = (
+            tensor.dtype == torch.float32
+            and tensor.ndim == 2
+            and tensor.shape[1:] == other.shape[1:]
+            and tensor.numel() > 0
+        )
         if not fits or (name.endswith("_pooled") and len(tensor) != 1) or not tensor.isfinite().all():
             what = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
-            raise ValueError(f"{file}: {shown(name)} is {what}, expected finite float32 rows, as wide as those of the empty caption; {AGAIN}")
+            raise ValueError(
+                f"{file}: {shown(name)} is {what}, expected finite float32 rows, as wide as those of the "
+                f"empty caption; {AGAIN}"
+            )
     return found
 
 
 def _read_member(file: io.BufferedReader, line: IndexLine, name: str, shape: tuple[int, ...]) -> Tensor:
-    """One array of a sample, checked: against the member's name in the tar file, the shape, and the sum if the index has one."""
+    """One array of a sample, checked: against the member's name in the tar file, the
+    shape, and the sum if the index has one.
+    """
     place: Place | None = getattr(line, name)
     if place is None:
-        raise ValueError(f"{file.name}: sample {line.key} has no {name}, but dataset.json or {CONDITIONS} says that all have; {AGAIN}")
+        raise ValueError(
+            f"{file.name}: sample {line.key} has no {name}, but dataset.json or {CONDITIONS} says that all "
+            f"have; {AGAIN}"
+        )
     file.seek(place[0] - BLOCK)
     header = file.read(BLOCK)
     if header[:100].rstrip(b"\0") != f"{line.key}.{name}.npy".encode():
         if len(header.strip(b"\0")) == 0:
-            raise ValueError(f"{file.name}, offset {place[0]}: no readable array (zeros), the shard is damaged; {AGAIN}")
-        raise ValueError(f"{file.name}, offset {place[0]}: holds {shown(repr(header[:40]))}, index.jsonl says {line.key}.{name}.npy; {AGAIN}")
+            raise ValueError(
+                f"{file.name}, offset {place[0]}: no readable array (zeros), the shard is damaged; {AGAIN}"
+            )
+        raise ValueError(
+            f"{file.name}, offset {place[0]}: holds {shown(repr(header[:40]))}, index.jsonl says "
+            f"{line.key}.{name}.npy; {AGAIN}"
+        )
     there = [other for other in ARRAYS if getattr(line, other) is not None]
     array = _read_array(file, place, shape, None if line.crc32 is None else line.crc32[there.index(name)])
     if line.crc32 is None and not array.isfinite().all():
-        raise ValueError(f"{file.name}, offset {place[0]}: {line.key}.{name}.npy holds NaN or infinity, the shard is damaged; {AGAIN}")
+        raise ValueError(
+            f"{file.name}, offset {place[0]}: {line.key}.{name}.npy holds NaN or infinity, the shard is "
+            f"damaged; {AGAIN}"
+        )
     return array
 
 
-def _read_array(file: io.BufferedReader, place: Place, shape: tuple[int, ...], crc32: int | None = None) -> Tensor:
-    """A .npy file inside another. Its own header is believed only where it says what is expected, so that it allocates nothing."""
+def _read_array(
+    file: io.BufferedReader, place: Place, shape: tuple[int, ...], crc32: int | None = None
+) -> Tensor:
+    """A .npy file inside another. Its own header is believed only where it says what is
+    expected, so that it allocates nothing.
+    """
     offset, size = place
     file.seek(offset)
     data = bytearray(size)
@@ -233,12 +299,20 @@ def _read_array(file: io.BufferedReader, place: Place, shape: tuple[int, ...], c
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read_header = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         found, fortran, dtype = read_header(stream)
     except Exception as error:  # numpy parses it as Python's own parser does, which has many ways to fail
         raise ValueError(f"{damaged} ({error}), the shard is damaged; {AGAIN}") from None
     if found != shape or dtype != np.float32 or fortran or size - stream.tell() != 4 * math.prod(shape):
-        raise ValueError(f"{file.name}, offset {offset}: {dtype} {found} in {size} bytes, index.jsonl says float32 {shape}; {AGAIN}")
+        raise ValueError(
+            f"{file.name}, offset {offset}: {dtype} {found} in {size} bytes, index.jsonl says float32 "
+            f"{shape}; {AGAIN}"
+        )
     if crc32 is not None and zlib.crc32(data) != crc32:
-        raise ValueError(f"{file.name}, offset {offset}: not what was written there (CRC-32), the shard is damaged; {AGAIN}")
+        raise ValueError(
+            f"{file.name}, offset {offset}: not what was written there (CRC-32), the shard is damaged; "
+            f"{AGAIN}"
+        )
     return torch.frombuffer(data, dtype=torch.float32, offset=stream.tell()).reshape(shape)

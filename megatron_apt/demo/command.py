@@ -1,7 +1,9 @@
-"""The main job on real data: encode, diffusion, consistency, APT and the aR1 ablation on images, then on clips; a report after every stage.
+"""The main job on real data: encode, diffusion, consistency, APT and the aR1 ablation on
+images, then on clips; a report after every stage.
 
-Every stage leaves a mark when it is done and training checkpoints while it runs, so an interrupted demo continues where it was.
-It runs data-parallel on the processes that launch.py starts.
+Every stage leaves a mark when it is done and training checkpoints while it runs, so an
+interrupted demo continues where it was. It runs data-parallel on the processes that
+launch.py starts.
 """
 
 import contextlib
@@ -52,7 +54,12 @@ def stages(config: DemoConfig) -> list[Stage]:
     """Everything the demo does, in order."""
     here = place(config)
     runs = {
-        "images": [recipes.image_flow, recipes.image_consistency, recipes.image_apt, recipes.image_apt_without_ar1],
+        "images": [
+            recipes.image_flow,
+            recipes.image_consistency,
+            recipes.image_apt,
+            recipes.image_apt_without_ar1,
+        ],
         "videos": [recipes.video_flow, recipes.video_consistency, recipes.video_apt],
     }
     result = []
@@ -63,13 +70,17 @@ def stages(config: DemoConfig) -> list[Stage]:
             name = run.output.removeprefix(here.root + "/")
             rows = tuple(row for row in suite.SUITES[section] if row.run == name)
             result.append(Stage(name, lambda mesh, run=run, name=name: _train(run, mesh, name)))
-            measure = lambda mesh, section=section, rows=rows: suite.evaluate(here, section, rows, mesh, config.quick)  # noqa: E731
+            measure = lambda mesh, section=section, rows=rows: suite.evaluate(
+                here, section, rows, mesh, config.quick
+            )
             result.append(Stage(f"{name}/evaluation", measure, rows))
     return result
 
 
 def ensure_digits(here: recipes.Place, section: str) -> None:
-    """Writes the digits as picture or video files and encodes them like anybody's; once, whichever process comes first."""
+    """Writes the digits as picture or video files and encodes them like anybody's; once,
+    whichever process comes first.
+    """
     output = here.data(section)
     with _lock(Path(here.root) / "data"):
         if (Path(output) / "dataset.json").exists():
@@ -77,18 +88,49 @@ def ensure_digits(here: recipes.Place, section: str) -> None:
         tokenizer = here.data("tokenizer.model")
         if not Path(tokenizer).exists():
             things = [f"a handwritten {word}" for word in digits.WORDS]
-            train_sentencepiece(things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS], tokenizer, vocab_size=512)
+            train_sentencepiece(
+                things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS],
+                tokenizer,
+                vocab_size=512,
+            )
         source = here.data(f"{section}-files")
-        # Shift and scale bring latents near zero mean and unit variance. Clips are cut into whole groups of four frames: a first frame that
-        # stands alone would leave channels at exactly zero in real data, by which a discriminator knows every generated sample.
+        # Shift and scale bring latents near zero mean and unit variance. Clips are cut
+        # into whole groups of four frames: a first frame that stands alone would leave
+        # channels at exactly zero in real data, by which a discriminator knows every
+        # generated sample.
         if section == "images":
             manifest = digits.write_digit_images(source)
-            bucket = {"frames": 1, "height": 8, "width": 8, "pixel_temporal": 1, "pixel_shift": -0.39, "pixel_scale": 0.75}
+            bucket = {
+                "frames": 1,
+                "height": 8,
+                "width": 8,
+                "pixel_temporal": 1,
+                "pixel_shift": -0.39,
+                "pixel_scale": 0.75,
+            }
         else:
             manifest = digits.write_digit_clips(source, frames=8, height=8, width=16, step=1)
-            bucket = {"frames": 8, "height": 8, "width": 16, "pixel_causal": False, "pixel_shift": -0.69, "pixel_scale": 0.6}
-        # The negative prompt is the empty one: a model that has read nothing but these captions knows no other.
-        encode(EncodeConfig(str(manifest), output, **bucket, pixel_channels=1, tokenizer=tokenizer, text_width=32, negative_prompt=""))
+            bucket = {
+                "frames": 8,
+                "height": 8,
+                "width": 16,
+                "pixel_causal": False,
+                "pixel_shift": -0.69,
+                "pixel_scale": 0.6,
+            }
+        # The negative prompt is the empty one: a model that has read nothing but these
+        # captions knows no other.
+        encode(
+            EncodeConfig(
+                str(manifest),
+                output,
+                **bucket,
+                pixel_channels=1,
+                tokenizer=tokenizer,
+                text_width=32,
+                negative_prompt="",
+            )
+        )
 
 
 @contextlib.contextmanager
@@ -111,7 +153,8 @@ def run_demo(config: DemoConfig) -> None:
 
     Raises:
         SystemExit: a signal ended it; the same command goes on there.
-        ValueError: the folder is in use, cannot be written to, or holds a demo of another --quick.
+        ValueError: the folder is in use, cannot be written to, or holds a demo of another
+            --quick.
     """
     mesh = startup.start(ParallelConfig())
     with Interrupts(config, mesh):
@@ -151,7 +194,9 @@ def _remaining(config: DemoConfig, progress: Progress) -> list[Stage]:
     def is_done(stage: Stage) -> bool:
         if stage.name not in progress["done"]:
             return False
-        trouble = next(filter(None, (suite.trouble(here, stage.name.partition("/")[0], row) for row in stage.rows)), "")
+        trouble = next(
+            filter(None, (suite.trouble(here, stage.name.partition("/")[0], row) for row in stage.rows)), ""
+        )
         if trouble:
             print(f"{trouble}; measured again")
         return not trouble
@@ -170,14 +215,17 @@ def rewrite_report(config: DemoConfig) -> Path:
     """Report and results.json from what is done so far.
 
     Raises:
-        ValueError: no demo there, one of its files is damaged, or the report cannot be written.
+        ValueError: no demo there, one of its files is damaged, or the report cannot be
+            written.
     """
     root = Path(config.root)
     progress = demo_files.found_progress(root)
     config = replace(config, quick=progress["quick"])
     pending = tuple(stage.name for stage in stages(config) if stage.name not in progress["done"])
     results = json.dumps(suite.demo_results(place(config), progress["seconds"]), indent=1)
-    text = json.dumps([asdict(recipe(place(config))) for recipe in (recipes.image_apt, recipes.video_apt)], indent=1)
+    text = json.dumps(
+        [asdict(recipe(place(config))) for recipe in (recipes.image_apt, recipes.video_apt)], indent=1
+    )
     report = suite.demo_report(place(config), progress["seconds"], pending, text)
     demo_files.write(root / "results.json", lambda file: write_atomically(file, results))
     demo_files.write(root / "report.html", lambda file: write_report(file, report))
@@ -188,5 +236,7 @@ def _print_table(console: Console, results: dict) -> None:
     for section in ("images", "videos"):
         for key, distance in results.get(section, {}).get("fd", {}).items():
             console.print(
-                f"{section:7} {key:14} Frechet distance {distance:7.3f}   accuracy {results[section]['accuracy'][key]:.3f}", highlight=False
+                f"{section:7} {key:14} Frechet distance {distance:7.3f}   accuracy "
+                f"{results[section]['accuracy'][key]:.3f}",
+                highlight=False,
             )

@@ -17,7 +17,9 @@ FPS = 8
 
 
 def load_digit_pictures() -> tuple[np.ndarray, np.ndarray]:
-    """(1797, 8, 8) uint8 grey pictures, white on black, and their (1797,) labels 0 .. 9. The source's 17 levels 0 .. 16 become 0 .. 255."""
+    """(1797, 8, 8) uint8 grey pictures, white on black, and their (1797,) labels 0 .. 9.
+    The source's 17 levels 0 .. 16 become 0 .. 255.
+    """
     from sklearn.datasets import load_digits  # a second to import, for the demo only
 
     data = load_digits()
@@ -25,7 +27,8 @@ def load_digit_pictures() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_digit_images(folder: str | Path, count: int = COUNT) -> Path:
-    """Writes 8x8 grey PNG files and manifest.jsonl (path, caption like "a handwritten seven", label); returns the manifest's path.
+    """Writes 8x8 grey PNG files and manifest.jsonl (path, caption like "a handwritten
+    seven", label); returns the manifest's path.
 
     Args:
         count: how many of the 1,797 digits, from the first.
@@ -39,8 +42,11 @@ def write_digit_images(folder: str | Path, count: int = COUNT) -> Path:
     return _write_all(Path(folder), ".png", count, write)
 
 
-def slide(picture: np.ndarray, direction: str, first: int, frames: int, height: int, width: int, step: int) -> np.ndarray:
-    """(frames, height, width) uint8: the picture on a black canvas, vertically centred, from column `first` on moving `step` pixels a frame.
+def slide(
+    picture: np.ndarray, direction: str, first: int, frames: int, height: int, width: int, step: int
+) -> np.ndarray:
+    """(frames, height, width) uint8: the picture on a black canvas, vertically centred,
+    from column `first` on moving `step` pixels a frame.
 
     What leaves the canvas on one side comes back on the other.
     """
@@ -51,10 +57,13 @@ def slide(picture: np.ndarray, direction: str, first: int, frames: int, height: 
     return np.stack([np.roll(frame, first + sign * step * k, axis=1) for k, frame in enumerate(clip)])
 
 
-def digit_clip(picture: np.ndarray, index: int, frames: int, height: int, width: int, step: int, seed: int) -> tuple[np.ndarray, str]:
+def digit_clip(
+    picture: np.ndarray, index: int, frames: int, height: int, width: int, step: int, seed: int
+) -> tuple[np.ndarray, str]:
     """Clip and direction of digit `index`; the direction depends on (seed, index) only.
 
-    The digit sets out from the edge it moves away from. It stays inside the canvas where its way is short enough; a longer way wraps around.
+    The digit sets out from the edge it moves away from. It stays inside the canvas where
+    its way is short enough; a longer way wraps around.
     """
     random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index]))
     direction = DIRECTIONS[random.integers(2)]
@@ -63,11 +72,19 @@ def digit_clip(picture: np.ndarray, index: int, frames: int, height: int, width:
 
 
 def write_digit_clips(
-    folder: str | Path, frames: int = 5, height: int = 8, width: int = 16, step: int = 2, seed: int = 0, count: int = COUNT
+    folder: str | Path,
+    frames: int = 5,
+    height: int = 8,
+    width: int = 16,
+    step: int = 2,
+    seed: int = 0,
+    count: int = COUNT,
 ) -> Path:
-    """Writes each digit sliding left or right as a lossless VP9 file, and manifest.jsonl; returns the manifest's path.
+    """Writes each digit sliding left or right as a lossless VP9 file, and manifest.jsonl;
+    returns the manifest's path.
 
-    A line of the manifest has path, caption like "a handwritten seven moving left", label and direction.
+    A line of the manifest has path, caption like "a handwritten seven moving left", label
+    and direction.
 
     Raises:
         ValueError: canvas smaller than the 8x8 digits.
@@ -79,13 +96,19 @@ def write_digit_clips(
     def write(path: Path, i: int) -> dict:
         clip, direction = digit_clip(pictures[i], i, frames, height, width, step, seed)
         write_grey_vp9(path, clip)
-        return {"caption": f"a handwritten {WORDS[labels[i]]} moving {direction}", "label": int(labels[i]), "direction": direction}
+        return {
+            "caption": f"a handwritten {WORDS[labels[i]]} moving {direction}",
+            "label": int(labels[i]),
+            "direction": direction,
+        }
 
     return _write_all(Path(folder), ".webm", count, write)
 
 
 def write_grey_vp9(path: Path, clip: np.ndarray, fps: int = FPS) -> None:
-    """(F, H, W) uint8 luma as lossless VP9. Full colour range: decoded to RGB, each channel is the luma, exactly."""
+    """(F, H, W) uint8 luma as lossless VP9. Full colour range: decoded to RGB, each
+    channel is the luma, exactly.
+    """
     options = {"lossless": "1", "deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libvpx-vp9", rate=fps, options=options)
@@ -104,7 +127,9 @@ def write_grey_vp9(path: Path, clip: np.ndarray, fps: int = FPS) -> None:
 
 
 def _write_all(folder: Path, suffix: str, count: int, write: Callable[[Path, int], dict]) -> Path:
-    """Writes files 0000 .. in two threads (encoders release the interpreter lock), then the manifest, last."""
+    """Writes files 0000 .. in two threads (encoders release the interpreter lock), then
+    the manifest, last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(i: int) -> str:

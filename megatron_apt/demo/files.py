@@ -1,4 +1,6 @@
-"""What the demo keeps in its folder beside data and runs: which stages are done, results and report. All of it can be made again."""
+"""What the demo keeps in its folder beside data and runs: which stages are done, results
+and report. All of it can be made again.
+"""
 
 import contextlib
 import json
@@ -27,7 +29,8 @@ def prepare(config: DemoConfig) -> None:
     """That a demo can run in its folder, which is made if it is not there.
 
     Raises:
-        ValueError: it is in use, cannot be written to, or holds a demo of another --quick.
+        ValueError: it is in use, cannot be written to, or holds a demo of another
+            --quick.
     """
     with FolderLock(config.root, WHAT, OPTION):
         load_progress(config)
@@ -45,7 +48,8 @@ def load_progress(config: DemoConfig) -> Progress:
     progress = _read(file)
     if progress["quick"] != config.quick:
         raise ValueError(
-            f"{file}: quick={progress['quick']}, this run asks for quick={config.quick}; give another --root, or remove {config.root} to start again"
+            f"{file}: quick={progress['quick']}, this run asks for quick={config.quick}; give another "
+            f"--root, or remove {config.root} to start again"
         )
     return progress
 
@@ -58,12 +62,18 @@ def found_progress(root: Path) -> Progress:
     """
     file = root / "progress.json"
     if not (file.exists() or file.is_symlink()):
-        raise ValueError(f"root={root}: no demo has finished a stage there; run `megatron-apt demo --root {root}` first, or give another --root")
+        raise ValueError(
+            f"root={root}: no demo has finished a stage there; run `megatron-apt demo --root {root}` first, "
+            "or give another --root"
+        )
     return _read(file)
 
 
 def _read(file: Path) -> Progress:
-    remedy = f"remove it, then run `megatron-apt demo --root {file.parent}`: runs and data are found again, figures are measured again"
+    remedy = (
+        f"remove it, then run `megatron-apt demo --root {file.parent}`: runs and data are found again, "
+        "figures are measured again"
+    )
     return read_json(file, Progress, remedy=remedy)
 
 
@@ -84,5 +94,8 @@ def named_failure(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "remove what stands there, free disk space or check permissions, then start again: finished stages stay"
+        remedy = (
+            "remove what stands there, free disk space or check permissions, then start again: finished "
+            "stages stay"
+        )
         raise ValueError(f"{file}: cannot be written ({error.strerror or error}); {remedy}") from None

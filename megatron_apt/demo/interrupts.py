@@ -12,9 +12,11 @@ from megatron_apt.training.guards import INTERRUPTED, Stopped
 
 
 class Interrupts:
-    """While it is entered, Ctrl-C (which training handles by itself, saving first) ends the process with a line, not with a traceback.
+    """While it is entered, Ctrl-C (which training handles by itself, saving first) ends
+    the process with a line, not with a traceback.
 
-    A rank that waits for one which has ended already sees a lost connection instead of the signal: that is no error then either.
+    A rank that waits for one which has ended already sees a lost connection instead of
+    the signal: that is no error then either.
     """
 
     def __init__(self, config: DemoConfig, mesh: Mesh):
@@ -37,7 +39,10 @@ class Interrupts:
         if not (self.received or isinstance(error, KeyboardInterrupt | Stopped)):
             return
         if self.mesh.is_main:
-            print(f"megatron-apt: {self.config.root}: the demo was interrupted; the same command goes on", file=sys.stderr)
+            print(
+                f"megatron-apt: {self.config.root}: the demo was interrupted; the same command goes on",
+                file=sys.stderr,
+            )
         code = error.code if isinstance(error, Stopped) else INTERRUPTED
         if self.mesh.world.size == 1:
             if self._before is not None:

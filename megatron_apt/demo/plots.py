@@ -1,4 +1,6 @@
-"""Curves as inline SVG whose colours are CSS variables, so that one drawing serves the light and the dark page."""
+"""Curves as inline SVG whose colours are CSS variables, so that one drawing serves the
+light and the dark page.
+"""
 
 import io
 import math
@@ -10,9 +12,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 # matplotlib wants real colours; these stand for CSS variables and are replaced in the SVG text.
-_STAND_INS = {f"#0a0a0{i}": f"var(--s{i})" for i in range(1, 5)} | {"#0b0b01": "var(--muted)", "#0b0b02": "var(--rule)"}
+_STAND_INS = {f"#0a0a0{i}": f"var(--s{i})" for i in range(1, 5)} | {
+    "#0b0b01": "var(--muted)",
+    "#0b0b02": "var(--rule)",
+}
 _SERIES, (_MUTED, _RULE) = list(_STAND_INS)[:4], list(_STAND_INS)[4:]
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "megatron_apt", "font.size": 8.5, "axes.linewidth": 0.7, "path.simplify_threshold": 0.3}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megatron_apt",
+    "font.size": 8.5,
+    "axes.linewidth": 0.7,
+    "path.simplify_threshold": 0.3,
+}
 MAX_POINTS = 500
 TAIL = 0.1
 
@@ -42,16 +53,20 @@ def line(rows: list[dict], key: str, label: str) -> Line | None:
 
 
 def tail_median(rows: list[dict], key: str) -> float:
-    """Median of the finite values of `key` over the last tenth of a log: where a loss ended, without its noise. NaN if there are none.
+    """Median of the finite values of `key` over the last tenth of a log: where a loss
+    ended, without its noise. NaN if there are none.
 
-    The median, because a collapsed discriminator's loss is near zero with single spikes that would rule a mean.
+    The median, because a collapsed discriminator's loss is near zero with single spikes
+    that would rule a mean.
     """
     values = [row[key] for row in rows if _finite(row.get(key))]
     return float(np.median(values[-math.ceil(TAIL * len(values)) :])) if values else math.nan
 
 
 def stage_plots(rows: list[dict]) -> list[Plot]:
-    """The plots that the keys of a training log allow: a loss, or the five curves that tell the health of an adversarial stage."""
+    """The plots that the keys of a training log allow: a loss, or the five curves that
+    tell the health of an adversarial stage.
+    """
     keys = sorted({key for row in rows for key in row if key == "loss" or key.startswith("loss/")})
 
     def series(*pairs):
@@ -75,11 +90,15 @@ def ablation_plot(with_ar1: list[dict], without_ar1: list[dict]) -> Plot | None:
         return None
     regularised = line(with_ar1, "d/loss", "with aR1")
     thresholds = {0.5: "healthy above 0.5", 0.3: "collapsed below 0.3"}
-    return Plot("Discriminator loss", tuple(found for found in (regularised, without) if found), thresholds, wide=True)
+    return Plot(
+        "Discriminator loss", tuple(found for found in (regularised, without) if found), thresholds, wide=True
+    )
 
 
 def svg(plot: Plot, name: str) -> str:
-    """The drawing alone (title and legend belong to the page); `name` keeps its ids apart from those of the page's other drawings."""
+    """The drawing alone (title and legend belong to the page); `name` keeps its ids apart
+    from those of the page's other drawings.
+    """
     with matplotlib.rc_context(_STYLE):
         # Width in the proportion in which the page shows it: text then has the same size in all plots.
         figure = Figure((7.6, 2.7) if plot.wide else (3.6, 2.1), layout="constrained")
@@ -88,12 +107,19 @@ def svg(plot: Plot, name: str) -> str:
             _draw(axes, data, colour)
         _decorate(axes, plot)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            out,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     return _inline(out.getvalue(), name, plot.title)
 
 
 def _draw(axes, data: Line, colour: str) -> None:
-    """Every point faintly, and over it a curve that the eye can follow: a running median drops spikes, then a running mean evens out swings."""
+    """Every point faintly, and over it a curve that the eye can follow: a running median
+    drops spikes, then a running mean evens out swings.
+    """
     x, y = _thinned(data.x), _thinned(data.y)
     window = len(y) // 25
     if window < 2:
@@ -102,7 +128,9 @@ def _draw(axes, data: Line, colour: str) -> None:
     axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
     padded = np.pad(y, window, "edge")
     median = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1), axis=1)
-    smooth = np.convolve(np.pad(median, window, "edge"), np.full(2 * window + 1, 1 / (2 * window + 1)), "valid")
+    smooth = np.convolve(
+        np.pad(median, window, "edge"), np.full(2 * window + 1, 1 / (2 * window + 1)), "valid"
+    )
     axes.plot(x, smooth, color=colour, linewidth=1.5)
 
 
@@ -116,7 +144,13 @@ def _decorate(axes, plot: Plot) -> None:
     for number, (value, meaning) in enumerate(plot.thresholds.items()):
         axes.axhline(value, color=_MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         axes.annotate(
-            meaning, (1, value), (0, -10 if number else 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=_MUTED
+            meaning,
+            (1, value),
+            (0, -10 if number else 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            color=_MUTED,
         )
     axes.set_xlabel("update", color=_MUTED)
     axes.margins(x=0.01)
@@ -132,7 +166,9 @@ def _inline(text: str, name: str, title: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', text)[0]
-    text = re.sub(r"<svg[^>]*>", f'<svg {view_box} role="img" aria-label="{title}">', text, count=1, flags=re.DOTALL)
+    text = re.sub(
+        r"<svg[^>]*>", f'<svg {view_box} role="img" aria-label="{title}">', text, count=1, flags=re.DOTALL
+    )
     text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", text)
     for colour, variable in _STAND_INS.items():

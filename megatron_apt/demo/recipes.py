@@ -1,19 +1,31 @@
-"""The demo's runs, each a function that returns a configuration. examples/tiny.py offers the same ones to `megatron-apt train`.
+"""The demo's runs, each a function that returns a configuration. examples/tiny.py offers
+the same ones to `megatron-apt train`.
 
-Real handwritten digits, images first, then clips, on a CPU in minutes. Where a value differs from the paper's (lr 5e-6 / 3e-6, batch 9062 / 2048,
-CFG 7.5, 32 steps shifted by 24), it is because this network is ten thousand times smaller.
+Real handwritten digits, images first, then clips, on a CPU in minutes. Where a value
+differs from the paper's (lr 5e-6 / 3e-6, batch 9062 / 2048, CFG 7.5, 32 steps shifted by
+24), it is because this network is ten thousand times smaller.
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, FlowConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.config import (
+    AptConfig,
+    ConsistencyConfig,
+    DataConfig,
+    FlowConfig,
+    InitConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from megatron_apt.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the demo keeps its data and runs, and how long it trains (share of the full number of updates)."""
+    """Where the demo keeps its data and runs, and how long it trains (share of the full
+    number of updates).
+    """
 
     root: str = "runs/demo"
     effort: float = 1.0
@@ -80,10 +92,17 @@ def image_apt(place: Place = Place()) -> RunConfig:
         output=place.run("images/apt"),
         iterations=place.updates(200),
         save_every=50,
-        # The discriminator learns faster than the generator: its heads start from nothing, and a generator that follows an ignorant
-        # discriminator first forgets what distillation taught it.
+        # The discriminator learns faster than the generator: its heads start from
+        # nothing, and a generator that follows an ignorant discriminator first forgets
+        # what distillation taught it.
         optimizer=OptimizerConfig(kind="rmsprop", lr=5e-5, warmup=20, ema=0.98),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.03, timestep_shift=1.0, discriminator_lr=2e-4, discriminator_warmup=20),
+        apt=AptConfig(
+            ar1_lambda=100.0,
+            ar1_sigma=0.03,
+            timestep_shift=1.0,
+            discriminator_lr=2e-4,
+            discriminator_warmup=20,
+        ),
         init=InitConfig(generator=distilled.output, diffusion=distilled.init.diffusion),
     )
 
@@ -92,7 +111,10 @@ def image_apt_without_ar1(place: Place = Place()) -> RunConfig:
     """The paper's collapse ablation: nothing changed but lambda = 0."""
     base = image_apt(place)
     return replace(
-        base, output=place.run("images/apt_without_ar1"), apt=replace(base.apt, ar1_lambda=0.0), guards=replace(base.guards, collapse_window=0)
+        base,
+        output=place.run("images/apt_without_ar1"),
+        apt=replace(base.apt, ar1_lambda=0.0),
+        guards=replace(base.guards, collapse_window=0),
     )
 
 
@@ -104,11 +126,13 @@ def video_flow(place: Place = Place()) -> RunConfig:
         iterations=place.updates(1000),
         global_batch=96,
         micro_batch=48,
-        # A token carries 16 numbers here, 4 for images. The stream must hold all of the noise to take it off again, so it is wider.
+        # A token carries 16 numbers here, 4 for images. The stream must hold all of the
+        # noise to take it off again, so it is wider.
         model=ModelConfig(latent_channels=4, width=96, depth=4),
         data=DataConfig(shards=(place.data("videos"),), text_length=5),
         optimizer=replace(image_flow(place).optimizer, lr=6e-3),
-        # Everything later starts from what the network does at t = 1, where the logit-normal alone seldom trains it.
+        # Everything later starts from what the network does at t = 1, where the
+        # logit-normal alone seldom trains it.
         flow=FlowConfig(condition_dropout=0.1, shift=2.5),
     )
 
@@ -120,7 +144,8 @@ def video_consistency(place: Place = Place()) -> RunConfig:
         method="consistency",
         output=place.run("videos/consistency"),
         iterations=place.updates(200),
-        optimizer=replace(images.optimizer, decay="cosine"),  # a constant rate leaves noise where the data has none
+        # A constant rate leaves noise where the data has none
+        optimizer=replace(images.optimizer, decay="cosine"),
         consistency=images.consistency,
         init=InitConfig(diffusion=base.output),
     )
@@ -129,8 +154,9 @@ def video_consistency(place: Place = Place()) -> RunConfig:
 def video_apt(place: Place = Place()) -> RunConfig:
     """Stage 2 on clips; the discriminator starts again from the diffusion weights.
 
-    G starts from the distilled video model. (The paper starts it from the image stage's average, which can be done where the distilled model
-    already knew videos; the demo's two models have latents of different kinds.)
+    G starts from the distilled video model. (The paper starts it from the image stage's
+    average, which can be done where the distilled model already knew videos; the demo's
+    two models have latents of different kinds.)
     """
     distilled = video_consistency(place)
     return replace(
@@ -140,6 +166,12 @@ def video_apt(place: Place = Place()) -> RunConfig:
         iterations=place.updates(150),
         save_every=50,
         optimizer=replace(image_apt(place).optimizer, lr=4e-5, warmup=30),
-        apt=replace(image_apt(place).apt, ar1_sigma=0.1, discriminator_lr=2e-4, discriminator_warmup=10, head_lr_scale=3.0),
+        apt=replace(
+            image_apt(place).apt,
+            ar1_sigma=0.1,
+            discriminator_lr=2e-4,
+            discriminator_warmup=10,
+            head_lr_scale=3.0,
+        ),
         init=InitConfig(generator=distilled.output, diffusion=distilled.init.diffusion),
     )

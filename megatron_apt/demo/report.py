@@ -1,4 +1,6 @@
-"""The report of a run: one HTML file with pictures, clips, curves and numbers inside it, readable from the first finished stage on."""
+"""The report of a run: one HTML file with pictures, clips, curves and numbers inside it,
+readable from the first finished stage on.
+"""
 
 import base64
 import math
@@ -15,7 +17,8 @@ from torch import Tensor
 from megatron_apt.demo import plots
 from megatron_apt.sample.media import gif_bytes, png_bytes, write_atomically
 
-# Names that grids and table rows should use: the page explains them, orders columns by them and takes its headline numbers from them.
+# Names that grids and table rows should use: the page explains them, orders columns by
+# them and takes its headline numbers from them.
 REAL, DIFFUSION, DIFFUSION_1, CONSISTENCY, APT, APT_2 = METHODS = (
     "real",
     "diffusion 25 steps",
@@ -33,23 +36,24 @@ one: in every row below, all columns start from the same prompt and, where they 
 _HOW = (
     (
         "Stage 0 · Diffusion",
-        "The network learns to point from a noisy sample towards the clean one. "
-        "Following that arrow in 25 small steps gives good samples; one big step gives a blur.",
+        "The network learns to point from a noisy sample towards the clean one. Following that arrow in 25 "
+        "small steps gives good samples; one big step gives a blur.",
     ),
     (
         "Stage 1 · Consistency distillation",
-        "A copy learns to land in one step where the guided diffusion model is heading, from every noise level. "
-        "The result is usable but soft, and serves only as the start of stage 2.",
+        "A copy learns to land in one step where the guided diffusion model is heading, from every noise "
+        "level. The result is usable but soft, and serves only as the start of stage 2.",
     ),
     (
         "Stage 2 · Adversarial post-training",
-        "The generator now trains against a discriminator made from the diffusion model itself, which compares "
-        "its samples with real data rather than with a teacher. That restores detail, and can surpass the teacher in sharpness.",
+        "The generator now trains against a discriminator made from the diffusion model itself, which "
+        "compares its samples with real data rather than with a teacher. That restores detail, and can "
+        "surpass the teacher in sharpness.",
     ),
     (
         "Ablation · Without aR1",
-        "aR1 penalises a discriminator whose verdict changes when real data gets a little noise. "
-        "Without it the discriminator wins outright, its loss falls to zero and the generator learns nothing more.",
+        "aR1 penalises a discriminator whose verdict changes when real data gets a little noise. Without it "
+        "the discriminator wins outright, its loss falls to zero and the generator learns nothing more.",
     ),
 )
 _TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's, lower is better; “real against real” is the floor that
@@ -72,9 +76,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Images or videos. Cell i of every grid, (N, 3, F, H, W) in [-1, 1], shows prompts[i]; repeated prompts (other seeds) share a line.
+    """Images or videos. Cell i of every grid, (N, 3, F, H, W) in [-1, 1], shows
+    prompts[i]; repeated prompts (other seeds) share a line.
 
-    curves: stage -> rows of its JSONL log; ablation: rows of the log without aR1. Everything may be empty or partly there.
+    curves: stage -> rows of its JSONL log; ablation: rows of the log without aR1.
+    Everything may be empty or partly there.
     """
 
     name: str
@@ -88,7 +94,10 @@ class Section:
     def __post_init__(self):
         for name, grid in self.grids.items():
             if grid.ndim != 5 or grid.shape[1] != 3 or len(grid) != len(self.prompts):
-                raise ValueError(f"grid {name!r} of {self.name} is {tuple(grid.shape)}; need ({len(self.prompts)} prompts, 3, F, H, W)")
+                raise ValueError(
+                    f"grid {name!r} of {self.name} is {tuple(grid.shape)}; need ({len(self.prompts)} "
+                    "prompts, 3, F, H, W)"
+                )
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,9 @@ class Report:
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write `report` as one self-contained HTML file, atomically, so that a browser can reload it while the run goes on."""
+    """Write `report` as one self-contained HTML file, atomically, so that a browser can
+    reload it while the run goes on.
+    """
     write_atomically(path, render(report).encode())
 
 
@@ -113,9 +124,13 @@ def render(report: Report) -> str:
     for section in report.sections:
         parts += _section(section, report.pending)
     if report.notes:
-        parts.append("<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in report.notes) + "</ul>")
+        parts.append(
+            "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in report.notes) + "</ul>"
+        )
     if report.config_text:
-        parts.append(f"<details><summary>Configuration</summary><pre>{escape(report.config_text)}</pre></details>")
+        parts.append(
+            f"<details><summary>Configuration</summary><pre>{escape(report.config_text)}</pre></details>"
+        )
     template = Template(files(__package__).joinpath("report.html.template").read_text(encoding="utf-8"))
     return template.substitute(title=escape(report.title), body="\n".join(parts))
 
@@ -126,13 +141,22 @@ def render(report: Report) -> str:
 def _stages(report: Report) -> str:
     longest = max(report.seconds.values(), default=1.0) or 1.0
     items = [
-        f'<li><span>{escape(name)}</span><span class="bar" style="width:{100 * seconds / longest:.1f}%"></span><time>{_duration(seconds)}</time></li>'
+        f'<li><span>{escape(name)}</span><span class="bar" '
+        f'style="width:{100 * seconds / longest:.1f}%"></span><time>{_duration(seconds)}</time></li>'
         for name, seconds in report.seconds.items()
     ]
     if items:
-        items.append(f'<li class="total"><span>Total</span><span></span><time>{_duration(sum(report.seconds.values()))}</time></li>')
-    items += [f'<li class="pending"><span>{escape(name)}</span><span class="bar"></span><time>still to come</time></li>' for name in report.pending]
-    running = "<p>The run is not finished; this page is rewritten after every stage.</p>" if report.pending else ""
+        items.append(
+            f'<li class="total"><span>Total</span><span></span><time>{_duration(sum(report.seconds.values()))}</time></li>'
+        )
+    items += [
+        f'<li class="pending"><span>{escape(name)}</span><span class="bar"></span><time>still to '
+        "come</time></li>"
+        for name in report.pending
+    ]
+    running = (
+        "<p>The run is not finished; this page is rewritten after every stage.</p>" if report.pending else ""
+    )
     return f'{running}<ul class="stages">{"".join(items)}</ul>' if items else running
 
 
@@ -153,7 +177,10 @@ def _section(section: Section, pending: tuple[str, ...]) -> Iterator[str]:
     if section.curves:
         yield from _curves(section)
     if not (section.grids or section.table or section.curves):
-        yield '<p class="quiet">Nothing to show yet: the first pictures come with the end of the diffusion stage.</p>'
+        yield (
+            '<p class="quiet">Nothing to show yet: the first pictures come with the end of the diffusion '
+            "stage.</p>"
+        )
 
 
 def _headline(table: tuple[Row, ...]) -> Iterator[str]:
@@ -165,16 +192,25 @@ def _headline(table: tuple[Row, ...]) -> Iterator[str]:
     if CONSISTENCY in rows and math.isfinite(ratio := apt.frechet / (rows[CONSISTENCY].frechet or math.nan)):
         tiles.append((f"{ratio:.2f} ×", "the Fréchet distance of consistency distillation, both in one step"))
     if DIFFUSION in rows and math.isfinite(apt.nfe) and math.isfinite(rows[DIFFUSION].nfe):
-        tiles.append((f"{rows[DIFFUSION].nfe:.0f} → {apt.nfe:.0f}", "network evaluations per sample, diffusion → APT"))
+        tiles.append(
+            (f"{rows[DIFFUSION].nfe:.0f} → {apt.nfe:.0f}", "network evaluations per sample, diffusion → APT")
+        )
     if math.isfinite(apt.accuracy):
         tiles.append((f"{100 * apt.accuracy:.1f} %", "of APT's one-step samples show what the prompt says"))
     if tiles:
-        yield '<div class="cards">' + "".join(f'<div class="card tile"><b>{value}</b><p>{text}</p></div>' for value, text in tiles) + "</div>"
+        yield (
+            '<div class="cards">'
+            + "".join(f'<div class="card tile"><b>{value}</b><p>{text}</p></div>' for value, text in tiles)
+            + "</div>"
+        )
 
 
 def _samples(section: Section, pending: tuple[str, ...]) -> str:
-    # While stages are to come their columns stand empty: the page then keeps its shape from rewrite to rewrite.
-    names = [name for name in METHODS if name in section.grids or pending] + [name for name in section.grids if name not in METHODS]
+    # While stages are to come their columns stand empty: the page then keeps its shape
+    # from rewrite to rewrite.
+    names = [name for name in METHODS if name in section.grids or pending] + [
+        name for name in section.grids if name not in METHODS
+    ]
     cells: dict[str, list[int]] = {}
     for index, prompt in enumerate(section.prompts):
         cells.setdefault(prompt, []).append(index)
@@ -183,7 +219,9 @@ def _samples(section: Section, pending: tuple[str, ...]) -> str:
     head = "".join(f"<th{mark.get(name, '')}>{escape(name)}</th>" for name in names)
     lines = []
     for prompt, indices in cells.items():
-        row = "".join(f"<td{mark.get(name, '')}>{_cell(section, name, indices, min(width, 84))}</td>" for name in names)
+        row = "".join(
+            f"<td{mark.get(name, '')}>{_cell(section, name, indices, min(width, 84))}</td>" for name in names
+        )
         lines.append(f"<tr><th>{escape(prompt)}</th>{row}</tr>")
     return (
         f'<div class="scroll"><table class="samples"><caption>{_SAMPLES_CAPTION}</caption>'
@@ -194,7 +232,9 @@ def _samples(section: Section, pending: tuple[str, ...]) -> str:
 def _cell(section: Section, name: str, indices: list[int], width: int) -> str:
     if name not in section.grids:
         return '<span class="quiet">·</span>'
-    images = "".join(_image(section.grids[name][i], section.fps, width, f"{section.prompts[i]}, {name}") for i in indices)
+    images = "".join(
+        _image(section.grids[name][i], section.fps, width, f"{section.prompts[i]}, {name}") for i in indices
+    )
     return f'<span class="cell{" pair" if len(indices) <= 2 else ""}">{images}</span>'
 
 
@@ -216,13 +256,19 @@ def _table(table: tuple[Row, ...]) -> str:
     longest = max((row.frechet for row in table if math.isfinite(row.frechet)), default=1.0) or 1.0
     lines = []
     for row in table:
-        bar = f'<i style="width:{120 * row.frechet / longest:.0f}px"></i>' if math.isfinite(row.frechet) else ""
+        bar = (
+            f'<i style="width:{120 * row.frechet / longest:.0f}px"></i>' if math.isfinite(row.frechet) else ""
+        )
         reference = ' class="reference"' if row.name in (REAL, FLOOR) else ""
         lines.append(
-            f'<tr{reference}><th>{escape(row.name)}</th><td class="fd"><span>{_number(row.frechet)}</span>{bar}</td><td>{_number(row.accuracy)}</td>'
+            f"<tr{reference}><th>{escape(row.name)}</th><td "
+            f'class="fd"><span>{_number(row.frechet)}</span>{bar}</td><td>{_number(row.accuracy)}</td>'
             f"<td>{_number(row.diversity)}</td><td>{_number(row.nfe, 0)}</td><td>{_per_sample(row.seconds_per_sample)}</td></tr>"
         )
-    head = '<th>method</th><th class="fd">Fréchet distance ↓</th><th>class accuracy ↑</th><th>diversity</th><th>NFE</th><th>time per sample</th>'
+    head = (
+        '<th>method</th><th class="fd">Fréchet distance ↓</th><th>class accuracy '
+        "↑</th><th>diversity</th><th>NFE</th><th>time per sample</th>"
+    )
     return (
         f'<div class="scroll"><table class="numbers"><caption>{_TABLE_CAPTION}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -236,7 +282,10 @@ def _ablation(section: Section) -> Iterator[str]:
     if plot is None:
         return
     yield "<h3>What aR1 is for</h3>"
-    ends = [(name, plots.tail_median(rows, "d/loss")) for name, rows in (("with aR1", regularised), ("without aR1", section.ablation))]
+    ends = [
+        (name, plots.tail_median(rows, "d/loss"))
+        for name, rows in (("with aR1", regularised), ("without aR1", section.ablation))
+    ]
     ends = " and ".join(f"{_number(value)} {name}" for name, value in ends if math.isfinite(value))
     yield f"<p>The discriminator’s loss ends at {ends} (median of the last tenth of the updates).</p>"
     yield _figure(plot, f"{section.name}-ablation")
@@ -251,7 +300,9 @@ def _curves(section: Section) -> Iterator[str]:
 
 
 def _figure(plot: plots.Plot, name: str) -> str:
-    legend = "".join(f'<span class="key k{i}">{escape(data.label)}</span>' for i, data in enumerate(plot.lines, 1))
+    legend = "".join(
+        f'<span class="key k{i}">{escape(data.label)}</span>' for i, data in enumerate(plot.lines, 1)
+    )
     name = "".join(letter if letter.isalnum() else "-" for letter in name)
     return (
         f"<figure{' class=wide' if plot.wide else ''}><figcaption><b>{escape(plot.title)}</b>"

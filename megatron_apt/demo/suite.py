@@ -1,7 +1,10 @@
-"""What the demo measures of each trained network, and how its results become tables, results.json and the report.
+"""What the demo measures of each trained network, and how its results become tables,
+results.json and the report.
 
-Sample i of every row uses the caption of real sample i and the noise of (seed, i), so rows differ by network and sampler alone.
-Images are compared in pixels. Clips are compared in latents pooled 2 x 2, which keeps the number of features below that of samples.
+Sample i of every row uses the caption of real sample i and the noise of (seed, i), so
+rows differ by network and sampler alone. Images are compared in pixels. Clips are
+compared in latents pooled 2 x 2, which keeps the number of features below that of
+samples.
 """
 
 import json
@@ -65,7 +68,10 @@ def _suite(section: str) -> tuple[Measured, ...]:
 
 
 SUITES = {
-    "images": (*_suite("images"), Measured("apt_1_without_ar1", "APT 1 step, no aR1", "images/apt_without_ar1", 1, 1.0, 1)),
+    "images": (
+        *_suite("images"),
+        Measured("apt_1_without_ar1", "APT 1 step, no aR1", "images/apt_without_ar1", 1, 1.0, 1),
+    ),
     "videos": _suite("videos"),
 }
 
@@ -88,7 +94,8 @@ class RealData:
 def _features(shards: LatentShards, latents: Tensor) -> Tensor:
     if latents.shape[2] == 1:
         codec = shards.codec()
-        return torch.stack([codec.decode(latent)[0].flatten() for latent in latents])  # grey: one channel says all
+        # Grey: one channel says all
+        return torch.stack([codec.decode(latent)[0].flatten() for latent in latents])
     return pooled_features(latents)
 
 
@@ -104,7 +111,8 @@ def real_data(folder: str) -> RealData:
 
 
 def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick: bool = False) -> None:
-    """Samples each row for the real captions, every rank its part; writes its numbers and the samples shown to the results folder.
+    """Samples each row for the real captions, every rank its part; writes its numbers and
+    the samples shown to the results folder.
 
     Args:
         quick: only as many samples as the report shows.
@@ -114,19 +122,31 @@ def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick:
     with named_failure(folder):
         folder.mkdir(parents=True, exist_ok=True)
     shown = shown_samples(real.shards)
-    ids = torch.tensor(shown + [i for i in range(len(real.shards)) if i not in set(shown)])[: QUICK_SAMPLES if quick else SAMPLES]
+    ids = torch.tensor(shown + [i for i in range(len(real.shards)) if i not in set(shown)])[
+        : QUICK_SAMPLES if quick else SAMPLES
+    ]
     for row in rows:
         mine = ids.tensor_split(mesh.dp.size)[mesh.dp.rank]
         loaded = load_generator(f"{here.root}/{row.run}", mesh)
         began = time.perf_counter()
         latents = sample_row(loaded, row, real.shards, mine, mesh)
         seconds = (time.perf_counter() - began) / len(mine)
-        write(_part(folder, row, mesh.dp.rank), lambda file, latents=latents: file.write_bytes(save({"latents": latents})))
+        write(
+            _part(folder, row, mesh.dp.rank),
+            lambda file, latents=latents: file.write_bytes(save({"latents": latents})),
+        )
         dist.barrier()
-        on_main(mesh, lambda row=row, seconds=seconds: _measure(folder, row, real, ids, len(shown), seconds, mesh.dp.size))
+        on_main(
+            mesh,
+            lambda row=row, seconds=seconds: _measure(
+                folder, row, real, ids, len(shown), seconds, mesh.dp.size
+            ),
+        )
 
 
-def _measure(folder: Path, row: Measured, real: RealData, ids: Tensor, shown: int, seconds: float, ranks: int) -> None:
+def _measure(
+    folder: Path, row: Measured, real: RealData, ids: Tensor, shown: int, seconds: float, ranks: int
+) -> None:
     """Numbers of the samples that all ranks have made, and those that are shown."""
     parts = [_part(folder, row, rank) for rank in range(ranks)]
     latents = torch.cat([load_file(part)["latents"] for part in parts])
@@ -138,7 +158,10 @@ def _measure(folder: Path, row: Measured, real: RealData, ids: Tensor, shown: in
         "samples": len(ids),
         "seconds_per_sample": seconds,
     }
-    write(_file(folder, row, ".safetensors"), lambda file: write_bytes(file, save({"latents": latents[:shown].contiguous()})))
+    write(
+        _file(folder, row, ".safetensors"),
+        lambda file: write_bytes(file, save({"latents": latents[:shown].contiguous()})),
+    )
     write(_file(folder, row, ".json"), lambda file: write_bytes(file, json.dumps(numbers).encode()))
     for part in parts:
         part.unlink()
@@ -159,7 +182,9 @@ def sample_row(loaded: Loaded, row: Measured, shards: LatentShards, ids: Tensor,
     parts = []
     for chunk in ids.split(CHUNK):
         samples = [shards[i] for i in chunk.tolist()]
-        condition = Condition.pack([sample.text for sample in samples], loaded.text_length, stack_pooled(samples))
+        condition = Condition.pack(
+            [sample.text for sample in samples], loaded.text_length, stack_pooled(samples)
+        )
         parts.append(sample_latents(loaded, mesh, condition, null, shards.shapes[0], chunk, SEED, config))
     return torch.cat(parts)
 
@@ -193,7 +218,10 @@ def demo_results(here: Place, seconds: dict[str, float]) -> dict:
                 "fd_real_halves": real_floor(real_data(here.data(section)).features, SEED),
                 "accuracy_real": real_data(here.data(section)).classifier.real_accuracy,
             }
-    losses = {name: _last_d_loss(here, run) for name, run in (("d_loss_with_ar1", "images/apt"), ("d_loss_without_ar1", "images/apt_without_ar1"))}
+    losses = {
+        name: _last_d_loss(here, run)
+        for name, run in (("d_loss_with_ar1", "images/apt"), ("d_loss_without_ar1", "images/apt_without_ar1"))
+    }
     results["collapse"] = {name: loss for name, loss in losses.items() if loss is not None}
     results["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     return results
@@ -227,7 +255,11 @@ def _latents(here: Place, section: str, row: Measured, shape: tuple[int, ...]) -
     except (SafetensorError, RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{file}: no readable safetensors file ({error}); {_again(here)}") from None
     if found is None or found.shape != shape or found.dtype != torch.float32:
-        what = "nothing called latents" if found is None else f"{found.dtype} {tuple(found.shape)}".removeprefix("torch.")
+        what = (
+            "nothing called latents"
+            if found is None
+            else f"{found.dtype} {tuple(found.shape)}".removeprefix("torch.")
+        )
         raise ValueError(f"{file}: holds {what}, expected float32 {shape}; {_again(here)}")
     return found
 
@@ -269,24 +301,51 @@ def _last_d_loss(here: Place, run: str) -> float | None:
 
 def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...], config_text: str) -> Report:
     """Everything measured so far as a Report."""
-    sections = tuple(_section(here, name) for name in SUITES if (Path(here.data(name)) / "dataset.json").exists())
-    notes = (
-        "Fréchet distances are taken in pixels for images and in 2 x 2 pooled latents for clips; the two cannot be compared with each other.",
-        "All rows use EMA weights, the same captions and the same noise, without guidance; distillation folds in a guidance of 2.",
+    sections = tuple(
+        _section(here, name) for name in SUITES if (Path(here.data(name)) / "dataset.json").exists()
     )
-    return Report("From diffusion model to one-step generator", sections, seconds, config_text, notes, pending)
+    notes = (
+        "Fréchet distances are taken in pixels for images and in 2 x 2 pooled latents for clips; the two "
+        "cannot be compared with each other.",
+        "All rows use EMA weights, the same captions and the same noise, without guidance; distillation "
+        "folds in a guidance of 2.",
+    )
+    return Report(
+        "From diffusion model to one-step generator", sections, seconds, config_text, notes, pending
+    )
 
 
 def _section(here: Place, name: str) -> Section:
     real = real_data(here.data(name))
     codec, shown = real.shards.codec(), shown_samples(real.shards)
     grids = {"real": real.latents[shown]}
-    table = [Row(FLOOR, real_floor(real.features, SEED), real.classifier.real_accuracy, pairwise_diversity(real.features), math.nan, math.nan)]
+    table = [
+        Row(
+            FLOOR,
+            real_floor(real.features, SEED),
+            real.classifier.real_accuracy,
+            pairwise_diversity(real.features),
+            math.nan,
+            math.nan,
+        )
+    ]
     for row in SUITES[name]:
         if numbers := _numbers(here, name, row):
             grids[row.title] = _latents(here, name, row, _shape(real))
-            table.append(Row(row.title, numbers["frechet"], numbers["accuracy"], numbers["diversity"], row.nfe, numbers["seconds_per_sample"]))
-    decoded = {title: torch.stack([codec.decode(latent).clamp(-1, 1) for latent in latents]) for title, latents in grids.items()}
+            table.append(
+                Row(
+                    row.title,
+                    numbers["frechet"],
+                    numbers["accuracy"],
+                    numbers["diversity"],
+                    row.nfe,
+                    numbers["seconds_per_sample"],
+                )
+            )
+    decoded = {
+        title: torch.stack([codec.decode(latent).clamp(-1, 1) for latent in latents])
+        for title, latents in grids.items()
+    }
     prompts = tuple(real.shards.captions[i] for i in shown)
     stages = {"diffusion": f"{name}/flow", "consistency": f"{name}/consistency", "APT": f"{name}/apt"}
     curves = {stage: rows for stage, run in stages.items() if (rows := _curve(here, run))}

@@ -1,8 +1,12 @@
-"""The size that key frames of VP8, VP9 and Motion JPEG say they have: DALI decodes a file at its first size, without a word where it changes."""
+"""The size that key frames of VP8, VP9 and Motion JPEG say they have: DALI decodes a file
+at its first size, without a word where it changes.
+"""
 
 
 def coded_size(codec: str, data: bytes | memoryview) -> tuple[int, int] | None:
-    """(width, height) in the first bytes of a key frame, or None where this codec or frame is not understood."""
+    """(width, height) in the first bytes of a key frame, or None where this codec or
+    frame is not understood.
+    """
     readers = {"vp8": _vp8, "vp9": _vp9, "mjpeg": _jpeg}
     try:
         return readers[codec](bytes(data)) if codec in readers else None
@@ -50,7 +54,9 @@ def _vp9(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int] | None:
-    """ITU-T T.81, B.1: segments up to the frame header, which has height and width behind its length and precision."""
+    """ITU-T T.81, B.1: segments up to the frame header, which has height and width behind
+    its length and precision.
+    """
     place = 2
     while data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])

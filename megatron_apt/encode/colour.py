@@ -1,8 +1,10 @@
-"""From decoded frames, however their colours are coded, to 8-bit RGB as FFmpeg's own tools convert them.
+"""From decoded frames, however their colours are coded, to 8-bit RGB as FFmpeg's own
+tools convert them.
 
-Matrix, range, chroma subsampling and depth are the frame's (which the decoder took from the bitstream, or from the container where that is silent);
-what is tagged nowhere is BT.601 in limited range, FFmpeg's rule. Primaries of SDR video are left as they are (FFmpeg's rule too); PQ and HLG are
-tone-mapped.
+Matrix, range, chroma subsampling and depth are the frame's (which the decoder took from
+the bitstream, or from the container where that is silent); what is tagged nowhere is
+BT.601 in limited range, FFmpeg's rule. Primaries of SDR video are left as they are
+(FFmpeg's rule too); PQ and HLG are tone-mapped.
 """
 
 from pathlib import Path
@@ -18,23 +20,42 @@ from megatron_apt.encode.rejected import RejectedInput
 
 # Matrix coefficients of ITU-T H.273: swscale's name of each it converts. Those that say nothing are BT.601.
 MATRICES = {1: Colorspace.ITU709, 4: Colorspace.FCC, 7: Colorspace.SMPTE240M, 9: Colorspace.BT2020}
-UNCONVERTED = {8: "YCgCo", 10: "BT.2020 constant luminance", 11: "SMPTE ST 2085", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo-Re", 17: "YCgCo-Ro"}
+UNCONVERTED = {
+    8: "YCgCo",
+    10: "BT.2020 constant luminance",
+    11: "SMPTE ST 2085",
+    14: "ICtCp",
+    15: "IPT-C2",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
 DALI_MATRICES = (2, 3, 5, 6)  # measured: DALI's video decoder knows BT.601 alone
 HDR_NAMES = {PQ: "PQ", HLG: "HLG"}
 
 
 def dali_converts_it(frame: av.VideoFrame) -> bool:
-    """Whether DALI's own conversion is right for the frame: it honours range and depth, but no other matrix, no transparency and no HDR."""
+    """Whether DALI's own conversion is right for the frame: it honours range and depth,
+    but no other matrix, no transparency and no HDR.
+    """
     matrix = frame.colorspace in DALI_MATRICES or (frame.colorspace == 0 and frame.format.is_rgb)
-    return matrix and frame.color_trc not in HDR_NAMES and not has_alpha(frame) and not is_dolby_vision_only(frame)
+    return (
+        matrix
+        and frame.color_trc not in HDR_NAMES
+        and not has_alpha(frame)
+        and not is_dolby_vision_only(frame)
+    )
 
 
 def has_alpha(frame: av.VideoFrame) -> bool:
-    return frame.format.name.startswith(("yuva", "rgba", "bgra", "argb", "abgr", "gbrap", "ya8", "ya16", "yaf", "pal8", "ayuv", "vuya"))
+    return frame.format.name.startswith(
+        ("yuva", "rgba", "bgra", "argb", "abgr", "gbrap", "ya8", "ya16", "yaf", "pal8", "ayuv", "vuya")
+    )
 
 
 def is_dolby_vision_only(frame: av.VideoFrame) -> bool:
-    """Profile 5: colours that only a Dolby Vision decoder can read. Other profiles have a base layer that says what it is."""
+    """Profile 5: colours that only a Dolby Vision decoder can read. Other profiles have a
+    base layer that says what it is.
+    """
     return frame.color_trc in (0, 2) and any(data.type.name.startswith("DOVI") for data in frame.side_data)
 
 
@@ -44,7 +65,12 @@ def refuse_dolby_vision(frame: av.VideoFrame, path: Path) -> None:
         RejectedInput: colours that only a Dolby Vision decoder can read.
     """
     if is_dolby_vision_only(frame):
-        raise RejectedInput(path, "colour", "Dolby Vision profile 5", "its colours need Dolby's decoder; export the video as HDR10 or SDR")
+        raise RejectedInput(
+            path,
+            "colour",
+            "Dolby Vision profile 5",
+            "its colours need Dolby's decoder; export the video as HDR10 or SDR",
+        )
 
 
 def to_rgb(frame: av.VideoFrame, path: Path, policy: PixelPolicy, notes: Notes) -> np.ndarray:
@@ -54,10 +80,17 @@ def to_rgb(frame: av.VideoFrame, path: Path, policy: PixelPolicy, notes: Notes) 
         RejectedInput: colours that cannot be converted, or that the policy does not want.
     """
     if frame.colorspace in UNCONVERTED:
-        raise RejectedInput(path, "colour", UNCONVERTED[frame.colorspace], "this matrix cannot be converted; re-encode the file with BT.709's")
+        raise RejectedInput(
+            path,
+            "colour",
+            UNCONVERTED[frame.colorspace],
+            "this matrix cannot be converted; re-encode the file with BT.709's",
+        )
     hdr = HDR_NAMES.get(frame.color_trc)
     if hdr and policy.hdr == "reject":
-        raise RejectedInput(path, "hdr", hdr, "HDR, and hdr='reject'; use hdr='tonemap', or convert it to SDR")
+        raise RejectedInput(
+            path, "hdr", hdr, "HDR, and hdr='reject'; use hdr='tonemap', or convert it to SDR"
+        )
     if hdr and policy.hdr == "tonemap":
         notes.add(path, f"HDR ({hdr}), tone-mapped to SDR")
         return to_sdr(_converted(frame, "rgb48le"), frame.color_trc, frame.color_primaries)
@@ -74,7 +107,9 @@ def _converted(frame: av.VideoFrame, pix_fmt: str) -> np.ndarray:
 
 
 def compose(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
-    """(H, W, 4) uint8 with straight alpha over one colour: (H, W, 3) uint8. Rows by rows, because products need 16 bits."""
+    """(H, W, 4) uint8 with straight alpha over one colour: (H, W, 3) uint8. Rows by rows,
+    because products need 16 bits.
+    """
     result = np.empty((*pixels.shape[:2], 3), np.uint8)
     behind = np.array(background, np.uint16)
     for i in range(0, len(pixels), 256):

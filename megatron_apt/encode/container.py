@@ -1,6 +1,8 @@
-"""Video files opened by FFmpeg: only as containers of video, and never reading on without end.
+"""Video files opened by FFmpeg: only as containers of video, and never reading on without
+end.
 
-FFmpeg goes by what a file holds, not by its name: a picture, a text, a playlist or a list of other files called .mp4 would be opened as such.
+FFmpeg goes by what a file holds, not by its name: a picture, a text, a playlist or a list
+of other files called .mp4 would be opened as such.
 """
 
 import contextlib
@@ -13,7 +15,8 @@ import av
 from megatron_apt.encode.kinds import VIDEO_SUFFIXES, suffix_of
 from megatron_apt.encode.rejected import RejectedInput
 
-# FFmpeg's demuxers that are asked. Not among them: those of pictures, text, subtitles, sound, bare pixels, devices, and those that open other files.
+# FFmpeg's demuxers that are asked. Not among them: those of pictures, text, subtitles,
+# sound, bare pixels, devices, and those that open other files.
 VIDEO_FORMATS = (
     "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,asf_o,flv,live_flv,kux,ogg,mxf,gxf,dv,nut,rm,wtv,swf,yuv4mpegpipe,ivf,obu,av1,mjpeg,mpjpeg,"
     "h261,h263,h264,hevc,vvc,m4v,vc1,vc1test,nsv,mlv,dnxhd,dirac,cavsvideo,avs2,avs3,nuv,pva,ty,dhav,gif,apng"
@@ -67,5 +70,8 @@ def open_video(path: Path, file: Metered | None = None) -> av.container.InputCon
         # With file: in front, a name such as concat:a.mp4 is a name, and asks FFmpeg for nothing.
         return av.open(file or f"file:{path}", options={"format_whitelist": formats})
     except av.error.ArgumentError:
-        remedy = "a picture, text, playlist or sound under a video's name, or damaged; name it as what it is, or remove it"
+        remedy = (
+            "a picture, text, playlist or sound under a video's name, or damaged; name it as what it is, or "
+            "remove it"
+        )
         raise RejectedInput(path, "container", "no video", remedy) from None

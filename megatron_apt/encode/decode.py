@@ -1,11 +1,15 @@
 """Video and image decoding with DALI: files to float32 pixels of one bucket.
 
-DALI decodes, resizes (mode not_smaller), crops the centre and normalises. What this build of DALI does not decode, or would not show as players and
-viewers do (other matrices than BT.601, HDR, turned or interlaced pictures, pixels that are not square, transparency, colour profiles), PyAV or Pillow
-decodes, and the same DALI operators do the rest. Frames are chosen from the container's own timestamps (encode/video.py), because DALI pads silently
-when it is asked for frames that are not there. What no decoder can notice is damage inside a frame's payload: VP9 has no checksums.
+DALI decodes, resizes (mode not_smaller), crops the centre and normalises. What this build
+of DALI does not decode, or would not show as players and viewers do (other matrices than
+BT.601, HDR, turned or interlaced pictures, pixels that are not square, transparency,
+colour profiles), PyAV or Pillow decodes, and the same DALI operators do the rest. Frames
+are chosen from the container's own timestamps (encode/video.py), because DALI pads
+silently when it is asked for frames that are not there. What no decoder can notice is
+damage inside a frame's payload: VP9 has no checksums.
 
-device="gpu" lets NVDEC decode, by the same rules; it needs a CUDA machine and has been written from DALI's documentation, without one.
+device="gpu" lets NVDEC decode, by the same rules; it needs a CUDA machine and has been
+written from DALI's documentation, without one.
 """
 
 import gc
@@ -33,7 +37,8 @@ DALI_CODECS = {
     "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
     "gpu": frozenset({"vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4"}),
 }
-DALI_CONTAINERS = frozenset({"matroska", "mov"})  # an AVI whose index is damaged makes DALI end the whole program (SIGSEGV)
+# An AVI whose index is damaged makes DALI end the whole program (SIGSEGV)
+DALI_CONTAINERS = frozenset({"matroska", "mov"})
 BATCH_BYTES = 256 << 20  # decoded frames held at once
 CHUNK_BYTES = 64 << 20  # of one clip, where all its frames would be more than BATCH_BYTES
 DALI_VIDEO_BYTES = 32 << 20  # DALI reads and indexes a file whole; in longer ones PyAV seeks
@@ -44,7 +49,8 @@ class Clip:
     """What to take from one file.
 
     Attributes:
-        height, width: the bucket, in pixels. The picture is scaled until it covers the bucket, then its centre is cropped.
+        height, width: the bucket, in pixels. The picture is scaled until it covers the
+            bucket, then its centre is cropped.
         frames: number of frames; an image file can only give 1.
         stride: every stride-th frame, if fps is 0.
         fps: frames per second of the result; 0 for the source's own.
@@ -69,7 +75,8 @@ class Clip:
 
 
 def decode_clip(clip: Clip, device: str = "cpu", notes: Notes | None = None) -> Tensor:
-    """(3, F, H, W) float32 in [-1, 1]. A picture that needs no resizing comes through unchanged: round(127.5 x + 127.5) is its 8-bit value.
+    """(3, F, H, W) float32 in [-1, 1]. A picture that needs no resizing comes through
+    unchanged: round(127.5 x + 127.5) is its 8-bit value.
 
     Raises:
         RejectedInput: the file cannot give this clip.
@@ -80,8 +87,11 @@ def decode_clip(clip: Clip, device: str = "cpu", notes: Notes | None = None) -> 
     return result
 
 
-def decode_clips(clips: Sequence[Clip], device: str = "cpu", notes: Notes | None = None) -> list[Tensor | RejectedInput]:
-    """Like decode_clip for many files, several at a time; a bad file gives its RejectedInput and does not disturb the others.
+def decode_clips(
+    clips: Sequence[Clip], device: str = "cpu", notes: Notes | None = None
+) -> list[Tensor | RejectedInput]:
+    """Like decode_clip for many files, several at a time; a bad file gives its
+    RejectedInput and does not disturb the others.
 
     Args:
         notes: gathers what was done to files that decode all the same.
@@ -94,14 +104,18 @@ def decode_clips(clips: Sequence[Clip], device: str = "cpu", notes: Notes | None
     plans = [_plan(clip, device) for clip in clips]
     results: list[Tensor | RejectedInput] = []
     for group in _groups(plans):
-        results += _decode_group(clips[group.start : group.stop], plans[group.start : group.stop], device, notes)
+        results += _decode_group(
+            clips[group.start : group.stop], plans[group.start : group.stop], device, notes
+        )
         gc.collect(1)  # DALI's tensors refer to themselves, so that nothing else would free them in time
     return results
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """How a file will be decoded: route "image" or "video" (DALI), "pillow" or "pyav"; nbytes is what is held while it is."""
+    """How a file will be decoded: route "image" or "video" (DALI), "pillow" or "pyav";
+    nbytes is what is held while it is.
+    """
 
     route: str
     nbytes: int
@@ -127,7 +141,12 @@ def _plan(clip: Clip, device: str) -> _Plan | RejectedInput:
         if head is None or head.hdr or (head.moving and clip.frames > 1):
             return _video_plan(clip, path, device)
         if clip.frames != 1:
-            raise RejectedInput(path, "frames", clip.frames, "an image gives one frame; encode images with frames=1 in a dataset of their own")
+            raise RejectedInput(
+                path,
+                "frames",
+                clip.frames,
+                "an image gives one frame; encode images with frames=1 in a dataset of their own",
+            )
         if head.by_dali:
             pictures.check_whole(path)
     except RejectedInput as rejected:
@@ -142,8 +161,18 @@ def _video_plan(clip: Clip, path: Path, device: str) -> _Plan:
     nbytes = len(indices) * info.frame_bytes
     small = nbytes <= BATCH_BYTES and info.size <= DALI_VIDEO_BYTES
     known = info.container in DALI_CONTAINERS and info.codec in DALI_CODECS[device]
-    by_dali = known and small and info.alone and info.seekable and info.one_size and not info.hidden and is_plain(info)
-    return _Plan("video", nbytes + info.size, indices, info) if by_dali else _Plan("pyav", nbytes, indices, info)
+    by_dali = (
+        known
+        and small
+        and info.alone
+        and info.seekable
+        and info.one_size
+        and not info.hidden
+        and is_plain(info)
+    )
+    return (
+        _Plan("video", nbytes + info.size, indices, info) if by_dali else _Plan("pyav", nbytes, indices, info)
+    )
 
 
 def _groups(plans: Sequence[_Plan | RejectedInput]) -> Iterator[range]:
@@ -159,15 +188,23 @@ def _groups(plans: Sequence[_Plan | RejectedInput]) -> Iterator[range]:
         yield range(start, len(plans))
 
 
-def _decode_group(clips: Sequence[Clip], plans: Sequence[_Plan | RejectedInput], device: str, notes: Notes) -> list[Tensor | RejectedInput]:
+def _decode_group(
+    clips: Sequence[Clip], plans: Sequence[_Plan | RejectedInput], device: str, notes: Notes
+) -> list[Tensor | RejectedInput]:
     if len(plans) == 1 and isinstance(plans[0], _Plan) and plans[0].route == "pyav":
         return [_decode_piecewise(clips[0], plans[0], device, notes)]
     found: list[_Picture | RejectedInput] = list(plans)
-    routes = {route: [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == route] for route in ("pyav", "pillow")}
+    routes = {
+        route: [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == route]
+        for route in ("pyav", "pillow")
+    }
     for route, decode in (("pyav", _pyav_picture), ("pillow", _pillow_picture)):
-        with ThreadPoolExecutor(min(len(routes[route]), os.cpu_count() or 1) or 1) as pool:  # both release the interpreter lock
+        # Both release the interpreter lock
+        with ThreadPoolExecutor(min(len(routes[route]), os.cpu_count() or 1) or 1) as pool:
             work = partial(_or_rejected, decode, device=device, notes=notes)
-            for i, picture in zip(routes[route], pool.map(lambda i: work(clips[i], plans[i]), routes[route]), strict=True):  # noqa: B023
+            for i, picture in zip(
+                routes[route], pool.map(lambda i: work(clips[i], plans[i]), routes[route]), strict=True
+            ):
                 found[i] = picture
     images = [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == "image"]
     jobs = [np.fromfile(clips[i].path, np.uint8) for i in images]
@@ -201,7 +238,9 @@ def _on(device: str, pixels: np.ndarray, layout: str) -> ndd.Tensor:
 
 
 def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Tensor | RejectedInput:
-    """A clip whose frames are scaled as they come, so that never more than CHUNK_BYTES of them are held in their own size."""
+    """A clip whose frames are scaled as they come, so that never more than CHUNK_BYTES of
+    them are held in their own size.
+    """
     result, done, held = None, 0, []
     step = max(1, CHUNK_BYTES // max(1, plan.info.frame_bytes))
     try:
@@ -227,7 +266,9 @@ def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Ten
 
 
 def _decode_dali_videos(clips, plans, found: list, device: str, notes: Notes) -> None:
-    """Fills in the clips of route "video". Clips of one file are decoded from one copy of it; what DALI refuses, PyAV tries, and says why."""
+    """Fills in the clips of route "video". Clips of one file are decoded from one copy of
+    it; what DALI refuses, PyAV tries, and says why.
+    """
     members: dict[Path, list[int]] = {}
     for i, plan in enumerate(plans):
         if isinstance(plan, _Plan) and plan.route == "video":
@@ -236,7 +277,10 @@ def _decode_dali_videos(clips, plans, found: list, device: str, notes: Notes) ->
         members = {(path, i): [i] for path, numbers in members.items() for i in numbers}
     files = list(members.values())
     indices = [sorted({index for i in file for index in plans[i].indices}) for file in files]
-    jobs = [(np.fromfile(clips[file[0]].path, np.uint8), chosen) for file, chosen in zip(files, indices, strict=True)]
+    jobs = [
+        (np.fromfile(clips[file[0]].path, np.uint8), chosen)
+        for file, chosen in zip(files, indices, strict=True)
+    ]
     for file, chosen, frames in zip(files, indices, _decode_jobs(jobs, _dali_videos, device), strict=True):
         for i in file:
             if frames is None:
@@ -244,7 +288,9 @@ def _decode_dali_videos(clips, plans, found: list, device: str, notes: Notes) ->
                 continue
             own = frames
             if plans[i].indices != chosen:
-                own = ndd.as_tensor(np.asarray(frames)[np.searchsorted(chosen, plans[i].indices)], layout="FHWC")
+                own = ndd.as_tensor(
+                    np.asarray(frames)[np.searchsorted(chosen, plans[i].indices)], layout="FHWC"
+                )
             found[i] = _Picture(own, own.shape[1:3])
 
 
@@ -254,11 +300,15 @@ def _dali_images(jobs: list[np.ndarray], device: str) -> ndd.Batch:
 
 def _dali_videos(jobs: list[tuple], device: str) -> ndd.Batch:
     frames = ndd.batch([ndd.tensor(np.array(indices, np.int32)) for _, indices in jobs])
-    return ndd.decoders.video(ndd.batch([ndd.as_tensor(data) for data, _ in jobs]), frames=frames, device=device)
+    return ndd.decoders.video(
+        ndd.batch([ndd.as_tensor(data) for data, _ in jobs]), frames=frames, device=device
+    )
 
 
 def _decode_jobs(jobs: list, decode, device: str) -> list[ndd.Tensor | None]:
-    """Decodes all jobs in one call. DALI fails the whole call for one bad file, so then each is tried alone; None marks the bad ones."""
+    """Decodes all jobs in one call. DALI fails the whole call for one bad file, so then
+    each is tried alone; None marks the bad ones.
+    """
     if not jobs:
         return []
     try:
@@ -279,7 +329,10 @@ def _fit(clips: Sequence[Clip], found: Sequence[_Picture | RejectedInput]) -> li
         height, width = picture.shown
         scale = max(clip.height / height, clip.width / width)
         if scale > 1 and not clip.allow_upscale:
-            remedy = f"smaller than the bucket {clip.width}x{clip.height}; use a smaller bucket or allow_upscale=True"
+            remedy = (
+                f"smaller than the bucket {clip.width}x{clip.height}; use a smaller bucket or "
+                "allow_upscale=True"
+            )
             results[i] = RejectedInput(clip.path, "size", f"{round(width)}x{round(height)}", remedy)
             continue
         pixels = tuple(picture.pixels.shape[-3:-1])
@@ -289,22 +342,35 @@ def _fit(clips: Sequence[Clip], found: Sequence[_Picture | RejectedInput]) -> li
         calls.setdefault((clip.height, clip.width, picture.pixels.layout, how), []).append(i)
     for (height, width, layout, how), members in calls.items():
         batch = ndd.batch([found[i].pixels for i in members])
-        if how == "square":  # with the crop in one operator, which computes a third of what scaling the whole picture would
-            batch = ndd.resize_crop_mirror(batch, size=[height, width], mode="not_smaller", crop=(height, width))
+        # With the crop in one operator, which computes a third of what scaling the whole
+        # picture would
+        if how == "square":
+            batch = ndd.resize_crop_mirror(
+                batch, size=[height, width], mode="not_smaller", crop=(height, width)
+            )
         elif how:
             batch = _stretch(batch, height, width, *how)
         channels_first = "C" + layout.replace("C", "")
-        normalized = ndd.crop_mirror_normalize(batch, crop=(height, width), mean=[127.5] * 3, std=[127.5] * 3, output_layout=channels_first)
+        normalized = ndd.crop_mirror_normalize(
+            batch, crop=(height, width), mean=[127.5] * 3, std=[127.5] * 3, output_layout=channels_first
+        )
         for i, pixels in zip(members, normalized.evaluate().cpu().tensors, strict=True):
             pixels = torch.from_dlpack(pixels).clone()  # DALI reuses its buffer
             results[i] = pixels if "F" in layout else pixels[:, None]
     return results
 
 
-def _stretch(batch: ndd.Batch, height: int, width: int, pixels: tuple[int, int], shown: tuple[float, float]) -> ndd.Batch:
-    """Pictures whose pixels are not square: the centre that the bucket shows, scaled by each axis' own factor."""
+def _stretch(
+    batch: ndd.Batch, height: int, width: int, pixels: tuple[int, int], shown: tuple[float, float]
+) -> ndd.Batch:
+    """Pictures whose pixels are not square: the centre that the bucket shows, scaled by
+    each axis' own factor.
+    """
     scale = max(height / shown[0], width / shown[1])
-    spans = [bucket / scale * own / square for bucket, own, square in zip((height, width), pixels, shown, strict=True)]
+    spans = [
+        bucket / scale * own / square
+        for bucket, own, square in zip((height, width), pixels, shown, strict=True)
+    ]
     begin = [(own - span) / 2 for own, span in zip(pixels, spans, strict=True)]
     end = [own - start for own, start in zip(pixels, begin, strict=True)]
     return ndd.resize(batch, size=[height, width], mode="stretch", roi_start=begin, roi_end=end)

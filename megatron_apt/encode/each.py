@@ -1,4 +1,6 @@
-"""Decoding of many files in which no file disturbs another: whatever a decoder throws rejects its file, what it prints becomes notes."""
+"""Decoding of many files in which no file disturbs another: whatever a decoder throws
+rejects its file, what it prints becomes notes.
+"""
 
 import contextlib
 import os
@@ -17,7 +19,9 @@ MOST_PRINTED = 1 << 20  # bytes of what decoders print that are looked at
 
 
 def decode_all(clips: Sequence[Clip], device: str, notes: Notes) -> list[Tensor | RejectedInput]:
-    """Like decode_clips. Where that fails as a whole, each file is tried alone and a failure is that file's."""
+    """Like decode_clips. Where that fails as a whole, each file is tried alone and a
+    failure is that file's.
+    """
     try:
         with _printed() as lines:
             results = decode_clips(clips, device, notes)
@@ -25,7 +29,11 @@ def decode_all(clips: Sequence[Clip], device: str, notes: Notes) -> list[Tensor 
         if len(clips) > 1:
             return [result for clip in clips for result in decode_all([clip], device, notes)]
         text = f"{type(error).__name__}: {error}"
-        return [RejectedInput(clips[0].path, "decoder", text, "the decoder fails on this file; re-encode it or remove it")]
+        return [
+            RejectedInput(
+                clips[0].path, "decoder", text, "the decoder fails on this file; re-encode it or remove it"
+            )
+        ]
     if lines:
         _note(clips, lines, notes)
     return results
@@ -33,16 +41,22 @@ def decode_all(clips: Sequence[Clip], device: str, notes: Notes) -> list[Tensor 
 
 def _note(clips: Sequence[Clip], lines: list[str], notes: Notes) -> None:
     """Libraries print without naming the file, so that the note is of all that were decoded together."""
-    where = clips[0].path if len(clips) == 1 else f"{len(clips)} files decoded together, the first {clips[0].path}"
+    where = (
+        clips[0].path
+        if len(clips) == 1
+        else f"{len(clips)} files decoded together, the first {clips[0].path}"
+    )
     for line, count in sorted(Counter(lines).items()):
         notes.add(where, f"a decoder printed: {line}" + (f" ({count} times)" if count > 1 else ""))
 
 
 @contextlib.contextmanager
 def _printed() -> Iterator[list[str]]:
-    """Lines that C libraries write to the error stream meanwhile, without addresses; they appear in the list at the end.
+    """Lines that C libraries write to the error stream meanwhile, without addresses; they
+    appear in the list at the end.
 
-    The stream belongs to the process: what other threads write meanwhile is taken for the decoders' too.
+    The stream belongs to the process: what other threads write meanwhile is taken for the
+    decoders' too.
     """
     lines: list[str] = []
     try:

@@ -1,4 +1,6 @@
-"""The walk through a folder of inputs: every file is an input, a rejected one, or counted; linked folders are followed once."""
+"""The walk through a folder of inputs: every file is an input, a rejected one, or
+counted; linked folders are followed once.
+"""
 
 import os
 import stat
@@ -16,7 +18,9 @@ _JUNK_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume 
 
 @dataclass
 class Left:
-    """Files that are no inputs, by kind: suffix -> (how many, one of them). Text and metadata beside inputs are not counted."""
+    """Files that are no inputs, by kind: suffix -> (how many, one of them). Text and
+    metadata beside inputs are not counted.
+    """
 
     kinds: dict[str, tuple[int, Path]] = field(default_factory=dict)
 
@@ -26,12 +30,20 @@ class Left:
 
     def described(self, before: str = "") -> str:
         """ "3 .xyz (a.xyz), 1 hidden (.b.png)", after `before`; "" for none."""
-        parts = [f"{count} {kind} ({shown(Path(path.name))})" for kind, (count, path) in sorted(self.kinds.items())]
-        return before + ", ".join(parts[:20]) + (f" and {len(parts) - 20} more kinds" if len(parts) > 20 else "") if parts else ""
+        parts = [
+            f"{count} {kind} ({shown(Path(path.name))})" for kind, (count, path) in sorted(self.kinds.items())
+        ]
+        return (
+            before + ", ".join(parts[:20]) + (f" and {len(parts) - 20} more kinds" if len(parts) > 20 else "")
+            if parts
+            else ""
+        )
 
 
 class _Walk:
-    """One walk. Folders are told by device and inode: whatever way leads there, each is entered once; the real way goes before links."""
+    """One walk. Folders are told by device and inode: whatever way leads there, each is
+    entered once; the real way goes before links.
+    """
 
     def __init__(self, source: Path, output: str | Path | None):
         self.found: list[Found] = []
@@ -53,9 +65,16 @@ class _Walk:
             with os.scandir(folder) as entries:
                 names = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            self._reject(folder, "folder", error.strerror or str(error), "cannot be read; give its rights, or take it out of the source")
+            self._reject(
+                folder,
+                "folder",
+                error.strerror or str(error),
+                "cannot be read; give its rights, or take it out of the source",
+            )
             return
-        if {"dataset.json", "encode.json"} & {entry.name for entry in names} and any(entry.name.endswith(".tar") for entry in names):
+        if {"dataset.json", "encode.json"} & {entry.name for entry in names} and any(
+            entry.name.endswith(".tar") for entry in names
+        ):
             self.left.add("encoded datasets", folder)
             return
         for entry in names:
@@ -82,7 +101,9 @@ class _Walk:
         if suffix in MEDIA_SUFFIXES or suffix in UNDECODED:
             self.found.append(path)
         elif suffix not in COMPANIONS:
-            self.left.add(suffix or "without a suffix" if stat.S_ISREG(mode) else "pipes, sockets and devices", path)
+            self.left.add(
+                suffix or "without a suffix" if stat.S_ISREG(mode) else "pipes, sockets and devices", path
+            )
 
     def _unreachable(self, path: Path, entry: os.DirEntry, error: OSError) -> None:
         if suffix_of(path) in COMPANIONS:
@@ -91,7 +112,12 @@ class _Walk:
             remedy = "a link that leads nowhere; put its target there or remove the link"
             self._reject(path, "link", _target(path), remedy)
         else:
-            self._reject(path, "path", error.strerror or str(error), "cannot be reached; give its rights, or take it out of the source")
+            self._reject(
+                path,
+                "path",
+                error.strerror or str(error),
+                "cannot be reached; give its rights, or take it out of the source",
+            )
 
     def _reject(self, path: Path, field: str, value: str, remedy: str) -> None:
         self.found.append(RejectedInput(path, field, value, remedy))

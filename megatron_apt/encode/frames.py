@@ -17,7 +17,23 @@ from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.video import VideoInfo, reason
 
 # Codecs whose bitstream says nothing of fields: there the container is asked.
-FIELDLESS = frozenset({"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "mjpeg"})
+FIELDLESS = frozenset(
+    {
+        "vp8",
+        "vp9",
+        "libvpx",
+        "libvpx-vp9",
+        "av1",
+        "libdav1d",
+        "ffv1",
+        "huffyuv",
+        "ffvhuff",
+        "utvideo",
+        "rawvideo",
+        "png",
+        "mjpeg",
+    }
+)
 TOP_FIRST, BOTTOM_FIRST = (2, 5), (3, 4)  # FFmpeg's field orders, by the field that is shown first
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop WebM's alpha channel
 WIDE_FRAME = 8 << 20  # pixels from which frames are decoded by one thread: each thread holds several
@@ -35,20 +51,28 @@ def shots(info: VideoInfo, indices: list[int], policy: PixelPolicy, notes: Notes
     """The chosen frames (ascending indices), decoded as they are asked for.
 
     Raises:
-        RejectedInput: a frame that is missing, damaged, of another size than the first, or that the policy does not want.
+        RejectedInput: a frame that is missing, damaged, of another size than the first,
+            or that the policy does not want.
     """
     shape, turned = None, UPRIGHT
     damaged = f"the {info.codec} stream is damaged; fetch the file again or re-encode it"
     try:
         for neighbours in _chosen(info, indices, damaged):
-            if shape is None:  # once: side data tie a frame to itself, so that its memory waits for the garbage collector
+            # Once: side data tie a frame to itself, so that its memory waits for the
+            # garbage collector
+            if shape is None:
                 turned = _orientation(info, neighbours[1])
                 refuse_dolby_vision(neighbours[1], info.path)
             shot = _shot(info, *neighbours, turned, policy, notes)
             shape = shape or shot.pixels.shape
             if shot.pixels.shape != shape:
                 sizes = "{1}x{0} then {3}x{2}".format(*shape[:2], *shot.pixels.shape[:2])
-                raise RejectedInput(info.path, "size", f"changes within the clip: {sizes}", "choose another start or re-encode the file at one size")
+                raise RejectedInput(
+                    info.path,
+                    "size",
+                    f"changes within the clip: {sizes}",
+                    "choose another start or re-encode the file at one size",
+                )
             yield shot
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, RejectedInput):
@@ -67,7 +91,9 @@ def decode_with_pyav(info: VideoInfo, indices: list[int], policy: PixelPolicy | 
 
 @lru_cache(maxsize=256)
 def is_plain(info: VideoInfo) -> bool:
-    """Whether the first frame is shown as decoded: upright, square pixels, progressive, opaque, in colours that DALI converts."""
+    """Whether the first frame is shown as decoded: upright, square pixels, progressive,
+    opaque, in colours that DALI converts.
+    """
     try:
         with open_video(info.path) as container:
             stream = container.streams[info.stream]
@@ -78,14 +104,30 @@ def is_plain(info: VideoInfo) -> bool:
         return False  # PyAV's own decoding says what is wrong
 
 
-def _shot(info: VideoInfo, before, frame: av.VideoFrame, after, turned: Orientation, policy: PixelPolicy, notes: Notes) -> Shot:
+def _shot(
+    info: VideoInfo,
+    before,
+    frame: av.VideoFrame,
+    after,
+    turned: Orientation,
+    policy: PixelPolicy,
+    notes: Notes,
+) -> Shot:
     if frame.width * frame.height > policy.most_frame_pixels:
-        remedy = f"larger than most_pixels / 4 = {policy.most_frame_pixels} pixels; scale the video down or raise most_pixels"
+        remedy = (
+            f"larger than most_pixels / 4 = {policy.most_frame_pixels} pixels; scale the video down or raise "
+            "most_pixels"
+        )
         raise RejectedInput(info.path, "size", f"{frame.width}x{frame.height}", remedy)
     try:
         shown = shown_size(frame.height, frame.width, info.aspect)
     except ValueError as error:
-        raise RejectedInput(info.path, "pixel aspect", str(error), "no camera has such pixels; re-encode the file with the right aspect") from None
+        raise RejectedInput(
+            info.path,
+            "pixel aspect",
+            str(error),
+            "no camera has such pixels; re-encode the file with the right aspect",
+        ) from None
     if _interlaced(info, frame):
         frame = _without_fields(info, before, frame, after, policy, notes)
     pixels = turned.apply(to_rgb(frame, info.path, policy, notes))
@@ -104,10 +146,14 @@ def _orientation(info: VideoInfo, frame: av.VideoFrame) -> Orientation:
 
 
 def _interlaced(info: VideoInfo, frame: av.VideoFrame) -> bool:
-    return frame.interlaced_frame or (info.codec in FIELDLESS and info.field_order in (*TOP_FIRST, *BOTTOM_FIRST))
+    return frame.interlaced_frame or (
+        info.codec in FIELDLESS and info.field_order in (*TOP_FIRST, *BOTTOM_FIRST)
+    )
 
 
-def _without_fields(info: VideoInfo, before, frame: av.VideoFrame, after, policy: PixelPolicy, notes: Notes) -> av.VideoFrame:
+def _without_fields(
+    info: VideoInfo, before, frame: av.VideoFrame, after, policy: PixelPolicy, notes: Notes
+) -> av.VideoFrame:
     if policy.interlaced == "reject":
         remedy = "interlaced, and interlaced='reject'; use interlaced='deinterlace', or deinterlace it first"
         raise RejectedInput(info.path, "interlaced", "fields", remedy)
@@ -119,15 +165,26 @@ def _without_fields(info: VideoInfo, before, frame: av.VideoFrame, after, policy
     return deinterlaced(before, frame, after, parity)
 
 
-def deinterlaced(before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None, parity: str = "auto") -> av.VideoFrame:
-    """The frame with the lines of its later field drawn anew, from its neighbours too where there are any of its kind."""
+def deinterlaced(
+    before: av.VideoFrame | None, frame: av.VideoFrame, after: av.VideoFrame | None, parity: str = "auto"
+) -> av.VideoFrame:
+    """The frame with the lines of its later field drawn anew, from its neighbours too
+    where there are any of its kind.
+    """
     alike = [
-        f for f in (before, frame, after) if f is not None and (f.format.name, f.width, f.height) == (frame.format.name, frame.width, frame.height)
+        f
+        for f in (before, frame, after)
+        if f is not None
+        and (f.format.name, f.width, f.height) == (frame.format.name, frame.width, frame.height)
     ]
     graph = av.filter.Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+    )
     graph.link_nodes(
-        source, graph.add("bwdif" if len(alike) == 3 else "yadif", f"mode=send_frame:parity={parity}:deint=all"), graph.add("buffersink")
+        source,
+        graph.add("bwdif" if len(alike) == 3 else "yadif", f"mode=send_frame:parity={parity}:deint=all"),
+        graph.add("buffersink"),
     )
     graph.configure()
     for neighbour in (*alike, None):
@@ -171,7 +228,8 @@ def _chosen(info: VideoInfo, indices: list[int], damaged: str) -> Iterator[tuple
 def _decoded(info: VideoInfo, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
     """(timestamp, frame) in the order they are shown, from the frame at `first` or before it."""
     if info.seekable:
-        # Seeking may land behind references of the first frames (open GOPs, broken indices); from the start it cannot.
+        # Seeking may land behind references of the first frames (open GOPs, broken
+        # indices); from the start it cannot.
         frames = _decoded_from(info, first)
         try:
             before = []
@@ -204,14 +262,18 @@ def _decoded_from(info: VideoInfo, start: int | None) -> Iterator[tuple[int, av.
                     yield pts, frame
 
 
-def _packets(info: VideoInfo, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
+def _packets(
+    info: VideoInfo, container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.Packet | None]:
     """The stream's packets with the timestamps of info.pts, then None, which empties the decoder."""
     number = 0
     for packet in container.demux(stream):
         if packet.size:  # AVI's dropped frames are packets without a byte, which would be taken for the end
             shift = info.shift(number)
             if shift:
-                packet.pts, packet.dts = (None if stamp is None else stamp + shift for stamp in (packet.pts, packet.dts))
+                packet.pts, packet.dts = (
+                    None if stamp is None else stamp + shift for stamp in (packet.pts, packet.dts)
+                )
             number += 1
             yield packet
     yield None

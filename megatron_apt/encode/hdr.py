@@ -1,7 +1,10 @@
-"""High dynamic range to standard: PQ and HLG pictures (ITU-R BT.2100) as BT.709 video shows them.
+"""High dynamic range to standard: PQ and HLG pictures (ITU-R BT.2100) as BT.709 video
+shows them.
 
-Signal -> light in cd/m2 -> BT.709's primaries -> roll-off of highlights -> signal of a BT.1886 display. Diffuse white is 203 cd/m2 (ITU-R BT.2408).
-What lies below KNEE of it comes back as it was graded; what is brighter is compressed into the rest, so that nothing clips.
+Signal -> light in cd/m2 -> BT.709's primaries -> roll-off of highlights -> signal of a
+BT.1886 display. Diffuse white is 203 cd/m2 (ITU-R BT.2408). What lies below KNEE of it
+comes back as it was graded; what is brighter is compressed into the rest, so that nothing
+clips.
 """
 
 from functools import cache
@@ -15,10 +18,14 @@ KNEE = 0.8  # of diffuse white
 GAMMA = 2.4  # ITU-R BT.1886
 ROWS = 64  # converted at once: a whole frame in float32 would take eight times its bytes
 
-# Linear light to BT.709's primaries: from BT.2020's (ITU-R BT.2087), which HDR has unless it says otherwise, and from P3's with white D65.
-FROM_2020 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
+# Linear light to BT.709's primaries: from BT.2020's (ITU-R BT.2087), which HDR has unless
+# it says otherwise, and from P3's with white D65.
+FROM_2020 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32
+)
 FROM_P3 = np.array([[1.2249, -0.2249, 0.0], [-0.0420, 1.0420, 0.0], [-0.0197, -0.0786, 1.0983]], np.float32)
-TO_709 = {1: np.eye(3, dtype=np.float32), 11: FROM_P3, 12: FROM_P3}  # by ITU-T H.273's number of the primaries
+# By ITU-T H.273's number of the primaries
+TO_709 = {1: np.eye(3, dtype=np.float32), 11: FROM_P3, 12: FROM_P3}
 LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
 
 
@@ -36,7 +43,9 @@ def hlg_scene(signal: np.ndarray) -> np.ndarray:
 
 
 def roll_off(light: np.ndarray) -> np.ndarray:
-    """Light relative to diffuse white, of any brightness, to [0, 1): the identity up to KNEE, then smooth and ever rising."""
+    """Light relative to diffuse white, of any brightness, to [0, 1): the identity up to
+    KNEE, then smooth and ever rising.
+    """
     above = np.maximum(light - KNEE, 0) / (1 - KNEE)
     return np.where(light <= KNEE, light, KNEE + (1 - KNEE) * above / (1 + above))
 
@@ -50,7 +59,9 @@ def _light_of_16_bits(transfer: int) -> np.ndarray:
 def to_sdr(pixels: np.ndarray, transfer: int, primaries: int = 9) -> np.ndarray:
     """(H, W, 3) uint16 R'G'B' of PQ or HLG, full range, to uint8 R'G'B' of BT.709 video."""
     matrix = TO_709.get(primaries, FROM_2020).T
-    return np.concatenate([_rows_to_sdr(pixels[i : i + ROWS], transfer, matrix) for i in range(0, len(pixels), ROWS)])
+    return np.concatenate(
+        [_rows_to_sdr(pixels[i : i + ROWS], transfer, matrix) for i in range(0, len(pixels), ROWS)]
+    )
 
 
 def _rows_to_sdr(pixels: np.ndarray, transfer: int, matrix: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Lines of a manifest: streamed, bounded, in one encoding for the whole file; a bad line is named and the next goes on."""
+"""Lines of a manifest: streamed, bounded, in one encoding for the whole file; a bad line
+is named and the next goes on.
+"""
 
 import codecs
 import io
@@ -14,7 +16,9 @@ BLOCK = 1 << 20  # bytes read at once
 
 
 class Line(NamedTuple):
-    """number counts from 1; text ends with its line break; problem says why the text (cut then) cannot be used, note what was done to read it."""
+    """number counts from 1; text ends with its line break; problem says why the text (cut
+    then) cannot be used, note what was done to read it.
+    """
 
     number: int
     text: str
@@ -31,8 +35,11 @@ def read_lines(source: Path) -> Iterator[Line]:
     encoding, skipped = _encoding(source)
     with open(source, "rb") as file:
         file.seek(skipped)
-        # Bad bytes of UTF-8 come through as lone surrogates, so that a line knows its own; what else there is has only U+FFFD for them.
-        kind, errors = ("utf-8", "surrogateescape") if encoding in ("utf-8", "cp1252") else (encoding, "replace")
+        # Bad bytes of UTF-8 come through as lone surrogates, so that a line knows its
+        # own; what else there is has only U+FFFD for them.
+        kind, errors = (
+            ("utf-8", "surrogateescape") if encoding in ("utf-8", "cp1252") else (encoding, "replace")
+        )
         stream = io.TextIOWrapper(file, kind, errors, newline="")
         number = 0
         while text := stream.readline(MOST_LINE + 1):
@@ -56,7 +63,11 @@ def _line(number: int, text: str, encoding: str) -> Line:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         if encoding == "cp1252":
-            return Line(number, data.decode("cp1252"), note=f"the manifest is read as cp1252; {AS_UTF8} to be sure of it")
+            return Line(
+                number,
+                data.decode("cp1252"),
+                note=f"the manifest is read as cp1252; {AS_UTF8} to be sure of it",
+            )
         return Line(number, text, f"not UTF-8 (byte {error.start}); {AS_UTF8}")
     return Line(number, text)
 

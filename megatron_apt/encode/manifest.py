@@ -1,4 +1,6 @@
-"""The list of files to encode: from a folder, or from a .jsonl or .csv manifest. What cannot be used is an entry too, with its problem."""
+"""The list of files to encode: from a folder, or from a .jsonl or .csv manifest. What
+cannot be used is an entry too, with its problem.
+"""
 
 import json
 import math
@@ -42,33 +44,43 @@ class Entry:
 
 @dataclass(frozen=True)
 class Entries:
-    """All entries, in the manifest's order, or sorted by path for a folder; `left` are files of a folder that are no inputs."""
+    """All entries, in the manifest's order, or sorted by path for a folder; `left` are
+    files of a folder that are no inputs.
+    """
 
     entries: list[Entry]
     left: Left
 
 
 def read_entries(source: str | Path, output: str | Path | None = None) -> Entries:
-    """A manifest has columns path (relative to the manifest), caption, and optionally start and fps. A caption that is missing there, and every
-    caption of a folder, is read from the .txt file of the same name beside the picture or video.
+    """A manifest has columns path (relative to the manifest), caption, and optionally
+    start and fps. A caption that is missing there, and every caption of a folder, is read
+    from the .txt file of the same name beside the picture or video.
 
     Args:
         output: a folder inside the source that is not read.
 
     Raises:
-        FileNotFoundError, ValueError: no source, a manifest that cannot be read, or nothing in it.
+        FileNotFoundError, ValueError: no source, a manifest that cannot be read, or
+            nothing in it.
     """
     source = Path(source)
     try:
         mode = source.stat().st_mode
     except FileNotFoundError:
-        raise FileNotFoundError(f"{shown(source)} does not exist; give a folder, or a manifest ending in .jsonl or .csv") from None
+        raise FileNotFoundError(
+            f"{shown(source)} does not exist; give a folder, or a manifest ending in .jsonl or .csv"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{shown(source)}: {_reason(error)}; give a folder, or a manifest ending in .jsonl or .csv") from None
+        raise ValueError(
+            f"{shown(source)}: {_reason(error)}; give a folder, or a manifest ending in .jsonl or .csv"
+        ) from None
     if stat.S_ISDIR(mode):
         return _from_folder(source, output)
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{shown(source)} is {special(mode)}; give a folder, or a manifest ending in .jsonl or .csv")
+        raise ValueError(
+            f"{shown(source)} is {special(mode)}; give a folder, or a manifest ending in .jsonl or .csv"
+        )
     readers = {".jsonl": _read_jsonl, ".csv": read_csv}
     if suffix_of(source) not in readers:
         raise ValueError(f"{shown(source)}: unknown kind of manifest; use .jsonl or .csv, or give a folder")
@@ -87,7 +99,10 @@ def _from_folder(source: Path, output: str | Path | None) -> Entries:
     except OSError as error:
         raise ValueError(f"{shown(source)}: {_reason(error)}; give a folder that may be read") from None
     if not found:
-        raise ValueError(f"{shown(source)}: no picture or video in it{left.described(', only ')}; docs/data.md lists the kinds that are decoded")
+        raise ValueError(
+            f"{shown(source)}: no picture or video in it{left.described(', only ')}; docs/data.md lists the "
+            "kinds that are decoded"
+        )
     return Entries([_entry_found(one) for one in found], left)
 
 
@@ -105,7 +120,10 @@ def _read_jsonl(source: Path) -> Iterator[Row | RejectedInput]:
         if not text:
             continue
         if not begun and text.startswith("["):
-            raise ValueError(f"{shown(source)}:{line.number}: a JSON array, not JSON Lines; {EXAMPLE} (jq -c '.[]' writes them)")
+            raise ValueError(
+                f"{shown(source)}:{line.number}: a JSON array, not JSON Lines; {EXAMPLE} (jq -c '.[]' writes "
+                "them)"
+            )
         begun = True
         if line.problem:
             yield bad_line(source, line, line.problem)
@@ -138,7 +156,9 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _BadRow(f"field {next(name for name in names if names.count(name) > 1)!r} is there twice; give it once")
+        raise _BadRow(
+            f"field {next(name for name in names if names.count(name) > 1)!r} is there twice; give it once"
+        )
     return row
 
 
@@ -153,7 +173,13 @@ def _entry_of_row(source: Path, row: Row | RejectedInput) -> Entry:
     if entry.problem:
         found = entry.problem
         return replace(
-            entry, problem=RejectedInput(found.file, found.field, found.value, f"{found.remedy} (line {row.line.number} of {source.name})")
+            entry,
+            problem=RejectedInput(
+                found.file,
+                found.field,
+                found.value,
+                f"{found.remedy} (line {row.line.number} of {source.name})",
+            ),
         )
     return replace(entry, note=entry.note or row.line.note) if row.line.note else entry
 
@@ -187,23 +213,31 @@ def _entry(path: Path, row: dict) -> Entry:
 
 
 def _size(path: Path) -> tuple[int | None, RejectedInput | None]:
-    """Size of a file, or what is there instead. Of a file that is simply missing nothing is said: the decoders will."""
+    """Size of a file, or what is there instead. Of a file that is simply missing nothing
+    is said: the decoders will.
+    """
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         hint = _missing_hint(path)
         return None, RejectedInput(path, "path", "no such file", hint) if hint else None
     except (OSError, ValueError) as error:
-        return None, RejectedInput(path, "path", _reason(error), "cannot be reached; give its rights or correct the manifest")
+        return None, RejectedInput(
+            path, "path", _reason(error), "cannot be reached; give its rights or correct the manifest"
+        )
     if not stat.S_ISREG(found.st_mode):
-        return None, RejectedInput(path, "path", special(found.st_mode), "not a file; name a picture or video")
+        return None, RejectedInput(
+            path, "path", special(found.st_mode), "not a file; name a picture or video"
+        )
     return found.st_size, None
 
 
 def _missing_hint(path: Path) -> str:
     text = os.fspath(path)
     if path.is_symlink():
-        return f"a link to {shown(os.readlink(path))}, which is not there; put the file there or remove the link"
+        return (
+            f"a link to {shown(os.readlink(path))}, which is not there; put the file there or remove the link"
+        )
     if "\\" in text:
         return "written with backslashes; write / between folders, and no drive letter"
     if text != text.strip():

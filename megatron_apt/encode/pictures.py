@@ -1,7 +1,9 @@
-"""Still pictures: what their headers say before anything is decoded, a strict check, and Pillow's decoding of the kinds that DALI shows wrongly.
+"""Still pictures: what their headers say before anything is decoded, a strict check, and
+Pillow's decoding of the kinds that DALI shows wrongly.
 
-DALI's decoder is right for opaque 8-bit grey and RGB pictures in sRGB that need no turning. The others (transparency, palettes, 16 bits, CMYK, colour
-profiles, EXIF orientation, TIFF and rarer formats) are decoded here.
+DALI's decoder is right for opaque 8-bit grey and RGB pictures in sRGB that need no
+turning. The others (transparency, palettes, 16 bits, CMYK, colour profiles, EXIF
+orientation, TIFF and rarer formats) are decoded here.
 """
 
 import io
@@ -21,13 +23,33 @@ from megatron_apt.encode.notes import Notes
 from megatron_apt.encode.policy import PixelPolicy
 from megatron_apt.encode.rejected import RejectedInput
 
-# Formats that are opened, whatever a file is called. Not among them: those that Pillow hands to other programs (EPS) or that are no pictures.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "SGI", "PCX", "DDS", "SUN")
+# Formats that are opened, whatever a file is called. Not among them: those that Pillow
+# hands to other programs (EPS) or that are no pictures.
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "GIF",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "QOI",
+    "SGI",
+    "PCX",
+    "DDS",
+    "SUN",
+)
 DALI_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 MOVING = ("GIF", "PNG", "AVIF")  # animations that FFmpeg decodes
-QUIET_CHUNKS = frozenset(b"IHDR PLTE IDAT IEND sRGB gAMA cHRM pHYs tEXt zTXt iTXt tIME bKGD sBIT".split())  # of PNG, which libpng says nothing about
+# Of PNG, which libpng says nothing about
+QUIET_CHUNKS = frozenset(b"IHDR PLTE IDAT IEND sRGB gAMA cHRM pHYs tEXt zTXt iTXt tIME bKGD sBIT".split())
 DALI_FILE_BYTES = 64 << 20  # DALI reads files whole
-LARGE = 32 << 20  # pixels from which a picture is made smaller as it is read, to hold it once and not in four copies
+# Pixels from which a picture is made smaller as it is read, to hold it once and not in
+# four copies
+LARGE = 32 << 20
 COSTS = {"AVIF": 2, "WEBP": 2, "JPEG2000": 4}  # decoders that hold a picture so many times
 ORIENTATION = 0x0112
 DAMAGED = "the data are damaged or of an unsupported kind; fetch the file again or re-encode it"
@@ -66,7 +88,10 @@ def inspect(path: Path, policy: PixelPolicy) -> Head | None:
             width, height = image.size
             most = policy.most_pixels // COSTS.get(image.format, 1)
             if width * height > most:
-                remedy = f"more than {most} pixels ({image.format}, most_pixels={policy.most_pixels}); scale the picture down or raise most_pixels"
+                remedy = (
+                    f"more than {most} pixels ({image.format}, most_pixels={policy.most_pixels}); scale the "
+                    "picture down or raise most_pixels"
+                )
                 raise RejectedInput(path, "size", f"{width}x{height}", remedy)
             hdr = _is_hdr(image, path)
             moving = image.format in MOVING and getattr(image, "n_frames", 1) > 1
@@ -80,9 +105,11 @@ def inspect(path: Path, policy: PixelPolicy) -> Head | None:
 
 
 def load(path: Path, policy: PixelPolicy, notes: Notes, least: int = 1 << 30) -> np.ndarray:
-    """(H, W, 3) uint8 as a viewer shows it: turned upright, in sRGB, composed over the background.
+    """(H, W, 3) uint8 as a viewer shows it: turned upright, in sRGB, composed over the
+    background.
 
-    least: pixels that both sides must keep. Pictures above LARGE are reduced by whole factors (means of blocks) as far as that allows.
+    least: pixels that both sides must keep. Pictures above LARGE are reduced by whole
+    factors (means of blocks) as far as that allows.
 
     Raises:
         RejectedInput: damaged, or of a kind whose values have no fixed meaning.
@@ -103,7 +130,8 @@ def load(path: Path, policy: PixelPolicy, notes: Notes, least: int = 1 << 30) ->
 
 
 def check_whole(path: Path) -> None:
-    """Reads a picture that DALI will decode as strictly as Pillow does: DALI's decoders fill with grey what a damaged file lacks.
+    """Reads a picture that DALI will decode as strictly as Pillow does: DALI's decoders
+    fill with grey what a damaged file lacks.
 
     Raises:
         RejectedInput: damaged.
@@ -161,7 +189,9 @@ def _png_depth(path: Path) -> int:
 
 
 def _is_hdr(image: Image.Image, path: Path) -> bool:
-    """Code points of ITU-T H.273 in AVIF's nclx box or PNG's cICP chunk; primaries come first, then the transfer."""
+    """Code points of ITU-T H.273 in AVIF's nclx box or PNG's cICP chunk; primaries come
+    first, then the transfer.
+    """
     if image.format not in ("AVIF", "PNG"):
         return False
     with open(path, "rb") as file:
@@ -178,7 +208,9 @@ def _shown(image: Image.Image, path: Path, policy: PixelPolicy, notes: Notes) ->
     if image.mode.startswith("I;16") or image.mode == "I":
         return _grey_of_16_bits(image, path, policy)
     if image.mode == "F":
-        raise RejectedInput(path, "mode", "floating point", "it does not say which value is white; convert it to 8 or 16 bits")
+        raise RejectedInput(
+            path, "mode", "floating point", "it does not say which value is white; convert it to 8 or 16 bits"
+        )
     transparent = "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
     colours = _in_srgb(image, path, notes)
     if not transparent:
@@ -209,7 +241,10 @@ def _reduced_by_bands(image: Image.Image, factor: int) -> Image.Image:
     """RGBA, band by band: weighted by transparency, a whole picture would be held three times."""
     height = 64 * factor
     bands = (
-        image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA").convert("RGBa").reduce(factor)
+        image.crop((0, top, image.width, min(top + height, image.height)))
+        .convert("RGBA")
+        .convert("RGBa")
+        .reduce(factor)
         for top in range(0, image.height, height)
     )
     whole = Image.new("RGBA", (-(-image.width // factor), -(-image.height // factor)))
@@ -221,7 +256,12 @@ def _reduced_by_bands(image: Image.Image, factor: int) -> Image.Image:
 def _grey_of_16_bits(image: Image.Image, path: Path, policy: PixelPolicy) -> np.ndarray:
     grey = np.asarray(image)
     if image.mode == "I" and (grey.min() < 0 or grey.max() > 65535):
-        raise RejectedInput(path, "mode", "32-bit integers", "it does not say which value is white; convert it to 8 or 16 bits")
+        raise RejectedInput(
+            path,
+            "mode",
+            "32-bit integers",
+            "it does not say which value is white; convert it to 8 or 16 bits",
+        )
     eight = np.empty(grey.shape, np.uint8)
     for i in range(0, len(grey), 256):
         eight[i : i + 256] = (grey[i : i + 256].astype(np.uint32) * 255 + 32767) // 65535
@@ -241,9 +281,13 @@ def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
 
 
 def _foreign_profile(image: Image.Image) -> bool:
-    """Whether an embedded profile describes other colours than sRGB's. A grey curve counts: sRGB's own grey is written without a profile."""
+    """Whether an embedded profile describes other colours than sRGB's. A grey curve
+    counts: sRGB's own grey is written without a profile.
+    """
     profile = _profile(image)
-    return profile is not None and not (image.mode != "CMYK" and "srgb" in (profile.profile.profile_description or "").lower())
+    return profile is not None and not (
+        image.mode != "CMYK" and "srgb" in (profile.profile.profile_description or "").lower()
+    )
 
 
 @cache
@@ -256,10 +300,16 @@ def _in_srgb(image: Image.Image, path: Path, notes: Notes) -> Image.Image:
     if not _foreign_profile(image) and image.mode != "LAB":
         return image
     profile = _profile(image)
-    opaque = image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("L" if image.mode in ("LA", "La", "1") else "RGB")
+    opaque = (
+        image
+        if image.mode in ("L", "RGB", "CMYK", "LAB")
+        else image.convert("L" if image.mode in ("LA", "La", "1") else "RGB")
+    )
     try:
         source = ImageCms.createProfile("LAB") if image.mode == "LAB" else profile
-        converted = ImageCms.profileToProfile(opaque, source, _srgb(), ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB")
+        converted = ImageCms.profileToProfile(
+            opaque, source, _srgb(), ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
+        )
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         notes.add(path, f"colour profile not applied ({' '.join(str(error).split())})")
         return image

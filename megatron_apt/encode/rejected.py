@@ -5,14 +5,17 @@ import os
 import unicodedata
 from pathlib import Path
 
-MOST_SHOWN = 200  # characters of a value or reason that a record holds: what came from outside may be of any length
+# Characters of a value or reason that a record holds: what came from outside may be of
+# any length
+MOST_SHOWN = 200
 
 
 class RejectedInput(ValueError):
     """An input file that cannot become a sample.
 
     Attributes:
-        file, field, value, remedy: what is wrong with which file, and what to do about it. For a line of a manifest, file is MANIFEST:LINE.
+        file, field, value, remedy: what is wrong with which file, and what to do about
+            it. For a line of a manifest, file is MANIFEST:LINE.
     """
 
     def __init__(self, file: str | Path, field: str, value: object, remedy: str):
@@ -24,7 +27,9 @@ class RejectedInput(ValueError):
 
 
 def shown(name: str | os.PathLike) -> str:
-    r"""A name as printable UTF-8: bytes that are not UTF-8 and control characters are written \xNN, everything else as it is."""
+    r"""A name as printable UTF-8: bytes that are not UTF-8 and control characters are
+    written \xNN, everything else as it is.
+    """
     text = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, os.PathLike) else name
     if text.isprintable():
         return text
@@ -43,7 +48,11 @@ def _escaped(character: str) -> str:
 
 def _plain(value: object) -> object:
     """A value that JSON can hold and a line can show."""
-    if value is None or (isinstance(value, bool | int) and abs(value) < 2**53) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or (isinstance(value, bool | int) and abs(value) < 2**53)
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     text = shown(value if isinstance(value, str) else _represented(value))
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text)} characters)"

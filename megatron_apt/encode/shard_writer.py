@@ -1,4 +1,6 @@
-"""The writer of a dataset: shard by shard, so that an interrupted encoding continues; the layout is told in shards.py."""
+"""The writer of a dataset: shard by shard, so that an interrupted encoding continues; the
+layout is told in shards.py.
+"""
 
 import contextlib
 import errno
@@ -28,17 +30,21 @@ class EncodeStopped(ValueError):
 
 
 class ShardWriter:
-    """Writes a dataset shard by shard, so that an interrupted encoding continues where it was.
+    """Writes a dataset shard by shard, so that an interrupted encoding continues where it
+    was.
 
     Args:
-        settings: what the bytes depend on, as JSON values. A folder begun with other settings is refused.
-        lock: asked before anything is committed whether the folder is still this process's.
+        settings: what the bytes depend on, as JSON values. A folder begun with other
+            settings is refused.
+        lock: asked before anything is committed whether the folder is still this
+            process's.
 
     Attributes:
         finished: contents of dataset.json if the folder is complete already, else None.
 
     Raises:
-        ValueError: other settings (naming the first that differs), or a folder with foreign files.
+        ValueError: other settings (naming the first that differs), or a folder with
+            foreign files.
     """
 
     def __init__(self, folder: str | Path, settings: dict, lock: FolderLock | None = None):
@@ -63,11 +69,13 @@ class ShardWriter:
             return None
         done, tar = read_done(file), self.folder / f"shard-{shard:05d}.tar"
         end = max((sum(line["meta"]) for line in done["index"]), default=0)
-        return done if tar.is_file() and tar.stat().st_size >= end else None  # without its tar file it is not finished
+        # Without its tar file it is not finished
+        return done if tar.is_file() and tar.stat().st_size >= end else None
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator["OpenShard"]:
-        """Opens a shard; leaving the block commits it, an exception leaves nothing behind.
+        """Opens a shard; leaving the block commits it, an exception leaves nothing
+        behind.
 
         Raises:
             EncodeStopped: it cannot be written.
@@ -77,7 +85,9 @@ class ShardWriter:
         with output_named(self.folder):
             file = open(temporary, "wb")
         try:
-            opened = OpenShard(name, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT), self.folder)
+            opened = OpenShard(
+                name, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT), self.folder
+            )
             yield opened
             with output_named(self.folder):
                 opened.close()
@@ -101,12 +111,14 @@ class ShardWriter:
         first_frame: dict | None = None,
         notes: Sequence[dict] = (),
     ) -> tuple[dict, list[dict]]:
-        """Writes index, conditions (named as in the file), rejected.jsonl, notes.jsonl if there are any and, last, dataset.json.
+        """Writes index, conditions (named as in the file), rejected.jsonl, notes.jsonl if
+        there are any and, last, dataset.json.
 
         Returns its contents and all notes.
 
         Args:
-            first_frame: "channels" of given, and "image" (shape of its tokens) and "image_encoder" if there is one; None: no first frames.
+            first_frame: "channels" of given, and "image" (shape of its tokens) and
+                "image_encoder" if there is one; None: no first frames.
             notes: of the source as a whole; they stand before those of its files.
         """
         parts = [self.done(number) for number in range(shards)]
@@ -117,7 +129,9 @@ class ShardWriter:
             "format": POOLED_FORMAT if "null_pooled" in conditions else FORMAT,
             "samples": len(index),
             "rejected": len(rejected),
-            "shapes": dict(sorted(Counter("x".join(map(str, line["latent_shape"])) for line in index).items())),
+            "shapes": dict(
+                sorted(Counter("x".join(map(str, line["latent_shape"])) for line in index).items())
+            ),
             "codec": codec,
             "text_encoder": text_encoder,
             "conditions": CONDITIONS,
@@ -165,10 +179,12 @@ class ShardWriter:
 
 
 def finished_dataset(folder: Path, settings: dict) -> dict | None:
-    """The contents of dataset.json if the folder is complete already; None if it is new, or was begun with these settings. Writes nothing.
+    """The contents of dataset.json if the folder is complete already; None if it is new,
+    or was begun with these settings. Writes nothing.
 
     Raises:
-        ValueError: other settings (naming the first that differs), or a folder with foreign files.
+        ValueError: other settings (naming the first that differs), or a folder with
+            foreign files.
     """
     names: set[str] = set()
     with _output_usable(folder), contextlib.suppress(FileNotFoundError):
@@ -179,8 +195,13 @@ def finished_dataset(folder: Path, settings: dict) -> dict | None:
         return info
     earlier = _earlier(folder)
     if earlier is None and any(not name.startswith(".lock") for name in names):
-        raise ValueError(f"{shown(folder)} is not empty and was not begun by `megatron-apt encode`; give an empty or new folder as output")
-    mended = {**(earlier or {}), "entries": None} == {**settings, "entries": None} and not any(name.endswith(".done") for name in names)
+        raise ValueError(
+            f"{shown(folder)} is not empty and was not begun by `megatron-apt encode`; give an empty or new "
+            "folder as output"
+        )
+    mended = {**(earlier or {}), "entries": None} == {**settings, "entries": None} and not any(
+        name.endswith(".done") for name in names
+    )
     if earlier is not None and not mended:
         _compare(folder, earlier, settings)
     return None
@@ -197,8 +218,8 @@ def _compare(folder: Path, earlier: dict, settings: dict) -> None:
         before, now = earlier.get(field), settings.get(field)
         if before != now:
             raise ValueError(
-                f"{shown(folder)}: was begun with {field}={before!r}, now {field}={now!r}; "
-                "give the same settings, another output folder, or delete this one"
+                f"{shown(folder)}: was begun with {field}={before!r}, now {field}={now!r}; give the same "
+                "settings, another output folder, or delete this one"
             )
 
 
@@ -218,8 +239,12 @@ class OpenShard:
         """Writes the end of the tar file."""
         self._tar.close()
 
-    def add(self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, **others: Tensor | None) -> None:
-        """Appends a sample; key is its unique name, without dots (WebDataset cuts names at the first), `others` are further arrays of ARRAYS."""
+    def add(
+        self, key: str, latent: Tensor, text: Tensor, caption: str, meta: dict, **others: Tensor | None
+    ) -> None:
+        """Appends a sample; key is its unique name, without dots (WebDataset cuts names
+        at the first), `others` are further arrays of ARRAYS.
+        """
         line, sums = {"key": key, "shard": self.name}, {}
         for name, array in {"latent": latent, "text": text, **others}.items():
             if array is not None:
@@ -227,14 +252,17 @@ class OpenShard:
                 sums[name] = zlib.crc32(data)
                 line[name] = self._member(f"{key}.{name}.npy", data)
         line["meta"] = self._member(f"{key}.json", _json_bytes({"key": key, "caption": caption, **meta}))
-        self.index.append({**line, "latent_shape": list(latent.shape), "text_length": len(text), "caption": caption})
+        self.index.append(
+            {**line, "latent_shape": list(latent.shape), "text_length": len(text), "caption": caption}
+        )
         self.index[-1]["crc32"] = [sums[name] for name in ARRAYS if name in sums]
 
     def reject(self, rejected: RejectedInput) -> None:
         self.rejected.append(rejected.as_dict())
 
     def _member(self, name: str, data: bytes) -> list[int]:
-        header = tarfile.TarInfo(name)  # time, owner and mode are constants, so the same samples give the same bytes
+        # Time, owner and mode are constants, so the same samples give the same bytes
+        header = tarfile.TarInfo(name)
         header.size = len(data)
         offset = self._tar.offset + tarfile.BLOCKSIZE
         with output_named(self._folder):
@@ -244,15 +272,22 @@ class OpenShard:
 
 @contextlib.contextmanager
 def output_named(folder: Path) -> Iterator[None]:
-    """Turns what the system says while the output is written (disk full, read-only, deleted meanwhile) into EncodeStopped with folder and remedy."""
+    """Turns what the system says while the output is written (disk full, read-only,
+    deleted meanwhile) into EncodeStopped with folder and remedy.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "finished shards are kept, free some space and run the same command again"
             raise EncodeStopped(f"{shown(folder)}: disk full ({error.strerror}); {remedy}") from None
-        remedy = "was it deleted, or made read-only? Finished shards that are still there are kept; mend it and run the same command again"
-        raise EncodeStopped(f"{shown(folder)}: the output cannot be written ({error.strerror or error}); {remedy}") from None
+        remedy = (
+            "was it deleted, or made read-only? Finished shards that are still there are kept; mend it and "
+            "run the same command again"
+        )
+        raise EncodeStopped(
+            f"{shown(folder)}: the output cannot be written ({error.strerror or error}); {remedy}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -264,12 +299,17 @@ def _output_usable(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EncodeStopped(f"{shown(folder)}: disk full ({error.strerror}); free some space") from None
-        raise ValueError(f"output={shown(folder)} cannot be made or read ({error.strerror or error}); give a folder that you may write") from None
+        raise ValueError(
+            f"output={shown(folder)} cannot be made or read ({error.strerror or error}); give a folder that "
+            "you may write"
+        ) from None
 
 
 def _npy_bytes(tensor: Tensor) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, tensor.detach().cpu().contiguous().numpy().astype(np.float32, copy=False), allow_pickle=False)
+    np.save(
+        buffer, tensor.detach().cpu().contiguous().numpy().astype(np.float32, copy=False), allow_pickle=False
+    )
     return buffer.getvalue()
 
 

@@ -1,4 +1,6 @@
-"""Records of a CSV manifest. Whatever is wrong with one (quotes, commas, lengths) costs that line, never what follows it and never half a caption."""
+"""Records of a CSV manifest. Whatever is wrong with one (quotes, commas, lengths) costs
+that line, never what follows it and never half a caption.
+"""
 
 import csv
 from collections import deque
@@ -10,8 +12,13 @@ from megatron_apt.encode.kinds import MEDIA_SUFFIXES, UNDECODED, suffix_of
 from megatron_apt.encode.lines import MOST_LINE, Line, bad_line, read_lines
 from megatron_apt.encode.rejected import RejectedInput, shown
 
-MOST_LINES = 100  # of one record: captions may have line breaks in quotes, but a quote that is never closed would swallow the file
-OPEN_QUOTE = 'a quotation mark opens here and closes nowhere sensible; close it, and write a " inside a quoted field as ""'
+# Of one record: captions may have line breaks in quotes, but a quote that is never closed
+# would swallow the file
+MOST_LINES = 100
+OPEN_QUOTE = (
+    'a quotation mark opens here and closes nowhere sensible; close it, and write a " inside a '
+    'quoted field as ""'
+)
 COLUMNS = "the first line must name path and caption (and may name start, fps), separated by commas"
 
 
@@ -25,10 +32,12 @@ class _Open(Exception):
 
 
 def read_csv(source: Path) -> Iterator[Row | RejectedInput]:
-    """Rows by the names of the first line, in the file's order; a line that is no row gives its RejectedInput.
+    """Rows by the names of the first line, in the file's order; a line that is no row
+    gives its RejectedInput.
 
     Raises:
-        ValueError: no readable first line, or one without path, with a name twice, or with other separators than commas.
+        ValueError: no readable first line, or one without path, with a name twice, or
+            with other separators than commas.
     """
     lines = _Lines(read_lines(source))
     header = None
@@ -60,7 +69,9 @@ class _Lines:
 
 
 def _record(lines: _Lines, first: Line, header: list[str] | None) -> list[str] | str:
-    """Fields of the record that begins with this line, or what is wrong with it; then the lines after the first are still to be read."""
+    """Fields of the record that begins with this line, or what is wrong with it; then the
+    lines after the first are still to be read.
+    """
     if first.problem:
         return first.problem
     taken = [first]
@@ -88,14 +99,19 @@ def _feed(lines: _Lines, taken: list[Line]) -> Iterator[str]:
 
 
 def _looks_like_row(text: str, header: list[str] | None) -> bool:
-    """Whether a line inside a quoted field is really the next row: as many fields, and a picture or video where the path belongs."""
+    """Whether a line inside a quoted field is really the next row: as many fields, and a
+    picture or video where the path belongs.
+    """
     if header is None:
         return False
     try:
         fields = next(csv.reader([text], skipinitialspace=True), [])
     except csv.Error:
         return False
-    return len(fields) == len(header) and suffix_of(fields[header.index("path")].strip()) in MEDIA_SUFFIXES | UNDECODED.keys()
+    return (
+        len(fields) == len(header)
+        and suffix_of(fields[header.index("path")].strip()) in MEDIA_SUFFIXES | UNDECODED.keys()
+    )
 
 
 def _csv_problem(error: Exception) -> str:
@@ -111,8 +127,12 @@ def _header(source: Path, first: Line, record: list[str] | str) -> list[str]:
     where = f"{shown(source)}:{first.number}"
     names = [] if isinstance(record, str) else [name.strip().lower() for name in record]
     for separator, called in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if "path" not in names and "path" in [name.strip(' "').lower() for name in first.text.strip().split(separator)]:
-            raise ValueError(f"{where}: columns are separated by {called} ({shown(first.text.strip()[:200])}); {COLUMNS}")
+        if "path" not in names and "path" in [
+            name.strip(' "').lower() for name in first.text.strip().split(separator)
+        ]:
+            raise ValueError(
+                f"{where}: columns are separated by {called} ({shown(first.text.strip()[:200])}); {COLUMNS}"
+            )
     if isinstance(record, str):
         raise ValueError(f"{where}: {record}")
     if "path" not in names:
@@ -125,10 +145,16 @@ def _header(source: Path, first: Line, record: list[str] | str) -> list[str]:
 
 def _row(source: Path, first: Line, record: list[str], header: list[str]) -> Row | RejectedInput:
     if len(record) > len(header):
-        problem = f"{len(record)} fields, but {len(header)} columns; put a caption with commas in quotation marks"
+        problem = (
+            f"{len(record)} fields, but {len(header)} columns; put a caption with commas in quotation marks"
+        )
         return bad_line(source, first, problem)
     fields = dict(zip(header, record, strict=False))
     unnamed = [text for name, text in zip(header, record, strict=False) if not name and text.strip()]
     if unnamed:
-        return bad_line(source, first, f"{unnamed[0]!r} stands in a column without a name; put a caption with commas in quotation marks")
+        return bad_line(
+            source,
+            first,
+            f"{unnamed[0]!r} stands in a column without a name; put a caption with commas in quotation marks",
+        )
     return Row(first, fields)

@@ -1,4 +1,6 @@
-"""Text that people wrote, in whatever encoding: UTF-8, UTF-16, cp1252, or refused by name. Nothing is guessed that would be trained on."""
+"""Text that people wrote, in whatever encoding: UTF-8, UTF-16, cp1252, or refused by
+name. Nothing is guessed that would be trained on.
+"""
 
 import codecs
 import re
@@ -16,11 +18,14 @@ AS_UTF8 = "save it as UTF-8"
 _ACCENTED = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜŒ"
 _SMALL = "ßàáâãäåæçèéêëìíîïñòóôõöøùúûüÿœ"
 _LETTERS = _ACCENTED + _SMALL
-_MARKS = "\u2013\u2014\u2018\u2019\u201c\u201d\u2026\u00ab\u00bb\u00a1\u00bf"  # dashes, quotation marks, ellipsis
+# Dashes, quotation marks, ellipsis
+_MARKS = "\u2013\u2014\u2018\u2019\u201c\u201d\u2026\u00ab\u00bb\u00a1\u00bf"
 _SIGNS = "\u00a0€£¥¢©®™°§·•ºª²³½¼¾±×"
-# Polish, Turkish, Russian, Chinese, Mac and DOS code pages give letters and signs at places where no Western text has them.
+# Polish, Turkish, Russian, Chinese, Mac and DOS code pages give letters and signs at
+# places where no Western text has them.
 _IMPLAUSIBLE = re.compile(
-    f"[^\x00-\x7f{_LETTERS}{_MARKS}{_SIGNS}]"  # other characters; among them the Icelandic ones, which are Turkish far more often
+    # Other characters; among them the Icelandic ones, which are Turkish far more often
+    f"[^\x00-\x7f{_LETTERS}{_MARKS}{_SIGNS}]"
     f"|[{_LETTERS}]{{3}}"
     f"|[a-z{_SMALL}][{_ACCENTED}]"  # a capital inside a word
     f"|[{_ACCENTED}]{{2}}(?![A-Z])(?<![A-Z]..)"
@@ -33,13 +38,16 @@ _QUOTES = re.compile("(?<![0-9])[\u201c\u201d]")  # after a digit they may be in
 
 
 class UnreadableText(ValueError):
-    """Text in an encoding that is not known for sure, or with characters that are no text; says what is wrong, without a remedy."""
+    """Text in an encoding that is not known for sure, or with characters that are no
+    text; says what is wrong, without a remedy.
+    """
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
     """(text without its byte order mark, name of its encoding).
 
-    Without a mark it is UTF-8; else UTF-16 if every second byte is mostly NUL; else cp1252 if it then reads as Western text.
+    Without a mark it is UTF-8; else UTF-16 if every second byte is mostly NUL; else
+    cp1252 if it then reads as Western text.
 
     Raises:
         UnreadableText: none of these.
@@ -60,7 +68,9 @@ def decode_text(data: bytes) -> tuple[str, str]:
 
 
 def as_cp1252(data: bytes) -> str | None:
-    """Bytes that are not UTF-8, read as cp1252; None where that gives no plausible text of a Western language."""
+    """Bytes that are not UTF-8, read as cp1252; None where that gives no plausible text
+    of a Western language.
+    """
     try:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
@@ -75,7 +85,9 @@ def _strict(data: bytes, encoding: str) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UnreadableText(f"not {encoding.upper()} throughout: {error.reason} at byte {error.start}") from None
+        raise UnreadableText(
+            f"not {encoding.upper()} throughout: {error.reason} at byte {error.start}"
+        ) from None
 
 
 def utf16_without_mark(data: bytes) -> str | None:
@@ -91,7 +103,8 @@ def clean(text: str) -> str:
     """On one line, without byte order marks; "" if nothing of it can be seen.
 
     Raises:
-        UnreadableText: control characters, halves of surrogate pairs, U+FFFD, or code points that are no characters.
+        UnreadableText: control characters, halves of surrogate pairs, U+FFFD, or code
+            points that are no characters.
     """
     text = " ".join(text.replace("\ufeff", "").split())
     for character in text if not text.isprintable() or "\ufffd" in text else ():

@@ -1,8 +1,10 @@
 """Codecs: pixels in [-1, 1] to latents and back.
 
-Shapes: pixels (3, F, H, W), latents (c, f, h, w), each with any number of leading batch axes for PixelCodec and at most one for VAEs.
-Codecs are causal in time: F = 1 + k * temporal pixel frames are 1 + k latent frames, so that an image is the case k = 0. PixelCodec can also cut
-clips into whole groups, F = k * temporal, where no latent frame has components that are always zero.
+Shapes: pixels (3, F, H, W), latents (c, f, h, w), each with any number of leading batch
+axes for PixelCodec and at most one for VAEs. Codecs are causal in time: F = 1 + k *
+temporal pixel frames are 1 + k latent frames, so that an image is the case k = 0.
+PixelCodec can also cut clips into whole groups, F = k * temporal, where no latent frame
+has components that are always zero.
 """
 
 import math
@@ -27,10 +29,13 @@ class PixelCodecConfig:
     Attributes:
         channels: 3 keeps RGB; 1 keeps luma only, which is lossless for grey sources.
         temporal: pixel frames of one latent frame (with causal: after the first).
-        causal: the first frame stands alone. It then leaves all but one time component of its latent frame at zero in every sample, which a
-            discriminator can tell from a generator's nearly zero; for adversarial training on pixel latents, turn it off.
+        causal: the first frame stands alone. It then leaves all but one time component of
+            its latent frame at zero in every sample, which a discriminator can tell from
+            a generator's nearly zero; for adversarial training on pixel latents, turn it
+            off.
         spatial: side of the pixel block that becomes one latent position.
-        shift: mean pixel value of the data, in [-1, 1]; taken off the constant component only, since every other one has mean 0.
+        shift: mean pixel value of the data, in [-1, 1]; taken off the constant component
+            only, since every other one has mean 0.
         scale: divides all coefficients, so that latents have about unit variance.
     """
 
@@ -48,18 +53,25 @@ class PixelCodecConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"pixel codec: {name}={getattr(self, name)} must be at least 1")
         if not (self.scale > 0 and math.isfinite(self.scale) and math.isfinite(self.shift)):
-            raise ValueError(f"pixel codec: scale={self.scale}, shift={self.shift}; use a positive scale and a finite shift")
+            raise ValueError(
+                f"pixel codec: scale={self.scale}, shift={self.shift}; use a positive scale and a finite "
+                "shift"
+            )
 
 
 def dct_matrix(size: int) -> Tensor:
-    """Orthonormal DCT-II, (size, size) float64: row k holds sqrt(2 / size) cos(pi (2 n + 1) k / (2 size)), row 0 divided by sqrt(2)."""
+    """Orthonormal DCT-II, (size, size) float64: row k holds sqrt(2 / size) cos(pi (2 n +
+    1) k / (2 size)), row 0 divided by sqrt(2).
+    """
     n = torch.arange(size, dtype=torch.float64)
     matrix = math.sqrt(2 / size) * torch.cos(math.pi * (2 * n + 1) * n[:, None] / (2 * size))
     matrix[0] /= math.sqrt(2)
     return matrix
 
 
-def latent_shape_of(size: tuple[int, int, int], channels: int, temporal: int, spatial: int, causal: bool = True) -> tuple[int, int, int, int]:
+def latent_shape_of(
+    size: tuple[int, int, int], channels: int, temporal: int, spatial: int, causal: bool = True
+) -> tuple[int, int, int, int]:
     """(c, f, h, w) of pixels of size (F, H, W).
 
     Raises:
@@ -69,24 +81,32 @@ def latent_shape_of(size: tuple[int, int, int], channels: int, temporal: int, sp
     if not causal:
         if frames < 1 or frames % temporal:
             nearest = temporal * max(1, round(frames / temporal))
-            raise ValueError(f"frames={frames} is not a multiple of {temporal}; the nearest legal count is {nearest}")
+            raise ValueError(
+                f"frames={frames} is not a multiple of {temporal}; the nearest legal count is {nearest}"
+            )
     elif frames < 1 or (frames - 1) % temporal:
         nearest = 1 + temporal * max(0, round((frames - 1) / temporal))
-        raise ValueError(f"frames={frames} is not 1 + a multiple of {temporal}; the nearest legal count is {nearest}")
+        raise ValueError(
+            f"frames={frames} is not 1 + a multiple of {temporal}; the nearest legal count is {nearest}"
+        )
     for name, value in (("height", height), ("width", width)):
         if value < 1 or value % spatial:
             nearest = spatial * max(1, round(value / spatial))
-            raise ValueError(f"{name}={value} is not a multiple of {spatial}; the nearest legal {name} is {nearest}")
+            raise ValueError(
+                f"{name}={value} is not a multiple of {spatial}; the nearest legal {name} is {nearest}"
+            )
     return channels, -(-frames // temporal), height // spatial, width // spatial
 
 
 class PixelCodec:
-    """Invertible codec without weights: an orthonormal DCT over time and over spatial blocks.
+    """Invertible codec without weights: an orthonormal DCT over time and over spatial
+    blocks.
 
-    With config.causal the first frame stands alone, as if it were repeated `temporal` times: its constant component is frame * sqrt(temporal),
-    the others are 0.
-    Latent channel index = (channel * temporal + time frequency) * spatial^2 + (vertical frequency * spatial + horizontal frequency).
-    decode inverts encode to better than 1e-5, so 8-bit sources come back exactly after rounding.
+    With config.causal the first frame stands alone, as if it were repeated `temporal`
+    times: its constant component is frame * sqrt(temporal), the others are 0. Latent
+    channel index = (channel * temporal + time frequency) * spatial^2 + (vertical
+    frequency * spatial + horizontal frequency). decode inverts encode to better than
+    1e-5, so 8-bit sources come back exactly after rounding.
     """
 
     def __init__(self, config: PixelCodecConfig = PixelCodecConfig()):
@@ -100,12 +120,22 @@ class PixelCodec:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Raises ValueError for sizes that do not fit."""
-        return latent_shape_of((frames, height, width), self.latent_channels, self.config.temporal, self.config.spatial, self.config.causal)
+        return latent_shape_of(
+            (frames, height, width),
+            self.latent_channels,
+            self.config.temporal,
+            self.config.spatial,
+            self.config.causal,
+        )
 
     def pixel_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(F, H, W) of the clips whose latents are of this size."""
         first = 1 if self.config.causal else self.config.temporal
-        return first + (frames - 1) * self.config.temporal, height * self.config.spatial, width * self.config.spatial
+        return (
+            first + (frames - 1) * self.config.temporal,
+            height * self.config.spatial,
+            width * self.config.spatial,
+        )
 
     def config_dict(self) -> dict:
         return {"kind": "pixel", **asdict(self.config)}
@@ -118,7 +148,9 @@ class PixelCodec:
         if k == 1:
             x = sum(weight * x[..., i : i + 1, :, :, :] for i, weight in enumerate(LUMA))
         if self.config.causal:
-            x = torch.cat((x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3)
+            x = torch.cat(
+                (x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3
+            )
         x = x.unflatten(-3, (f, t)).unflatten(-2, (h, s)).unflatten(-1, (w, s))
         x = torch.einsum("nmqtij,...cfthiwj->...cnmqfhw", self._basis, x)
         x = x.reshape(*pixels.shape[:-4], k, t * s * s, f, h, w).clone()
@@ -130,7 +162,8 @@ class PixelCodec:
         t, s, k = self.config.temporal, self.config.spatial, self.config.channels
         if latent.shape[-4] != self.latent_channels:
             raise ValueError(
-                f"latent has {latent.shape[-4]} channels, this pixel codec has {self.latent_channels}; decode it with the codec of its dataset"
+                f"latent has {latent.shape[-4]} channels, this pixel codec has {self.latent_channels}; "
+                "decode it with the codec of its dataset"
             )
         x = (latent.float() * self.config.scale).unflatten(-4, (k, t * s * s)).clone()
         x[..., 0, :, :, :] += self._shift
@@ -139,24 +172,30 @@ class PixelCodec:
         x = x.flatten(-2).flatten(-3, -2)  # columns, then rows
         x = x.flatten(-4, -3)
         if self.config.causal:
-            # A generator's first latent frame may hold more than its constant component; its average over time is what the encoder would see.
+            # A generator's first latent frame may hold more than its constant component;
+            # its average over time is what the encoder would see.
             x = torch.cat((x[..., :t, :, :].mean(-3, keepdim=True), x[..., t:, :, :]), dim=-3)
         return x.expand(*x.shape[:-4], 3, *x.shape[-3:]).contiguous() if k == 1 else x
 
 
 class VaeCodec:
-    """A VAE of diffusers from a local folder; latents are normalised with the numbers in its config.json. See WanCodec, HunyuanCodec and KlCodec.
+    """A VAE of diffusers from a local folder; latents are normalised with the numbers in
+    its config.json. See WanCodec, HunyuanCodec and KlCodec.
 
     Args:
-        path: the VAE's folder (config.json and diffusion_pytorch_model*.safetensors), or a pipeline's with the VAE in vae/. Nothing is downloaded
-            and no pickle is read.
+        path: the VAE's folder (config.json and diffusion_pytorch_model*.safetensors), or
+            a pipeline's with the VAE in vae/. Nothing is downloaded and no pickle is
+            read.
         device: where the model runs; encode and decode return CPU tensors.
         dtype: "float32" or "bfloat16".
-        tiling: side in pixels of the square tiles that are encoded and decoded one after the other, a quarter of each blended into the next, and
-            samples one by one; 0: whole. Bounds the memory of large pictures; a tile does not see the rest, so values differ from the whole's.
+        tiling: side in pixels of the square tiles that are encoded and decoded one after
+            the other, a quarter of each blended into the next, and samples one by one; 0:
+            whole. Bounds the memory of large pictures; a tile does not see the rest, so
+            values differ from the whole's.
 
     Raises:
-        FileNotFoundError, ValueError: naming what is missing in the folder, or a tile that the VAE cannot cut.
+        FileNotFoundError, ValueError: naming what is missing in the folder, or a tile
+            that the VAE cannot cut.
     """
 
     kind = class_name = ""
@@ -166,13 +205,18 @@ class VaeCodec:
 
         folder = checked_model_folder(component_folder(path, "vae"), self.class_name)
         self.path, self.device, self.dtype, self.tiling = str(path), device, dtype, tiling
-        self.vae = load_frozen(getattr(diffusers, self.class_name), folder, device, torch_dtype=getattr(torch, dtype))
+        self.vae = load_frozen(
+            getattr(diffusers, self.class_name), folder, device, torch_dtype=getattr(torch, dtype)
+        )
         self._read(folder, self.vae.config)
         if tiling:
             # Tiles advance by three quarters of their side, which must be whole latent positions.
             unit = 4 * self._spatial
             if tiling < 0 or tiling % unit:
-                raise ValueError(f"tiling={tiling}: use 0 (off) or a multiple of {unit} pixels, such as {unit * max(1, round(tiling / unit))}")
+                raise ValueError(
+                    f"tiling={tiling}: use 0 (off) or a multiple of {unit} pixels, such as "
+                    f"{unit * max(1, round(tiling / unit))}"
+                )
             self._tile(tiling)
             self.vae.enable_slicing()
 
@@ -190,7 +234,9 @@ class VaeCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """(3, F, H, W) in [-1, 1], or a batch of them, to normalised latents: the mode of the posterior, float32 on the CPU."""
+        """(3, F, H, W) in [-1, 1], or a batch of them, to normalised latents: the mode of
+        the posterior, float32 on the CPU.
+        """
         self.latent_shape(*pixels.shape[-3:])
         batch = pixels if pixels.dim() == 5 else pixels[None]
         mode = self._mode(batch.to(self.device, self.vae.dtype)).float()
@@ -201,8 +247,13 @@ class VaeCodec:
         """Normalised latents to pixels clipped to [-1, 1], float32 on the CPU."""
         batch = latent if latent.dim() == 5 else latent[None]
         if batch.shape[1] != self.latent_channels:
-            raise ValueError(f"latent has {batch.shape[1]} channels, {self.path} has {self.latent_channels}; decode it with the codec of its dataset")
-        pixels = self._pixels(self._raw(batch.to(self.device).float()).to(self.vae.dtype)).float().clamp(-1, 1)
+            raise ValueError(
+                f"latent has {batch.shape[1]} channels, {self.path} has {self.latent_channels}; decode it "
+                "with the codec of its dataset"
+            )
+        pixels = (
+            self._pixels(self._raw(batch.to(self.device).float()).to(self.vae.dtype)).float().clamp(-1, 1)
+        )
         return pixels.cpu().view(*latent.shape[:-4], *pixels.shape[1:])
 
     def _mode(self, pixels: Tensor) -> Tensor:
@@ -250,9 +301,15 @@ def _fields(config, kind: type, folder: Path):
         values = value if isinstance(value, list) else [] if value is None else [value]
         divides = name in ("scaling_factor", "latents_std")
         if any(not math.isfinite(number) or (divides and number <= 0) for number in values):
-            raise ValueError(f"{folder}/config.json: {name}={value}: must be {'above 0' if divides else 'finite'}; download it again")
+            raise ValueError(
+                f"{folder}/config.json: {name}={value}: must be {'above 0' if divides else 'finite'}; "
+                "download it again"
+            )
         if isinstance(value, list) and len(value) != fields.z_dim:
-            raise ValueError(f"{folder}/config.json: {name} has {len(value)} numbers, z_dim={fields.z_dim}; download it again")
+            raise ValueError(
+                f"{folder}/config.json: {name} has {len(value)} numbers, z_dim={fields.z_dim}; download it "
+                "again"
+            )
     return fields
 
 
@@ -267,7 +324,10 @@ class WanCodec(VaeCodec):
         self._temporal = 2 ** sum(config.temperal_downsample)
         self._patch = config.patch_size or 1  # Wan2.2's TI2V folds 2 x 2 pixels into channels first
         self._spatial = 2 ** (len(config.dim_mult) - 1) * self._patch
-        self._mean, self._std = (torch.tensor(v, device=self.device).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        self._mean, self._std = (
+            torch.tensor(v, device=self.device).view(-1, 1, 1, 1)
+            for v in (config.latents_mean, config.latents_std)
+        )
 
     @property
     def given_channels(self) -> int:
@@ -275,10 +335,12 @@ class WanCodec(VaeCodec):
         return self._temporal + self.latent_channels
 
     def given(self, frame: Tensor, frames: int) -> Tensor:
-        """What image-to-video models read beside a clip's latents, as WanImageToVideoPipeline.prepare_latents makes it.
+        """What image-to-video models read beside a clip's latents, as
+        WanImageToVideoPipeline.prepare_latents makes it.
 
-        A mask, 1 where a pixel frame is known, one channel for each pixel frame of a latent frame (the first frame stands alone, so it counts for
-        all of its latent frame's); then the latents of a clip of that frame and grey.
+        A mask, 1 where a pixel frame is known, one channel for each pixel frame of a
+        latent frame (the first frame stands alone, so it counts for all of its latent
+        frame's); then the latents of a clip of that frame and grey.
 
         Args:
             frame: (3, 1, H, W) in [-1, 1].
@@ -298,7 +360,8 @@ class WanCodec(VaeCodec):
 
     def _mode(self, pixels: Tensor) -> Tensor:
         if self.tiling:
-            self._tile(self.tiling // self._patch)  # diffusers cuts what is folded already, but decodes to pixels
+            # Diffusers cuts what is folded already, but decodes to pixels
+            self._tile(self.tiling // self._patch)
         return super()._mode(pixels)
 
     def _pixels(self, raw: Tensor) -> Tensor:
@@ -316,7 +379,8 @@ class WanCodec(VaeCodec):
 class HunyuanCodec(VaeCodec):
     """AutoencoderKLHunyuanVideo: videos; x * scaling_factor.
 
-    With or without tiling, diffusers cuts clips of more than 16 frames into overlapping pieces of 17 and blends their latents, or their pixels.
+    With or without tiling, diffusers cuts clips of more than 16 frames into overlapping
+    pieces of 17 and blends their latents, or their pixels.
     """
 
     kind, class_name = "hunyuan", "AutoencoderKLHunyuanVideo"
@@ -325,7 +389,9 @@ class HunyuanCodec(VaeCodec):
         config = _fields(config, _HunyuanFields, folder)
         for name in ("temporal_compression_ratio", "spatial_compression_ratio"):
             if (ratio := getattr(config, name)).bit_count() != 1:
-                raise ValueError(f"{folder}/config.json: {name}={ratio}: must be a power of 2; download it again")
+                raise ValueError(
+                    f"{folder}/config.json: {name}={ratio}: must be a power of 2; download it again"
+                )
         self.latent_channels, self._scale = config.latent_channels, config.scaling_factor
         self._temporal, self._spatial = config.temporal_compression_ratio, config.spatial_compression_ratio
 
@@ -341,7 +407,8 @@ class HunyuanCodec(VaeCodec):
 
 
 class KlCodec(VaeCodec):
-    """AutoencoderKL, the VAE of Stable Diffusion 3 and Flux: pictures, as clips of one frame; (x - shift_factor) * scaling_factor.
+    """AutoencoderKL, the VAE of Stable Diffusion 3 and Flux: pictures, as clips of one
+    frame; (x - shift_factor) * scaling_factor.
 
     A missing shift is 0.
     """
@@ -350,7 +417,10 @@ class KlCodec(VaeCodec):
 
     def _read(self, folder: Path, config) -> None:
         if config.latents_mean is not None or config.latents_std is not None:
-            raise ValueError(f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and scaling_factor only")
+            raise ValueError(
+                f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and "
+                "scaling_factor only"
+            )
         config = _fields(config, _KlFields, folder)
         self.latent_channels = config.latent_channels
         self._temporal, self._spatial = 1, 2 ** (len(config.block_out_channels) - 1)
@@ -359,7 +429,10 @@ class KlCodec(VaeCodec):
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(c, 1, h, w); raises ValueError for sizes that do not fit."""
         if frames != 1:
-            raise ValueError(f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or codec 'wan' or 'hunyuan' for videos")
+            raise ValueError(
+                f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or codec 'wan' or 'hunyuan' "
+                "for videos"
+            )
         return super().latent_shape(frames, height, width)
 
     def _tile(self, side: int) -> None:
@@ -400,7 +473,9 @@ def load_codec(config: dict, device: str = "cpu") -> PixelCodec | VaeCodec:
     try:
         if kind == "pixel":
             if settings.pop("tiling", 0):
-                raise ValueError("codec pixel has no tiles: its memory is that of the pixels; leave tiling at 0")
+                raise ValueError(
+                    "codec pixel has no tiles: its memory is that of the pixels; leave tiling at 0"
+                )
             return PixelCodec(PixelCodecConfig(**settings))
         if isinstance(kind, str) and kind in VAE_CODECS:
             return VAE_CODECS[kind](**settings, device=device)

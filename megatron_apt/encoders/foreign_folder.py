@@ -1,8 +1,11 @@
-"""Models and tokenizers of diffusers and transformers, from folders of elsewhere of which the libraries see only what was checked.
+"""Models and tokenizers of diffusers and transformers, from folders of elsewhere of which
+the libraries see only what was checked.
 
-Both libraries act on what lies beside the weights: pickles, adapters, code of the folder's own (auto_map), kernels to download (attn_implementation),
-paths of further files. They are therefore given a temporary folder: links to safetensors files under plain names, whatever variant they are of, and
-JSON without such fields. What a config.json asks for is compared with what the files hold before anything is allocated.
+Both libraries act on what lies beside the weights: pickles, adapters, code of the
+folder's own (auto_map), kernels to download (attn_implementation), paths of further
+files. They are therefore given a temporary folder: links to safetensors files under plain
+names, whatever variant they are of, and JSON without such fields. What a config.json asks
+for is compared with what the files hold before anything is allocated.
 """
 
 import json
@@ -18,7 +21,16 @@ import torch
 
 from megatron_apt import schema
 from megatron_apt.convert.foreign import kind_of
-from megatron_apt.encoders.weight_files import Announced, WeightFileError, Weights, announced, open_regular, printable, read_settings, weight_files
+from megatron_apt.encoders.weight_files import (
+    Announced,
+    WeightFileError,
+    Weights,
+    announced,
+    open_regular,
+    printable,
+    read_settings,
+    weight_files,
+)
 
 # Fields of JSON files by which the libraries would run, fetch or open something else.
 _ACTIVE = re.compile(
@@ -33,7 +45,15 @@ _COUNTS = re.compile(r"(^|_)num_")  # in those of other counts, by which lists a
 _NUMBER = re.compile(r"\d+")
 _MOST = 1024  # of anything counted or built again and again
 _FLOATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # whole numbers are positions, and the like
-TOKENIZER_LINKS = ("tokenizer.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")
+TOKENIZER_LINKS = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -71,7 +91,12 @@ def checked_settings(config: dict, what: str) -> tuple[object, dict]:
     """
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
     kind = settings.pop("kind", None)
-    schema.convert(settings, _Settings, f"{what} {printable(str(kind))}", remedy="encode the dataset again, or correct its dataset.json")
+    schema.convert(
+        settings,
+        _Settings,
+        f"{what} {printable(str(kind))}",
+        remedy="encode the dataset again, or correct its dataset.json",
+    )
     return kind, settings
 
 
@@ -85,31 +110,42 @@ def read_object(file: Path) -> dict:
 
 
 def checked_model_folder(path: str | Path, expected: str) -> Path:
-    """The folder, if it holds a config.json of the expected class and safetensors weights.
+    """The folder, if it holds a config.json of the expected class and safetensors
+    weights.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing and where it should be.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}/config.json does not exist; give a local folder with an {expected} saved by save_pretrained")
+        raise FileNotFoundError(
+            f"{folder}/config.json does not exist; give a local folder with an {expected} saved by "
+            "save_pretrained"
+        )
     config = read_object(folder / "config.json")
     architectures = config.get("architectures")
-    names = (config.get("_class_name"), config.get("model_type"), *(architectures if isinstance(architectures, list) else ()))
+    names = (
+        config.get("_class_name"),
+        config.get("model_type"),
+        *(architectures if isinstance(architectures, list) else ()),
+    )
     if expected not in names:
         raise ValueError(f"{folder}/config.json: holds {[n for n in names if n]}, not {expected}")
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
-            f"{folder}: no *.safetensors file; pickled weights are not read, convert them with save_pretrained(safe_serialization=True)"
+            f"{folder}: no *.safetensors file; pickled weights are not read, convert them with "
+            "save_pretrained(safe_serialization=True)"
         )
     return folder
 
 
 def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dtype) -> torch.nn.Module:
-    """A model of diffusers or transformers with every weight from the folder; both libraries only warn of those they make up.
+    """A model of diffusers or transformers with every weight from the folder; both
+    libraries only warn of those they make up.
 
     Raises:
-        ValueError: weights that are damaged, missing, quantised, or of another shape than config.json asks for.
+        ValueError: weights that are damaged, missing, quantised, or of another shape than
+            config.json asks for.
     """
     weights = weight_files(folder)
     held = _held(weights)
@@ -120,39 +156,51 @@ def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dty
         model, info = model_class.from_pretrained(staged, **options, **dtype)
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{folder}: the weights of {model_class.__name__} lack {missing[0]}{more}; download them again")
+        raise ValueError(
+            f"{folder}: the weights of {model_class.__name__} lack {missing[0]}{more}; download them again"
+        )
     known = {_NUMBER.sub("#", name) for name in model.state_dict()}
     if beyond := sorted(name for name in info["unexpected_keys"] if _NUMBER.sub("#", name) in known):
         raise ValueError(
-            f"{folder}/config.json: asks for fewer layers than there are: the weights have {printable(beyond[0])} too; download it again"
+            f"{folder}/config.json: asks for fewer layers than there are: the weights have "
+            f"{printable(beyond[0])} too; download it again"
         )
     return model.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
 def model_folder(model_class: type, folder: Path, weights: Weights) -> Iterator[Path]:
-    """A folder in which the library finds the weights under plain names, and a config.json that makes it do nothing else."""
+    """A folder in which the library finds the weights under plain names, and a
+    config.json that makes it do nothing else.
+    """
     stem = "diffusion_pytorch_model" if model_class.__module__.startswith("diffusers.") else "model"
     with _staged(folder, (), ("config.json",)) as staged:
         for file, name in weights.plain(stem).items():
             (staged / name).symlink_to(file.resolve())
         if weights.index:
-            (staged / f"{stem}.safetensors.index.json").write_text(weights.plain_index(stem), encoding="utf-8")
+            (staged / f"{stem}.safetensors.index.json").write_text(
+                weights.plain_index(stem), encoding="utf-8"
+            )
         yield staged
 
 
 def read_pretrained(kind: type, folder: Path, links: Iterable[str], objects: Iterable[str], what: str):
-    """What a library makes of these files of a folder, if they are there: a tokenizer, or a preparation of pictures.
+    """What a library makes of these files of a folder, if they are there: a tokenizer, or
+    a preparation of pictures.
 
     Args:
         links: files that are read as they are.
-        objects: files with a JSON object, which is read without what the libraries would act on.
+        objects: files with a JSON object, which is read without what the libraries would
+            act on.
         what: for messages.
 
     Raises:
         ValueError: nothing.
     """
-    with _staged(folder, links, objects) as staged, _explained(f"{folder}: the {what} cannot be read", staged, folder):
+    with (
+        _staged(folder, links, objects) as staged,
+        _explained(f"{folder}: the {what} cannot be read", staged, folder),
+    ):
         return kind.from_pretrained(staged, local_files_only=True)
 
 
@@ -185,7 +233,9 @@ def _explained(failure: str, staged: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(failure: str, place: str = "", called: str = "", remedy: str = "download it again") -> Iterator[None]:
+def explained(
+    failure: str, place: str = "", called: str = "", remedy: str = "download it again"
+) -> Iterator[None]:
     """Whatever a library raises, as one message; a `place` in it is `called` otherwise.
 
     Raises:
@@ -210,10 +260,13 @@ def _held(weights: Weights) -> dict[str, Announced]:
     for file in weights.files:
         found = announced(file)
         if twice := found.keys() & held.keys():
-            raise WeightFileError(f"{file}: {printable(min(twice))} is in another file of its index too; download both again")
+            raise WeightFileError(
+                f"{file}: {printable(min(twice))} is in another file of its index too; download both again"
+            )
         if wrong := next((name for name, tensor in found.items() if tensor.dtype not in _FLOATS), None):
             raise WeightFileError(
-                f"{file}: {printable(wrong)} has dtype {printable(found[wrong].dtype)}: the weights are quantised; take those in bf16, fp16 or fp32"
+                f"{file}: {printable(wrong)} has dtype {printable(found[wrong].dtype)}: the weights are "
+                "quantised; take those in bf16, fp16 or fp32"
             )
         held |= found
     if kind := kind_of(held):
@@ -222,7 +275,8 @@ def _held(weights: Weights) -> dict[str, Announced]:
 
 
 def _bound(model_class: type, staged: Path, config: dict, held: dict[str, Announced]) -> None:
-    """Compares what config.json asks for with what the files hold, on a model without memory.
+    """Compares what config.json asks for with what the files hold, on a model without
+    memory.
 
     Raises:
         ValueError: it asks for more; or whatever the library raises over it.
@@ -238,12 +292,17 @@ def _bound(model_class: type, staged: Path, config: dict, held: dict[str, Announ
             model = model_class(model_class.config_class.from_pretrained(staged, local_files_only=True))
     asked = sum(p.numel() for p in model.parameters())
     if asked > 2 * numbers + 2**20:  # a few that are missing are named later
-        raise ValueError(f"config.json asks for {asked} numbers, and the files hold {numbers}: they do not belong together")
+        raise ValueError(
+            f"config.json asks for {asked} numbers, and the files hold {numbers}: they do not belong together"
+        )
 
 
 def _bound_counts(config: dict, tensors: int, where: str = "") -> None:
     """Raises ValueError for a count that would keep a loop busy for ever."""
-    longest = max((len(value) for key, value in config.items() if isinstance(value, list) and _BLOCK_LISTS.search(key)), default=1)
+    longest = max(
+        (len(value) for key, value in config.items() if isinstance(value, list) and _BLOCK_LISTS.search(key)),
+        default=1,
+    )
     for key, value in config.items():
         if isinstance(value, dict):
             _bound_counts(value, tensors, f"{where}{key}.")
@@ -252,7 +311,12 @@ def _bound_counts(config: dict, tensors: int, where: str = "") -> None:
         if key in _NEEDED and isinstance(value, int) and value < 1:
             raise ValueError(f"config.json: {where}{key}={value}: must be at least 1")
         most = min(tensors, _MOST) if _LOOPS.search(key) else _MOST if _COUNTS.search(key) else None
-        largest = max((v for v in values if isinstance(v, int)), default=0) * (longest if key in _PER_BLOCK else 1)
+        largest = max((v for v in values if isinstance(v, int)), default=0) * (
+            longest if key in _PER_BLOCK else 1
+        )
         if len(values) > max(_MOST, tensors) or (most is not None and largest > max(most, 16)):
             shown = printable(repr(value)) if largest < 2**64 else "a number of many digits"
-            raise ValueError(f"config.json: {where}{printable(key)}={shown}, and the files hold {tensors} tensors: they do not belong together")
+            raise ValueError(
+                f"config.json: {where}{printable(key)}={shown}, and the files hold {tensors} tensors: they "
+                "do not belong together"
+            )

@@ -1,6 +1,8 @@
-"""Image encoders of whole diffusers pipelines: what WanImageToVideoPipeline.encode_image gives for a first frame, from the pipeline's folder.
+"""Image encoders of whole diffusers pipelines: what WanImageToVideoPipeline.encode_image
+gives for a first frame, from the pipeline's folder.
 
-As for text (pipeline_text.py): safetensors only, nothing is downloaded, and pictures are prepared by the class that model_index.json names.
+As for text (pipeline_text.py): safetensors only, nothing is downloaded, and pictures are
+prepared by the class that model_index.json names.
 """
 
 from pathlib import Path
@@ -9,7 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_apt.encoders.foreign_folder import checked_model_folder, checked_settings, explained, load_frozen, read_object, read_pretrained
+from megatron_apt.encoders.foreign_folder import (
+    checked_model_folder,
+    checked_settings,
+    explained,
+    load_frozen,
+    read_object,
+    read_pretrained,
+)
 from megatron_apt.encoders.pipeline_text import class_of_transformers, part_class, read_index
 
 _LARGEST = 4096  # pixels of a side that an image encoder reads
@@ -22,7 +31,8 @@ def has_image_encoder(path: str | Path) -> bool:
 
 
 class ClipImageEncoder:
-    """The CLIP vision model of a Wan2.1 I2V pipeline: the layer before the last, class token and patches.
+    """The CLIP vision model of a Wan2.1 I2V pipeline: the layer before the last, class
+    token and patches.
 
     Attributes:
         shape: (L, E) of an encoded picture.
@@ -40,10 +50,16 @@ class ClipImageEncoder:
         self.path, folder = str(path), Path(path)
         index = read_index(folder)
         if not has_image_encoder(folder):
-            raise ValueError(f"{folder}/model_index.json: names no image_encoder; give the pipeline of a Wan2.1 I2V model, or none for Wan2.2's")
+            raise ValueError(
+                f"{folder}/model_index.json: names no image_encoder; give the pipeline of a Wan2.1 I2V "
+                "model, or none for Wan2.2's"
+            )
         processor_class = class_of_transformers(index, "image_processor")
         if processor_class is None or not hasattr(processor_class, "preprocess"):
-            raise ValueError(f"model_index.json: image_processor is {index.get('image_processor')}; it must name an image processor of transformers")
+            raise ValueError(
+                f"model_index.json: image_processor is {index.get('image_processor')}; it must name an image "
+                "processor of transformers"
+            )
         file = folder / "image_processor" / "preprocessor_config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; copy the pipeline's image_processor there")
@@ -60,25 +76,44 @@ class ClipImageEncoder:
 
     @torch.no_grad()
     def encode(self, frame: Tensor) -> Tensor:
-        """(3, 1, H, W) in [-1, 1] to (L, E), float32 on the CPU. The processor resizes 8-bit pictures, so the frame becomes one again."""
+        """(3, 1, H, W) in [-1, 1] to (L, E), float32 on the CPU. The processor resizes
+        8-bit pictures, so the frame becomes one again.
+        """
         values = (127.5 * frame[:, 0] + 127.5).round().clamp(0, 255).to(torch.uint8)
         picture = Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
-        with explained(f"{self.path}/image_processor: cannot prepare a picture", remedy="copy the pipeline's image_processor again"):
+        with explained(
+            f"{self.path}/image_processor: cannot prepare a picture",
+            remedy="copy the pipeline's image_processor again",
+        ):
             pixels = self._processor(images=picture, return_tensors="pt").pixel_values
         if pixels.shape != (1, 3, self._side, self._side) or not torch.isfinite(pixels).all():
             raise ValueError(
-                f"{self.path}/image_processor: makes pictures of {tuple(pixels.shape)}, and the image encoder reads finite ones "
-                f"of 3 x {self._side} x {self._side}; both must be of one pipeline"
+                f"{self.path}/image_processor: makes pictures of {tuple(pixels.shape)}, and the image "
+                f"encoder reads finite ones of 3 x {self._side} x {self._side}; both must be of one pipeline"
             )
-        return self._model(pixels.to(self._model.device), output_hidden_states=True).hidden_states[-2][0].float().cpu()
+        return (
+            self._model(pixels.to(self._model.device), output_hidden_states=True)
+            .hidden_states[-2][0]
+            .float()
+            .cpu()
+        )
 
 
 def _check_sizes(file: Path) -> None:
-    """Raises ValueError for a size in pixels that no image encoder reads, before a picture is made so large."""
+    """Raises ValueError for a size in pixels that no image encoder reads, before a
+    picture is made so large.
+    """
     for field, value in read_object(file).items():
         for size in value.values() if isinstance(value, dict) else [value]:
-            if ("size" in field or "edge" in field) and isinstance(size, int | float) and not 0 <= size <= _LARGEST:
-                raise ValueError(f"{file}: {field}={value!r}: must be at most {_LARGEST} pixels; copy the pipeline's image_processor again")
+            if (
+                ("size" in field or "edge" in field)
+                and isinstance(size, int | float)
+                and not 0 <= size <= _LARGEST
+            ):
+                raise ValueError(
+                    f"{file}: {field}={value!r}: must be at most {_LARGEST} pixels; copy the pipeline's "
+                    "image_processor again"
+                )
 
 
 def load_image_encoder(config: dict, device: str = "cpu") -> ClipImageEncoder:

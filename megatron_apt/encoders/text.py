@@ -1,4 +1,5 @@
-"""Text encoders: captions to one embedding per token, and in some also to one vector for the whole caption.
+"""Text encoders: captions to one embedding per token, and in some also to one vector for
+the whole caption.
 
 Those that run as a diffusers pipeline does are in pipeline_text.py.
 """
@@ -15,7 +16,13 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from megatron_apt.encoders.foreign_folder import checked_model_folder, checked_settings, explained, load_frozen, read_object
+from megatron_apt.encoders.foreign_folder import (
+    checked_model_folder,
+    checked_settings,
+    explained,
+    load_frozen,
+    read_object,
+)
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
 from megatron_apt.schema import read_bytes
 
@@ -37,7 +44,9 @@ class TextEncoder(abc.ABC):
         """One (L_i, width) float32 CPU tensor per caption, L_i >= 1, as a model is to read it."""
 
     def encode_pooled(self, captions: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
-        """encode(captions), and one (P,) float32 vector for each whole caption, or None where the encoder has none."""
+        """encode(captions), and one (P,) float32 vector for each whole caption, or None
+        where the encoder has none.
+        """
         return self.encode(captions), None
 
     @abc.abstractmethod
@@ -48,24 +57,33 @@ class TextEncoder(abc.ABC):
 def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: int = 1024) -> None:
     """Trains a byte-pair model on captions and writes it to path, by rename.
 
-    Byte-pair merging gives every frequent word a piece of its own, all words when the vocabulary has room; characters never seen become byte
-    pieces, so that any prompt can be encoded. The file depends on the captions and vocab_size only.
+    Byte-pair merging gives every frequent word a piece of its own, all words when the
+    vocabulary has room; characters never seen become byte pieces, so that any prompt can
+    be encoded. The file depends on the captions and vocab_size only.
 
     Args:
-        vocab_size: upper limit. 256 byte pieces, 3 special ones and every character of the captions must fit.
+        vocab_size: upper limit. 256 byte pieces, 3 special ones and every character of
+            the captions must fit.
 
     Raises:
-        ValueError: no caption with text, a caption too long, or a vocabulary too small for the characters.
+        ValueError: no caption with text, a caption too long, or a vocabulary too small
+            for the characters.
     """
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise ValueError("no caption has any text; sentencepiece needs at least one")
     longest = max(captions, key=lambda caption: len(caption.encode()))
     if len(longest.encode()) > MAX_CAPTION_BYTES:
-        raise ValueError(f"caption {longest[:40]!r}... has {len(longest.encode())} bytes; shorten it to {MAX_CAPTION_BYTES}")
+        raise ValueError(
+            f"caption {longest[:40]!r}... has {len(longest.encode())} bytes; shorten it to "
+            f"{MAX_CAPTION_BYTES}"
+        )
     needed = 256 + 3 + len(set("".join(captions))) + 1
     if vocab_size < needed:
-        raise ValueError(f"vocab_size={vocab_size} does not hold the 256 byte pieces and the characters of these captions; use at least {needed}")
+        raise ValueError(
+            f"vocab_size={vocab_size} does not hold the 256 byte pieces and the characters of these "
+            f"captions; use at least {needed}"
+        )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -94,8 +112,10 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
 class BuiltinTextEncoder(TextEncoder):
     """A fixed random embedding of sentencepiece pieces; no weights and no training.
 
-    Each piece has its own N(0, 1) row, drawn from (seed, the piece's text). Keyed by text, not by id: two datasets with tokenizers of their own
-    give the same word the same row, so a model may be trained on both. A sinusoidal position is added so that word order can be seen.
+    Each piece has its own N(0, 1) row, drawn from (seed, the piece's text). Keyed by
+    text, not by id: two datasets with tokenizers of their own give the same word the same
+    row, so a model may be trained on both. A sinusoidal position is added so that word
+    order can be seen.
 
     Args:
         tokenizer: sentencepiece model file.
@@ -105,15 +125,31 @@ class BuiltinTextEncoder(TextEncoder):
 
     def __init__(self, tokenizer: str | Path, width: int = 64, seed: int = 0, position_scale: float = 0.1):
         if width < 2 or width % 2:
-            raise ValueError(f"text width={width} must be even and at least 2: positions are sine and cosine pairs")
+            raise ValueError(
+                f"text width={width} must be even and at least 2: positions are sine and cosine pairs"
+            )
         if not Path(tokenizer).is_file():
-            raise FileNotFoundError(f"{tokenizer} does not exist; give a sentencepiece model file, or let `megatron-apt encode` train one")
-        self.tokenizer, self.width, self.seed, self.position_scale = str(tokenizer), width, seed, position_scale
+            raise FileNotFoundError(
+                f"{tokenizer} does not exist; give a sentencepiece model file, or let `megatron-apt encode` "
+                "train one"
+            )
+        self.tokenizer, self.width, self.seed, self.position_scale = (
+            str(tokenizer),
+            width,
+            seed,
+            position_scale,
+        )
         self._pieces = read_pieces(Path(tokenizer))
         self._rows: dict[str, Tensor] = {}
 
     def config_dict(self) -> dict:
-        return {"kind": "builtin", "tokenizer": self.tokenizer, "width": self.width, "seed": self.seed, "position_scale": self.position_scale}
+        return {
+            "kind": "builtin",
+            "tokenizer": self.tokenizer,
+            "width": self.width,
+            "seed": self.seed,
+            "position_scale": self.position_scale,
+        }
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """One (L, width) float32 tensor per caption; the empty caption is the single piece </s>."""
@@ -136,41 +172,67 @@ class BuiltinTextEncoder(TextEncoder):
 
 
 class HuggingFaceTextEncoder(TextEncoder):
-    """T5EncoderModel or UMT5EncoderModel from a local folder, chosen by its config.json, with the tokenizer beside it.
+    """T5EncoderModel or UMT5EncoderModel from a local folder, chosen by its config.json,
+    with the tokenizer beside it.
 
-    Captions are read as they are, without padding; WanTextEncoder does what a Wan pipeline does.
+    Captions are read as they are, without padding; WanTextEncoder does what a Wan
+    pipeline does.
 
     Args:
-        path: folder with config.json, *.safetensors and the tokenizer (spiece.model or tokenizer.json). Nothing is downloaded, no pickle is read.
+        path: folder with config.json, *.safetensors and the tokenizer (spiece.model or
+            tokenizer.json). Nothing is downloaded, no pickle is read.
         max_length: captions are cut to this many tokens, </s> included.
         dtype: "float32" or "bfloat16", of the model; embeddings are float32.
         tokenizer_path: folder of the tokenizer, if it is another.
     """
 
-    def __init__(self, path: str | Path, max_length: int = 512, device: str = "cpu", dtype: str = "float32", tokenizer_path: str | Path = ""):
-        self.path, self.max_length, self.dtype, self.tokenizer_path = str(path), max_length, dtype, str(tokenizer_path)
+    def __init__(
+        self,
+        path: str | Path,
+        max_length: int = 512,
+        device: str = "cpu",
+        dtype: str = "float32",
+        tokenizer_path: str | Path = "",
+    ):
+        self.path, self.max_length, self.dtype, self.tokenizer_path = (
+            str(path),
+            max_length,
+            dtype,
+            str(tokenizer_path),
+        )
         self._model = load_t5(Path(path), device, dtype)
         self.width = self._model.config.d_model
         self._tokenize = read_tokenizer(Path(tokenizer_path or path))
         for name in ("eos_token_id", "pad_token_id"):
             value, size = getattr(self._model.config, name), self._model.config.vocab_size
             if type(value) is not int or not 0 <= value < size:
-                raise ValueError(f"{path}/config.json: {name}={value!r}: must be one of the model's {size} tokens; download it again")
+                raise ValueError(
+                    f"{path}/config.json: {name}={value!r}: must be one of the model's {size} tokens; "
+                    "download it again"
+                )
 
     def config_dict(self) -> dict:
-        config = {"kind": "huggingface", "path": self.path, "max_length": self.max_length, "dtype": self.dtype}
+        config = {
+            "kind": "huggingface",
+            "path": self.path,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+        }
         return config | ({"tokenizer_path": self.tokenizer_path} if self.tokenizer_path else {})
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """One (L, width) float32 CPU tensor per caption, padding dropped; the empty caption is the single token </s>."""
+        """One (L, width) float32 CPU tensor per caption, padding dropped; the empty
+        caption is the single token </s>.
+        """
         if not captions:
             return []
         config = self._model.config
         ids = [[*self._tokenize(caption)[: self.max_length - 1], config.eos_token_id] for caption in captions]
         if (highest := max(max(row) for row in ids)) >= config.vocab_size:
             raise ValueError(
-                f"{self.tokenizer_path or self.path}: gives token {highest}, and the model has {config.vocab_size}; they do not belong together"
+                f"{self.tokenizer_path or self.path}: gives token {highest}, and the model has "
+                f"{config.vocab_size}; they do not belong together"
             )
         lengths = torch.tensor([len(row) for row in ids])
         padded = torch.full((len(ids), int(lengths.max())), config.pad_token_id)
@@ -178,7 +240,11 @@ class HuggingFaceTextEncoder(TextEncoder):
             row[: len(values)] = torch.tensor(values)
         mask = torch.arange(padded.shape[1]) < lengths[:, None]
         device = self._model.device
-        states = self._model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+        states = (
+            self._model(input_ids=padded.to(device), attention_mask=mask.to(device))
+            .last_hidden_state.float()
+            .cpu()
+        )
         return [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
 
 
@@ -199,7 +265,8 @@ def load_t5(folder: Path, device: str, dtype: str) -> torch.nn.Module:
 def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     """A function from a caption to its ids, without </s>.
 
-    Read with the tokenizer libraries themselves: what transformers makes of a folder with spiece.model alone depends on its version.
+    Read with the tokenizer libraries themselves: what transformers makes of a folder with
+    spiece.model alone depends on its version.
 
     Raises:
         FileNotFoundError: neither file in the folder.
@@ -211,7 +278,10 @@ def read_tokenizer(folder: Path) -> Callable[[str], list[int]]:
             data = read_bytes(folder / "tokenizer.json", remedy="copy it from the pipeline again")
             fast = tokenizers.Tokenizer.from_str(data.decode())
         return lambda caption: fast.encode(caption, add_special_tokens=False).ids
-    raise FileNotFoundError(f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer there, or name its folder with text_tokenizer")
+    raise FileNotFoundError(
+        f"{folder}: neither spiece.model nor tokenizer.json; save the tokenizer there, or name its folder "
+        "with text_tokenizer"
+    )
 
 
 def read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
@@ -240,7 +310,8 @@ def read_model_type(path: str | Path) -> str:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} does not exist; give a Wan, Stable Diffusion 3 or HunyuanVideo pipeline, a T5 or UMT5 encoder, or text='builtin'"
+            f"{file} does not exist; give a Wan, Stable Diffusion 3 or HunyuanVideo pipeline, a T5 or UMT5 "
+            "encoder, or text='builtin'"
         )
     model_type = read_object(file).get("model_type")
     if model_type not in ("t5", "umt5"):
@@ -248,17 +319,24 @@ def read_model_type(path: str | Path) -> str:
     return model_type
 
 
-def open_text_encoder(path: str | Path, tokenizer_path: str = "", device: str = "cpu", dtype: str = "float32") -> TextEncoder:
-    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3, Flux, HunyuanVideo), or of a folder with a T5 or UMT5 encoder.
+def open_text_encoder(
+    path: str | Path, tokenizer_path: str = "", device: str = "cpu", dtype: str = "float32"
+) -> TextEncoder:
+    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3, Flux,
+    HunyuanVideo), or of a folder with a T5 or UMT5 encoder.
 
     Raises:
-        FileNotFoundError, ValueError: naming what is missing, or a pipeline of another kind.
+        FileNotFoundError, ValueError: naming what is missing, or a pipeline of another
+            kind.
     """
     from megatron_apt.encoders import pipeline_text
 
     kind = pipeline_text.pipeline_kind(Path(path))
     if kind in ("sd3", "flux", "hunyuan") and tokenizer_path:
-        raise ValueError(f"text_tokenizer={tokenizer_path!r}: {path} is a pipeline with several tokenizers and uses its own; leave it empty")
+        raise ValueError(
+            f"text_tokenizer={tokenizer_path!r}: {path} is a pipeline with several tokenizers and uses its "
+            "own; leave it empty"
+        )
     config = {"kind": kind or "huggingface", "path": str(path), "dtype": dtype}
     return load_text_encoder(config | ({"tokenizer_path": tokenizer_path} if tokenizer_path else {}), device)
 
@@ -269,10 +347,20 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
     Raises:
         ValueError: unknown kind or setting.
     """
-    from megatron_apt.encoders.pipeline_text import FluxTextEncoder, HunyuanTextEncoder, Sd3TextEncoder, WanTextEncoder
+    from megatron_apt.encoders.pipeline_text import (
+        FluxTextEncoder,
+        HunyuanTextEncoder,
+        Sd3TextEncoder,
+        WanTextEncoder,
+    )
 
     kind, settings = checked_settings(config, "text encoder")
-    pipelines = {"wan": WanTextEncoder, "sd3": Sd3TextEncoder, "flux": FluxTextEncoder, "hunyuan": HunyuanTextEncoder}
+    pipelines = {
+        "wan": WanTextEncoder,
+        "sd3": Sd3TextEncoder,
+        "flux": FluxTextEncoder,
+        "hunyuan": HunyuanTextEncoder,
+    }
     folders = {"huggingface": HuggingFaceTextEncoder} | pipelines
     try:
         if kind == "builtin":
@@ -281,4 +369,6 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
             return folders[kind](**settings, device=device)
     except TypeError as error:
         raise ValueError(f"text encoder {kind}: {error}; settings given: {settings}") from None
-    raise ValueError(f"text encoder kind={kind!r} is unknown; use {', '.join(map(repr, ('builtin', *folders)))}")
+    raise ValueError(
+        f"text encoder kind={kind!r} is unknown; use {', '.join(map(repr, ('builtin', *folders)))}"
+    )

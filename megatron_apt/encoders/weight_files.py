@@ -1,6 +1,8 @@
-"""The safetensors files that a folder from elsewhere has its weights in, and what they announce, read without trust. Never a pickle.
+"""The safetensors files that a folder from elsewhere has its weights in, and what they
+announce, read without trust. Never a pickle.
 
-Files of a variant (`variant="fp16"`) have its name in theirs, in several spellings; the same weights without it are preferred.
+Files of a variant (`variant="fp16"`) have its name in theirs, in several spellings; the
+same weights without it are preferred.
 """
 
 import json
@@ -31,7 +33,9 @@ OTHER_FORMATS = (*PICKLES, ".msgpack", ".h5", ".gguf", ".onnx", ".npz")
 _STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers look for
 _VARIANTS = ("", "fp32", "bf16", "fp16")  # from what is taken first
 _INDEX = re.compile(r"(?P<stem>[^.]+)(?:\.(?P<variant>\w+))?\.safetensors\.index(?:\.(?P<late>\w+))?\.json")
-_SHARD = re.compile(r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+))?-(?P<number>\d+)-of-(?P<count>\d+)(?:\.(?P<late>\w+))?\.safetensors")
+_SHARD = re.compile(
+    r"(?P<stem>[^.]+?)(?:\.(?P<variant>\w+))?-(?P<number>\d+)-of-(?P<count>\d+)(?:\.(?P<late>\w+))?\.safetensors"
+)
 _SINGLE = re.compile(r"(?P<stem>[^.]+)(?:\.(?P<variant>.+))?\.safetensors")
 
 
@@ -68,14 +72,26 @@ class Weights:
         """The names under which the libraries look for these files if they are told of no variant."""
         if self.index is None:
             return {self.files[0]: f"{stem}.safetensors"}
-        return {file: f"{stem}-{i:05d}-of-{len(self.files):05d}.safetensors" for i, file in enumerate(self.files, 1)}
+        return {
+            file: f"{stem}-{i:05d}-of-{len(self.files):05d}.safetensors"
+            for i, file in enumerate(self.files, 1)
+        }
 
     def plain_index(self, stem: str) -> str:
         """The index with those names in it, as JSON."""
         names = {file.name: name for file, name in self.plain(stem).items()}
         index = _read_index(self.index)
         places = {key: names[place] for key, place in index.weight_map.items()}
-        return json.dumps({"metadata": {"total_size": sum(file.stat().st_size for file in self.files)}, "weight_map": places}, indent=2) + "\n"
+        return (
+            json.dumps(
+                {
+                    "metadata": {"total_size": sum(file.stat().st_size for file in self.files)},
+                    "weight_map": places,
+                },
+                indent=2,
+            )
+            + "\n"
+        )
 
 
 class _Index(msgspec.Struct):
@@ -89,10 +105,12 @@ class _Tensor(msgspec.Struct):
 
 
 def weight_files(folder: Path) -> Weights:
-    """The weight files of a folder: by their index if there is one, without a variant if there are such.
+    """The weight files of a folder: by their index if there is one, without a variant if
+    there are such.
 
     Raises:
-        WeightFileError: none, only other formats, several models, or a shard that is missing or not where its index says.
+        WeightFileError: none, only other formats, several models, or a shard that is
+            missing or not where its index says.
     """
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -106,7 +124,10 @@ def weight_files(folder: Path) -> Weights:
     if found.index:
         return Weights(_indexed(folder / found.index), folder / found.index, variant)
     if not found.single:
-        raise WeightFileError(f"{folder}: has {found.shards[0]} and no index (*.safetensors.index.json), which says what is in it; download that too")
+        raise WeightFileError(
+            f"{folder}: has {found.shards[0]} and no index (*.safetensors.index.json), which says what is in "
+            "it; download that too"
+        )
     return Weights((folder / found.single,), None, variant)
 
 
@@ -133,11 +154,20 @@ def _sets(names: list[str]) -> dict[tuple[str, str], _Set]:
 
 def _chosen(folder: Path, sets: dict[tuple[str, str], _Set]) -> tuple[str, str]:
     stems = {stem for stem, _ in sets}
-    stem = next((known for known in _STEMS if known in stems), None) or (min(stems) if len(stems) == 1 else None)
+    stem = next((known for known in _STEMS if known in stems), None) or (
+        min(stems) if len(stems) == 1 else None
+    )
     if stem is None:
         names = sorted(found.index or found.single or found.shards[0] for found in sets.values())
-        raise WeightFileError(f"{folder}: {len(names)} .safetensors files of several names ({_some(names)}); give the one you mean")
-    whole = [variant for name, variant in sets if name == stem and (sets[name, variant].index or sets[name, variant].single)]
+        raise WeightFileError(
+            f"{folder}: {len(names)} .safetensors files of several names ({_some(names)}); give the one you "
+            "mean"
+        )
+    whole = [
+        variant
+        for name, variant in sets
+        if name == stem and (sets[name, variant].index or sets[name, variant].single)
+    ]
     variants = whole or [variant for name, variant in sets if name == stem]
     if variant := next((known for known in _VARIANTS if known in variants), None):
         return stem, variant
@@ -158,27 +188,43 @@ def _lacking(names: list[str]) -> str:
 def _indexed(index: Path) -> tuple[Path, ...]:
     places = _read_index(index).weight_map
     names = sorted(set(places.values()))
-    if outside := [name for name in names if name in ("", "..") or Path(name).name != name]:  # a file may be a link, as in a hub's cache
-        raise WeightFileError(f"{index}: names {printable(repr(outside[0]))} outside its folder; download it again")
+    # A file may be a link, as in a hub's cache
+    if outside := [name for name in names if name in ("", "..") or Path(name).name != name]:
+        raise WeightFileError(
+            f"{index}: names {printable(repr(outside[0]))} outside its folder; download it again"
+        )
     if other := [name for name in names if not name.endswith(".safetensors")]:
-        raise WeightFileError(f"{index}: names {printable(other[0])}, which is no .safetensors file; download it again")
+        raise WeightFileError(
+            f"{index}: names {printable(other[0])}, which is no .safetensors file; download it again"
+        )
     for name in names:
         if not (index.parent / name).is_file():
             lost = next(key for key, place in places.items() if place == name)
-            raise WeightFileError(f"{index}: names {printable(name)} (for {printable(lost)}), which is not there; download it")
+            raise WeightFileError(
+                f"{index}: names {printable(name)} (for {printable(lost)}), which is not there; download it"
+            )
     held = {name: announced(index.parent / name) for name in names}
     for key, place in places.items():
         if key not in held[place]:
-            raise WeightFileError(f"{index.parent / place}: lacks {printable(key)}, which {index.name} says it holds; download both again")
+            raise WeightFileError(
+                f"{index.parent / place}: lacks {printable(key)}, which {index.name} says it holds; download "
+                "both again"
+            )
     return tuple(index.parent / name for name in names)
 
 
 def _read_index(index: Path) -> _Index:
-    return schema.read_json(index, _Index, remedy="it needs a weight_map from tensors to files: download it again", error=WeightFileError)
+    return schema.read_json(
+        index,
+        _Index,
+        remedy="it needs a weight_map from tensors to files: download it again",
+        error=WeightFileError,
+    )
 
 
 def announced(file: Path) -> dict[str, Announced]:
-    """Every tensor of a safetensors file by its header, which is compared with the file's length; its numbers are not read.
+    """Every tensor of a safetensors file by its header, which is compared with the file's
+    length; its numbers are not read.
 
     Raises:
         WeightFileError: of another format, cut short, or a header that no writer makes.
@@ -189,7 +235,11 @@ def announced(file: Path) -> dict[str, Announced]:
         raise WeightFileError(f"{file}: {error.strerror or error}; give a file that can be read") from None
     try:
         raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        tensors = {name: msgspec.json.decode(text, type=_Tensor) for name, text in raw.items() if name != "__metadata__"}
+        tensors = {
+            name: msgspec.json.decode(text, type=_Tensor)
+            for name, text in raw.items()
+            if name != "__metadata__"
+        }
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _broken(file, f"its header: {error}") from None
     _check_places(file, tensors, size)
@@ -227,17 +277,30 @@ def open_regular(file: Path):
 def _check_places(file: Path, tensors: dict[str, _Tensor], size: int) -> None:
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
-        if tensor.dtype in SIZES and math.prod(tensor.shape) * SIZES[tensor.dtype] != tensor.data_offsets[1] - tensor.data_offsets[0]:
-            raise _broken(file, f"{printable(name)} of shape {tuple(tensor.shape)} lies in bytes {tensor.data_offsets}")
+        if (
+            tensor.dtype in SIZES
+            and math.prod(tensor.shape) * SIZES[tensor.dtype]
+            != tensor.data_offsets[1] - tensor.data_offsets[0]
+        ):
+            raise _broken(
+                file, f"{printable(name)} of shape {tuple(tensor.shape)} lies in bytes {tensor.data_offsets}"
+            )
         if tensor.data_offsets[0] != end or tensor.data_offsets[1] < end:
-            raise _broken(file, f"{printable(name)} lies in bytes {tensor.data_offsets}, and the tensor before it ends at {end}")
+            raise _broken(
+                file,
+                f"{printable(name)} lies in bytes {tensor.data_offsets}, and the tensor before it ends at "
+                f"{end}",
+            )
         end = tensor.data_offsets[1]
     if end != size:
         raise _broken(file, f"its tensors end at byte {end} of {size}")
 
 
 def _broken(file: Path, reason: str) -> WeightFileError:
-    return WeightFileError(f"{file}: is no whole safetensors file ({reason}); it was cut short or is of another format: download it again")
+    return WeightFileError(
+        f"{file}: is no whole safetensors file ({reason}); it was cut short or is of another format: "
+        "download it again"
+    )
 
 
 def described(start: bytes, size: int) -> str:
@@ -245,12 +308,19 @@ def described(start: bytes, size: int) -> str:
     text = start.lstrip().lower()
     for kind, found in {
         "it is empty": size == 0,
-        "it is a pointer of git-lfs: `git lfs pull` fetches the file itself": text.startswith(b"version https://git-lfs"),
-        "it is a web page, not what was to be downloaded": text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")),
+        "it is a pointer of git-lfs: `git lfs pull` fetches the file itself": text.startswith(
+            b"version https://git-lfs"
+        ),
+        "it is a web page, not what was to be downloaded": text.startswith(
+            (b"<!doctype", b"<html", b"<?xml", b"<head")
+        ),
         "it is a pickle under another name, which could run code": _is_pickle(start),
         "it is a GGUF file, whose weights are quantised": start.startswith(b"GGUF"),
         "it is an HDF5 file": start.startswith(b"\x89HDF"),
-        "it is an archive": start.startswith((b"PK", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")) or start[257:262] == b"ustar",
+        "it is an archive": start.startswith(
+            (b"PK", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")
+        )
+        or start[257:262] == b"ustar",
         "it is JSON": text.startswith((b"{", b"[")),
         "it is filled with zeros: a download that was not finished": size > 0 and not start.strip(b"\0"),
     }.items():
@@ -261,7 +331,9 @@ def described(start: bytes, size: int) -> str:
 
 def _is_pickle(start: bytes) -> bool:
     """A pickle of protocol 2 to 5, or the archive that torch.save makes of one."""
-    zipped = start.startswith(b"PK\x03\x04") and (b"data.pkl" in start or b"/byteorder" in start or b"/version" in start)
+    zipped = start.startswith(b"PK\x03\x04") and (
+        b"data.pkl" in start or b"/byteorder" in start or b"/version" in start
+    )
     return zipped or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
 
 
@@ -275,7 +347,12 @@ def read_settings(file: Path, error: type[ValueError] = ValueError, most: int = 
     value = schema.read_json(file, dict, remedy=remedy, error=error, most=most)
     layer: list = [value]
     for _ in range(_DEEPEST):
-        layer = [inner for outer in layer for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, dict | list)]
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
         if not layer:
             return value
     raise error(f"{file}: nested too deeply; {remedy}")
@@ -283,7 +360,10 @@ def read_settings(file: Path, error: type[ValueError] = ValueError, most: int = 
 
 def printable(name: str) -> str:
     """A name from a file as it may be shown: without control characters, and not longer than a line."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii", "replace") for c in name[:200])
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode("ascii", "replace")
+        for c in name[:200]
+    )
     return shown if len(name) <= 120 else f"{shown[:100]}... ({len(name)} characters)"
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def pairwise_diversity(x: Tensor) -> float:
-    """Mean over all pairs of (N, ...) samples of their root-mean-square difference, in units of x; NaN if x is not finite.
+    """Mean over all pairs of (N, ...) samples of their root-mean-square difference, in
+    units of x; NaN if x is not finite.
 
     Independent samples of variance 1 give about sqrt(2); near 0 is collapse.
     """

@@ -1,4 +1,6 @@
-"""Training methods, each a list of phases: which networks see which data. They know no loop, no rank and no schedule."""
+"""Training methods, each a list of phases: which networks see which data. They know no
+loop, no rank and no schedule.
+"""
 
 from megatron_apt.methods import apt, consistency, flow
 

@@ -6,8 +6,9 @@
     D phase   real   D(full) on x and x + sigma n, one microbatch
               fake   G(none) -> D(full)                                           updates discriminator
 
-D sees clean samples and a timestep label t ~ shift(U(0, 1), s), one per sample; a sample and its perturbation share label, condition,
-dropout and packing. A relativistic loss compares real and fake logits, so there D takes both in one branch.
+D sees clean samples and a timestep label t ~ shift(U(0, 1), s), one per sample; a sample
+and its perturbation share label, condition, dropout and packing. A relativistic loss
+compares real and fake logits, so there D takes both in one branch.
 """
 
 from dataclasses import replace
@@ -19,7 +20,18 @@ from megatron_apt.config import AptConfig, GuardConfig, RunConfig
 from megatron_apt.conventions import one_step_sample, shift
 from megatron_apt.data.microbatch import Microbatch, dropped, rolled
 from megatron_apt.methods import losses
-from megatron_apt.methods.base import Branch, Grad, Inputs, Method, Metrics, Outputs, Phase, Role, Segment, Values
+from megatron_apt.methods.base import (
+    Branch,
+    Grad,
+    Inputs,
+    Method,
+    Metrics,
+    Outputs,
+    Phase,
+    Role,
+    Segment,
+    Values,
+)
 from megatron_apt.methods.flow import generator
 from megatron_apt.models import fp8, parameters
 from megatron_apt.models.condition import Condition
@@ -38,7 +50,10 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
     branches = _relativistic(config.apt) if config.apt.loss == "relativistic" else _unpaired(config.apt)
     (g_branch, *d_branches) = branches
     repeated = "d" if config.apt.reuse_fakes else ""
-    phases = (Phase("g", (g_branch,), updates="generator", repeats=repeated), Phase("d", tuple(d_branches), updates="discriminator"))
+    phases = (
+        Phase("g", (g_branch,), updates="generator", repeats=repeated),
+        Phase("d", tuple(d_branches), updates="discriminator"),
+    )
     return Method(
         _roles(config, mesh),
         phases,
@@ -47,7 +62,8 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         correlated=(("check/r1_exact", "check/r1_approximate"), ("check/r1_exact", "d/ar1")),
         check=_exact_r1(config.apt),
         check_every=config.apt.exact_r1_every,
-        least_samples=2 if config.apt.unmatched_conditions else 1,  # captions are exchanged inside a microbatch
+        # Captions are exchanged inside a microbatch
+        least_samples=2 if config.apt.unmatched_conditions else 1,
     )
 
 
@@ -64,7 +80,9 @@ def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
     base_lr = apt.discriminator_lr or config.optimizer.lr
 
     def lr_scale(name: str) -> float:
-        return (base_lr if name.startswith("backbone.") else base_lr * apt.head_lr_scale) / config.optimizer.lr
+        return (
+            base_lr if name.startswith("backbone.") else base_lr * apt.head_lr_scale
+        ) / config.optimizer.lr
 
     return {
         "generator": generator(config, mesh, config.init.generator),
@@ -89,8 +107,14 @@ def condition_of(batch: Microbatch, apt: AptConfig) -> Condition:
 
 
 def label(batch: Microbatch, apt: AptConfig, purpose: str) -> Tensor:
-    """Timestep label of D for each sample, (n,): t ~ shift(U(0, 1), s) (eq. 6, 7), or the fixed one of the ablation."""
-    return batch.times(apt.timestep_fixed) if apt.timestep_fixed >= 0 else shift(batch.uniform(purpose), apt.timestep_shift)
+    """Timestep label of D for each sample, (n,): t ~ shift(U(0, 1), s) (eq. 6, 7), or the
+    fixed one of the ablation.
+    """
+    return (
+        batch.times(apt.timestep_fixed)
+        if apt.timestep_fixed >= 0
+        else shift(batch.uniform(purpose), apt.timestep_shift)
+    )
 
 
 def _texts(apt: AptConfig, copies: int = 1):
@@ -104,20 +128,31 @@ def _generate(apt: AptConfig, grad: Grad, branch: str) -> Segment:
     def feed(batch: Microbatch, _) -> Inputs:
         return batch.noise("z"), batch.times(1.0)
 
-    return Segment("generator", grad, _texts(apt), feed, ahead=("g", branch, 0) if apt.reuse_fakes and grad == "none" else None)
+    return Segment(
+        "generator",
+        grad,
+        _texts(apt),
+        feed,
+        ahead=("g", branch, 0) if apt.reuse_fakes and grad == "none" else None,
+    )
 
 
 def fakes(batch: Microbatch, outputs: Outputs) -> Tensor:
     return one_step_sample(batch.noise("z"), outputs[0])
 
 
-def with_perturbed(batch: Microbatch, samples: Tensor, strength: float, sigma: float, purpose: str) -> list[Tensor]:
+def with_perturbed(
+    batch: Microbatch, samples: Tensor, strength: float, sigma: float, purpose: str
+) -> list[Tensor]:
     """[x], or [x, x + sigma n] where a regulariser of this strength compares the two."""
     return [samples, batch.perturbed(samples, sigma, purpose)] if strength else [samples]
 
 
-def _discriminate(apt: AptConfig, grad: Grad, purpose: str, real: bool, fake: bool, regularised: bool = True) -> Segment:
-    """D on real samples, fakes or both, each with its perturbation where a penalty compares them: versions of the microbatch stacked as one.
+def _discriminate(
+    apt: AptConfig, grad: Grad, purpose: str, real: bool, fake: bool, regularised: bool = True
+) -> Segment:
+    """D on real samples, fakes or both, each with its perturbation where a penalty
+    compares them: versions of the microbatch stacked as one.
 
     All versions of a sample share its label and condition.
     """
@@ -136,8 +171,12 @@ def _discriminate(apt: AptConfig, grad: Grad, purpose: str, real: bool, fake: bo
 # --- losses over logits
 
 
-def _penalised(batch: Microbatch, logits: Tensor, adversarial: Tensor, strength: float, name: str) -> tuple[Tensor, Metrics]:
-    """Adversarial loss of the first half of the logits, plus strength * (first half - second half)^2 if there is a second half."""
+def _penalised(
+    batch: Microbatch, logits: Tensor, adversarial: Tensor, strength: float, name: str
+) -> tuple[Tensor, Metrics]:
+    """Adversarial loss of the first half of the logits, plus strength * (first half -
+    second half)^2 if there is a second half.
+    """
     loss = batch.sample_mean(adversarial)
     metrics = {"d/loss": loss.detach()}
     if strength:
@@ -156,7 +195,11 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
 
     def g_loss(batch: Microbatch, outputs):
         loss = batch.sample_mean(g(outputs[1]))
-        return loss, {"g/loss": loss.detach(), "g/logit_fake": batch.sample_mean(outputs[1].detach()), **statistics(batch, outputs)}
+        return loss, {
+            "g/loss": loss.detach(),
+            "g/logit_fake": batch.sample_mean(outputs[1].detach()),
+            **statistics(batch, outputs),
+        }
 
     def real_loss(batch: Microbatch, outputs):
         real = _first(outputs[0], apt.ar1_lambda)
@@ -172,11 +215,18 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
     branches = [
         Branch("fake", (_generate(apt, "full", "fake"), frozen), g_loss, reads=(0,)),
         Branch("real", (_discriminate(apt, "full", "t_real", real=True, fake=False),), real_loss),
-        Branch("fake", (_generate(apt, "none", "fake"), _discriminate(apt, "full", "t_fake", real=False, fake=True)), fake_loss),
+        Branch(
+            "fake",
+            (_generate(apt, "none", "fake"), _discriminate(apt, "full", "t_fake", real=False, fake=True)),
+            fake_loss,
+        ),
     ]
     if apt.unmatched_conditions:
         unmatched = Segment(
-            "discriminator", "full", lambda batch: rolled(batch.condition), lambda batch, _: (batch.x, label(batch, apt, "t_unmatched"))
+            "discriminator",
+            "full",
+            lambda batch: rolled(batch.condition),
+            lambda batch, _: (batch.x, label(batch, apt, "t_unmatched")),
         )
         branches.append(Branch("unmatched", (unmatched,), _unmatched_loss(d_fake)))
     return branches
@@ -194,13 +244,19 @@ def _relativistic(apt: AptConfig) -> list[Branch]:
     def g_loss(batch: Microbatch, outputs):
         real, fake = outputs[1].chunk(2)
         loss = batch.sample_mean(losses.relativistic_g(real, fake))
-        return loss, {"g/loss": loss.detach(), "g/logit_fake": batch.sample_mean(fake.detach()), **statistics(batch, outputs)}
+        return loss, {
+            "g/loss": loss.detach(),
+            "g/logit_fake": batch.sample_mean(fake.detach()),
+            **statistics(batch, outputs),
+        }
 
     def d_loss(batch: Microbatch, outputs):
         logits = list(outputs[1].chunk(2 + bool(apt.ar1_lambda) + bool(apt.ar2_lambda)))
         count = 2 if apt.ar1_lambda else 1
         reals, generated = logits[:count], logits[count:]
-        loss, metrics = _penalised(batch, torch.cat(reals), losses.relativistic_d(reals[0], generated[0]), apt.ar1_lambda, "d/ar1")
+        loss, metrics = _penalised(
+            batch, torch.cat(reals), losses.relativistic_d(reals[0], generated[0]), apt.ar1_lambda, "d/ar1"
+        )
         if apt.ar2_lambda:
             penalty = batch.sample_mean(losses.approximate_r1(*generated))
             loss, metrics["d/ar2"] = loss + apt.ar2_lambda * penalty, penalty.detach()
@@ -225,7 +281,11 @@ def _logit_metrics(batch: Microbatch, logits: Tensor, real: bool) -> Metrics:
     mean = batch.sample_mean(logits)
     right = (logits > 0) if real else (logits < 0)
     accuracy = 0.5 * batch.sample_mean(right.to(logits.dtype))
-    return {f"d/logit_{'real' if real else 'fake'}": mean, "d/logit_gap": mean if real else -mean, "d/accuracy": accuracy}
+    return {
+        f"d/logit_{'real' if real else 'fake'}": mean,
+        "d/logit_gap": mean if real else -mean,
+        "d/accuracy": accuracy,
+    }
 
 
 def _added(a: Metrics, b: Metrics) -> Metrics:
@@ -233,15 +293,18 @@ def _added(a: Metrics, b: Metrics) -> Metrics:
 
 
 def statistics(batch: Microbatch, outputs: Outputs) -> Metrics:
-    """Signs of collapse: mean and mean square of generated samples, and the mean squared distance between neighbours, fake and real.
+    """Signs of collapse: mean and mean square of generated samples, and the mean squared
+    distance between neighbours, fake and real.
 
-    Neighbours in a batch are random pairs of samples, so their distance estimates the diversity across seeds. Needs samples of one size.
+    Neighbours in a batch are random pairs of samples, so their distance estimates the
+    diversity across seeds. Needs samples of one size.
     """
     x_hat = fakes(batch, outputs).detach()
     metrics = {"sample/mean": batch.token_mean(x_hat), "sample/mean_square": batch.token_mean(x_hat.square())}
     comparable = batch.layout.visual.uniform and batch.layout.samples > 1
     for name, x in (("fake", x_hat), ("real", batch.x)):
-        # Every rank reports the same names, whatever its own microbatches are, because their values are summed as one vector.
+        # Every rank reports the same names, whatever its own microbatches are, because
+        # their values are summed as one vector.
         distance = x.new_zeros(())
         if comparable:
             x = batch.layout.visual.fold(x)
@@ -251,7 +314,9 @@ def statistics(batch: Microbatch, outputs: Outputs) -> Metrics:
 
 
 def summarise(values: Values) -> Values:
-    """Adds the standard deviation of generated samples and their diversity as a share of the real samples'."""
+    """Adds the standard deviation of generated samples and their diversity as a share of
+    the real samples'.
+    """
     values = dict(values)
     values["sample/std"] = max(values.pop("sample/mean_square") - values["sample/mean"] ** 2, 0.0) ** 0.5
     fake, real = values.pop("sample/distance_fake"), values.pop("sample/distance_real")
@@ -261,14 +326,20 @@ def summarise(values: Values) -> Values:
 
 
 def signs_of_collapse(values: Values, guards: GuardConfig) -> dict[str, str]:
-    """Paper, section 5.1: the discriminator's loss goes to zero, and the generator makes flat plates that hardly differ."""
+    """Paper, section 5.1: the discriminator's loss goes to zero, and the generator makes
+    flat plates that hardly differ.
+    """
     signs = {}
     if values["d/loss"] < guards.collapse_d_loss:
-        signs["d_loss"] = f"d/loss {values['d/loss']:.4f} < guards.collapse_d_loss {guards.collapse_d_loss}: D has won; raise lambda or sigma of aR1"
+        signs["d_loss"] = (
+            f"d/loss {values['d/loss']:.4f} < guards.collapse_d_loss {guards.collapse_d_loss}: D has won; "
+            "raise lambda or sigma of aR1"
+        )
     if values.get("sample/diversity", 1.0) < guards.collapse_diversity:
         signs["diversity"] = (
-            f"sample/diversity {values['sample/diversity']:.4f} < guards.collapse_diversity {guards.collapse_diversity}: "
-            "samples of different seeds are one; use a larger batch or a smaller learning rate"
+            f"sample/diversity {values['sample/diversity']:.4f} < guards.collapse_diversity "
+            f"{guards.collapse_diversity}: samples of different seeds are one; use a larger batch or a "
+            "smaller learning rate"
         )
     return signs
 
@@ -277,9 +348,13 @@ def _exact_r1(apt: AptConfig):
     def measure(discriminator: Discriminator, batch: Microbatch) -> Metrics:
         condition = condition_of(batch, apt)
         x = batch.x.clone().requires_grad_(True)
-        t, layout = label(batch, apt, "t_pair" if apt.loss == "relativistic" else "t_real"), batch.layout_for(condition)
+        t, layout = (
+            label(batch, apt, "t_pair" if apt.loss == "relativistic" else "t_real"),
+            batch.layout_for(condition),
+        )
         logits = discriminator(x, t, condition, layout)
-        # Each context-parallel rank returns the same logits: a share of each makes the ranks' contributions add up to their sum.
+        # Each context-parallel rank returns the same logits: a share of each makes the
+        # ranks' contributions add up to their sum.
         (gradient,) = torch.autograd.grad(logits.sum() / batch.mesh.cp.size, x)
         with torch.no_grad():
             perturbed = discriminator(batch.perturbed(x, apt.ar1_sigma, "ar1"), t, condition, layout)
@@ -288,12 +363,15 @@ def _exact_r1(apt: AptConfig):
         return {"check/r1_exact": exact, "check/r1_approximate": approximate}
 
     def check(networks: dict, batch: Microbatch) -> Metrics:
-        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the labels and conditions of the D phase that follows.
+        """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the labels and conditions
+        of the D phase that follows.
 
-        Measured beside aR1 / sigma^2 of the same weights, which estimates it to first order.
+        Measured beside aR1 / sigma^2 of the same weights, which estimates it to first
+        order.
         """
         discriminator = networks["discriminator"]
-        # Frozen, because layers that fuse the weight's gradient with its accumulation add it to the update's, whatever autograd was asked for.
+        # Frozen, because layers that fuse the weight's gradient with its accumulation add
+        # it to the update's, whatever autograd was asked for.
         with parameters.frozen(discriminator), fp8.without(discriminator):
             return measure(discriminator, batch.for_phase("d"))
 

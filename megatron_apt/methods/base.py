@@ -31,12 +31,17 @@ class Segment:
     """One pass through one network.
 
     Attributes:
-        condition: texts of all that the network sees at once; with the microbatch's shapes they fix the layout, on every stage.
-        feed: makes x and t from the microbatch and the outputs of earlier segments, by their number; gradients flow back through it.
-        reads: numbers of the segments whose outputs `feed` uses. In a pipeline the others are not brought to where it runs.
-        copies: versions of each sample that it sees at once, for the time and memory it takes.
-        ahead: phase, branch and segment whose output in the next iteration this one's is, from the same weights and draws (see Phase.repeats). A
-            schedule may then run that one early, in place of this one.
+        condition: texts of all that the network sees at once; with the microbatch's
+            shapes they fix the layout, on every stage.
+        feed: makes x and t from the microbatch and the outputs of earlier segments, by
+            their number; gradients flow back through it.
+        reads: numbers of the segments whose outputs `feed` uses. In a pipeline the others
+            are not brought to where it runs.
+        copies: versions of each sample that it sees at once, for the time and memory it
+            takes.
+        ahead: phase, branch and segment whose output in the next iteration this one's is,
+            from the same weights and draws (see Phase.repeats). A schedule may then run
+            that one early, in place of this one.
     """
 
     role: str
@@ -53,8 +58,10 @@ class Branch:
     """A chain of segments and the loss of their outputs.
 
     Attributes:
-        loss: returns this rank's CONTRIBUTION to the global batch's loss (they add up over microbatches and over data x context ranks), and
-            contributions to metrics, which add up in the same way. It is differentiated with respect to the last segment's output alone.
+        loss: returns this rank's CONTRIBUTION to the global batch's loss (they add up
+            over microbatches and over data x context ranks), and contributions to
+            metrics, which add up in the same way. It is differentiated with respect to
+            the last segment's output alone.
         reads: numbers of the segments, besides the last, whose outputs `loss` uses.
     """
 
@@ -66,19 +73,32 @@ class Branch:
     def __post_init__(self):
         for s, segment in enumerate(self.segments):
             if any(not 0 <= r < s for r in segment.reads):
-                raise ValueError(f"branch {self.name!r}: segment {s} reads the outputs of {segment.reads}, of which some are not before it")
+                raise ValueError(
+                    f"branch {self.name!r}: segment {s} reads the outputs of {segment.reads}, of which some "
+                    "are not before it"
+                )
             if segment.grad != "none" and s not in self.backward:
-                raise ValueError(f"branch {self.name!r}: no gradient reaches segment {s}; its grad must be 'none'")
+                raise ValueError(
+                    f"branch {self.name!r}: no gradient reaches segment {s}; its grad must be 'none'"
+                )
 
     def readers(self, s: int) -> list[int]:
         """Segments that send a gradient back to segment s."""
-        return [r for r in range(s + 1, len(self.segments)) if s in self.segments[r].reads and self.segments[r].grad != "none"]
+        return [
+            r
+            for r in range(s + 1, len(self.segments))
+            if s in self.segments[r].reads and self.segments[r].grad != "none"
+        ]
 
     @cached_property
     def backward(self) -> list[int]:
         """Segments that gradients of the loss flow through."""
         last = len(self.segments) - 1
-        return [s for s, segment in enumerate(self.segments) if segment.grad != "none" and (s == last or self.readers(s))]
+        return [
+            s
+            for s, segment in enumerate(self.segments)
+            if segment.grad != "none" and (s == last or self.readers(s))
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,8 @@ class Phase:
 
     Attributes:
         updates: the role that steps.
-        repeats: a phase whose samples and draws of the iteration before this one takes again; in the first iteration of a run it has its own.
+        repeats: a phase whose samples and draws of the iteration before this one takes
+            again; in the first iteration of a run it has its own.
     """
 
     name: str
@@ -98,7 +119,9 @@ class Phase:
 
 def roles_of(phases: Iterable[Phase]) -> list[str]:
     """Names of the networks that the phases run, each once."""
-    return sorted({segment.role for phase in phases for branch in phase.branches for segment in branch.segments})
+    return sorted(
+        {segment.role for phase in phases for branch in phase.branches for segment in branch.segments}
+    )
 
 
 @dataclass(frozen=True)
@@ -106,10 +129,12 @@ class Role:
     """A network of a method.
 
     Attributes:
-        build: makes the stages of it that a rank holds, weights initialised from the run's seed.
+        build: makes the stages of it that a rank holds, weights initialised from the
+            run's seed.
         depth: its blocks.
         source: checkpoint its weights start from; empty keeps the initialisation.
-        target: submodule that takes those weights ("" the network itself, "backbone" of a discriminator).
+        target: submodule that takes those weights ("" the network itself, "backbone" of a
+            discriminator).
         optimizer: None for a network that is never trained.
         ema: keeps a moving average.
         trains: parameter name -> False leaves that parameter as it is.
@@ -139,9 +164,12 @@ class Method:
         phases: of one iteration, in order.
         summarise: turns the summed metrics of an iteration into what is logged.
         signs_of_collapse: (logged values, thresholds) -> message per sign now present.
-        correlated: pairs of logged values whose correlation over the run is reported at its end.
-        least_samples: of a microbatch, for a method that compares samples with each other.
-        check, check_every: a measurement on each microbatch at every so many iterations, before their phases (0: never).
+        correlated: pairs of logged values whose correlation over the run is reported at
+            its end.
+        least_samples: of a microbatch, for a method that compares samples with each
+            other.
+        check, check_every: a measurement on each microbatch at every so many iterations,
+            before their phases (0: never).
     """
 
     roles: dict[str, Role]

@@ -1,4 +1,5 @@
-"""Stage 1: discrete-time consistency distillation with guidance folded in (Song et al. 2023; APT paper, section 3.2).
+"""Stage 1: discrete-time consistency distillation with guidance folded in (Song et al.
+2023; APT paper, section 3.2).
 
 With f(x_t, t) = x_t - t v(x_t, t), so that f(x, 0) = x by construction:
     E || f_student(x_t, t) - sg f_student(x_s, s) ||^2,   x_s = x_t + (s - t) v_cfg(x_t, t) one Euler step of the teacher,
@@ -18,7 +19,9 @@ from megatron_apt.parallel.mesh import Mesh
 
 
 def grid_times(u: torch.Tensor, steps: int, s: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbouring times (t_n, t_{n-1}) of the shifted grid for uniform u in (0, 1): n uniform on 1..steps, so t_steps = 1 and t_0 = 0."""
+    """Neighbouring times (t_n, t_{n-1}) of the shifted grid for uniform u in (0, 1): n
+    uniform on 1..steps, so t_steps = 1 and t_0 = 0.
+    """
     n = (u * steps).floor().clamp(max=steps - 1) + 1
     return shift(n / steps, s), shift((n - 1) / steps, s)
 
@@ -61,14 +64,27 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         x_t, t, _s = noisy(batch)
         x_s, s = stepped(batch, outputs)
         target = predict_sample(x_s, outputs[1], batch.layout.expand(s))
-        value = batch.token_mean(losses.squared_error(predict_sample(x_t, outputs[2], batch.layout.expand(t)), target))
+        value = batch.token_mean(
+            losses.squared_error(predict_sample(x_t, outputs[2], batch.layout.expand(t)), target)
+        )
         return value, {"loss": value.detach()}
 
     roles = {
         "generator": generator(config, mesh, config.init.generator or config.init.diffusion),
-        "teacher": Role(lambda cut: build_generator(config, mesh, cut), config.model.depth, config.init.diffusion),
+        "teacher": Role(
+            lambda cut: build_generator(config, mesh, cut), config.model.depth, config.init.diffusion
+        ),
     }
     teacher = Segment("teacher", "none", guidance_texts, feed_teacher, copies=1 + folds_in)
     target = Segment("generator", "none", texts, stepped, reads=(0,))
     student = Segment("generator", "full", texts, feed_student)
-    return Method(roles, (Phase("consistency", (Branch("distil", (teacher, target, student), loss, reads=(0, 1)),), updates="generator"),))
+    return Method(
+        roles,
+        (
+            Phase(
+                "consistency",
+                (Branch("distil", (teacher, target, student), loss, reads=(0, 1)),),
+                updates="generator",
+            ),
+        ),
+    )

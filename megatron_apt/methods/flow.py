@@ -1,4 +1,6 @@
-"""Stage 0: flow matching. E || v(x_t, t, c) - (z - x) ||^2 with logit-normal t, one t per sample (Esser et al. 2024)."""
+"""Stage 0: flow matching. E || v(x_t, t, c) - (z - x) ||^2 with logit-normal t, one t per
+sample (Esser et al. 2024).
+"""
 
 import torch
 
@@ -24,7 +26,13 @@ def build_generator(config: RunConfig, mesh: Mesh, cut: Cut) -> Backbone:
 
 def generator(config: RunConfig, mesh: Mesh, source: str) -> Role:
     """The role that is trained, averaged, sampled and exported."""
-    return Role(lambda cut: build_generator(config, mesh, cut), config.model.depth, source, optimizer=config.optimizer, ema=config.optimizer.ema > 0)
+    return Role(
+        lambda cut: build_generator(config, mesh, cut),
+        config.model.depth,
+        source,
+        optimizer=config.optimizer,
+        ema=config.optimizer.ema > 0,
+    )
 
 
 def method(config: RunConfig, mesh: Mesh) -> Method:
@@ -43,4 +51,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         return value, {"loss": value.detach()}
 
     branch = Branch("flow", (Segment("generator", "full", condition, feed),), loss)
-    return Method({"generator": generator(config, mesh, config.init.generator)}, (Phase("flow", (branch,), updates="generator"),))
+    return Method(
+        {"generator": generator(config, mesh, config.init.generator)},
+        (Phase("flow", (branch,), updates="generator"),),
+    )

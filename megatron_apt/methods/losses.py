@@ -1,4 +1,6 @@
-"""Losses as pure functions, each beside its equation. Logits are (n,) and at least fp32; results are per sample, (n,), unless said otherwise."""
+"""Losses as pure functions, each beside its equation. Logits are (n,) and at least fp32;
+results are per sample, (n,), unless said otherwise.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +54,8 @@ def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def approximate_r1(logit: Tensor, perturbed: Tensor) -> Tensor:
-    """aR1 = (D(x) - D(x + sigma n))^2 (APT paper, eq. 9); gradients flow through both terms. On fakes it is aR2.
+    """aR1 = (D(x) - D(x + sigma n))^2 (APT paper, eq. 9); gradients flow through both
+    terms. On fakes it is aR2.
 
     To first order its mean over n is sigma^2 ||grad_x D||^2.
     """

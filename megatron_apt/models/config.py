@@ -4,8 +4,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
-MOST_BLOCKS = 1000  # of a model that a file describes: ten times those of any published one, and built without memory in seconds
-_DEEPEST, _WIDEST = 10**4, 10**6  # of which no honest model comes near; beyond them shapes overflow, and loops over blocks take for ever
+# Of a model that a file describes: ten times those of any published one, and built
+# without memory in seconds
+MOST_BLOCKS = 1000
+# Of which no honest model comes near; beyond them shapes overflow, and loops over blocks
+# take for ever
+_DEEPEST, _WIDEST = 10**4, 10**6
 
 
 def _short(value: object) -> str:
@@ -21,26 +25,40 @@ def _whole(config: object, where: str, low: int, high: int, *names: str) -> None
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{where}{name}={_short(value)}: must be a whole number")
         if value < low:
-            raise ValueError(f"{where}{name}={value}: must {f'be at least {low}' if low else 'not be negative'}")
+            raise ValueError(
+                f"{where}{name}={value}: must {f'be at least {low}' if low else 'not be negative'}"
+            )
         if value > high:
-            raise ValueError(f"{where}{name}={value if value < 2**64 else 'of many digits'}: must be at most {high}")
+            raise ValueError(
+                f"{where}{name}={value if value < 2**64 else 'of many digits'}: must be at most {high}"
+            )
 
 
 def _tuples(config: object, where: str, **lengths: int | None) -> None:
     """Raises ValueError for a field that is no tuple of so many whole numbers (None: any number of them)."""
     for name, length in lengths.items():
         value = getattr(config, name)
-        whole = isinstance(value, tuple) and all(isinstance(part, int) and not isinstance(part, bool) for part in value)
+        whole = isinstance(value, tuple) and all(
+            isinstance(part, int) and not isinstance(part, bool) for part in value
+        )
         if not whole or (length is not None and len(value) != length):
-            raise ValueError(f"{where}{name}={_short(value)}: must be {'a list of' if length is None else length} whole numbers")
+            raise ValueError(
+                f"{where}{name}={_short(value)}: must be {'a list of' if length is None else length} whole "
+                "numbers"
+            )
         if len(value) > _DEEPEST:
             raise ValueError(f"{where}{name}: has {len(value)} numbers; must have at most {_DEEPEST}")
         if any(not abs(part) <= _WIDEST for part in value):
-            raise ValueError(f"{where}{name}={_short(value) if max(map(abs, value)) < 2**64 else 'of many digits'}: must be at most {_WIDEST}")
+            raise ValueError(
+                f"{where}{name}={_short(value) if max(map(abs, value)) < 2**64 else 'of many digits'}: must "
+                f"be at most {_WIDEST}"
+            )
 
 
 def _choices(config: object, where: str, *names: str) -> None:
-    """Raises ValueError for a field whose value is none of those that its type lists, or is no bool where it is one."""
+    """Raises ValueError for a field whose value is none of those that its type lists, or
+    is no bool where it is one.
+    """
     hints = get_type_hints(type(config))
     for name in names:
         value, choices = getattr(config, name), get_args(hints[name]) or (True, False)
@@ -51,7 +69,10 @@ def _choices(config: object, where: str, *names: str) -> None:
 def _number(value: object, name: str, low: float) -> None:
     """Raises ValueError for what is no finite number of at least low."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
-        raise ValueError(f"{name}={_short(value)}: must be a finite number, {'not negative' if low == 0 else f'at least {low:g}'}")
+        raise ValueError(
+            f"{name}={_short(value)}: must be a finite number, "
+            f"{'not negative' if low == 0 else f'at least {low:g}'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,8 +80,10 @@ class Fp8Config:
     """FP8 matrix products in the blocks, with Transformer Engine on a chip that has them."""
 
     recipe: Literal["none", "current", "delayed", "blockwise", "mxfp8"] = "none"
-    """current: one scale per tensor, from the tensor. delayed: from the largest values of recent updates, which saves a pass over each tensor.
-    blockwise: a scale per 128 numbers (Hopper). mxfp8: per 32 (Blackwell)."""
+    """current: one scale per tensor, from the tensor. delayed: from the largest values of
+    recent updates, which saves a pass over each tensor. blockwise: a scale per 128
+    numbers (Hopper). mxfp8: per 32 (Blackwell).
+    """
     bf16_first: int = 1
     """Blocks at the start that stay in bf16."""
     bf16_last: int = 1
@@ -87,11 +110,15 @@ class WanConfig:
     cross_norm: bool = True
     """A norm with learned scale and shift before the text's cross-attention."""
     image_width: int = 0
-    """Width of the first frame's CLIP tokens, which a second cross-attention reads (Wan2.1 I2V); 0: there are none."""
+    """Width of the first frame's CLIP tokens, which a second cross-attention reads
+    (Wan2.1 I2V); 0: there are none.
+    """
     image_tokens: int = 257
     first_frame: bool = False
-    """A clip's first latent frame is given: clean and at time 0 among the noisy ones (Wan2.2 TI2V as image to video). The weights are those of text
-    to video, so this is a recipe's choice. Samples of one frame are pictures, generated from text."""
+    """A clip's first latent frame is given: clean and at time 0 among the noisy ones
+    (Wan2.2 TI2V as image to video). The weights are those of text to video, so this is a
+    recipe's choice. Samples of one frame are pictures, generated from text.
+    """
 
     def __post_init__(self):
         _choices(self, "model.wan.", "cross_norm", "first_frame")
@@ -107,7 +134,9 @@ class Sd3Config:
     position_size: int = 192
     """Rows and columns of the table of positions, in tokens; smaller pictures take its centre."""
     sample_size: int = 128
-    """Rows and columns of a latent: over the whole table its angles grow from 0 to as many as such a latent has tokens in a row."""
+    """Rows and columns of a latent: over the whole table its angles grow from 0 to as
+    many as such a latent has tokens in a row.
+    """
     qk_norm: bool = False
     """RMSNorm of queries and keys (3.5)."""
     dual_layers: tuple[int, ...] = ()
@@ -131,7 +160,9 @@ class SingleStreamConfig:
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     """Numbers of a head that frame, row and column turn."""
     guidance: float = 0.0
-    """The scale of guidance that the model is told, which its pipeline calls guidance_scale; 0: a model without that input."""
+    """The scale of guidance that the model is told, which its pipeline calls
+    guidance_scale; 0: a model without that input.
+    """
 
     def __post_init__(self):
         _whole(self, "", 0, _DEEPEST, "double_blocks")
@@ -139,7 +170,9 @@ class SingleStreamConfig:
         _number(self.guidance, "guidance", 0)
         _tuples(self, "", rope_axes=3)
         if any(axis < 2 or axis % 2 for axis in self.rope_axes):
-            raise ValueError(f"rope_axes={self.rope_axes}: each must be even and at least 2, because pairs of numbers turn")
+            raise ValueError(
+                f"rope_axes={self.rope_axes}: each must be even and at least 2, because pairs of numbers turn"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,12 +199,17 @@ class HunyuanConfig(SingleStreamConfig):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a diffusion transformer of any family. Defaults are the `tiny` preset, which trains on a CPU in minutes."""
+    """Shape of a diffusion transformer of any family. Defaults are the `tiny` preset,
+    which trains on a CPU in minutes.
+    """
 
     family: Literal["mmdit", "wan", "sd3", "flux", "hunyuan"] = "mmdit"
-    """mmdit: separate text and visual weights in every layer, joint attention. wan: self-attention, then cross-attention to the text. flux, hunyuan:
-    mmdits whose later layers share their weights between text and visual tokens. These rotate visual queries and keys by their place in the video.
-    sd3: an mmdit of pictures, whose tokens carry a table of positions instead."""
+    """mmdit: separate text and visual weights in every layer, joint attention. wan:
+    self-attention, then cross-attention to the text. flux, hunyuan: mmdits whose later
+    layers share their weights between text and visual tokens. These rotate visual queries
+    and keys by their place in the video. sd3: an mmdit of pictures, whose tokens carry a
+    table of positions instead.
+    """
     depth: int = 6
     width: int = 64
     heads: int = 4
@@ -186,11 +224,17 @@ class ModelConfig:
     text_width: int = 32
     """Width of the text encoder's output."""
     modulation: Literal["block", "single"] = "block"
-    """AdaLN: a projection per block, or one shared projection plus a learned offset per block (AdaLN-single)."""
+    """AdaLN: a projection per block, or one shared projection plus a learned offset per
+    block (AdaLN-single).
+    """
     pooled_text: bool = True
-    """Also adds the projected mean of the text embedding, or the pooled text of its encoder, to the timestep embedding."""
+    """Also adds the projected mean of the text embedding, or the pooled text of its
+    encoder, to the timestep embedding.
+    """
     last_block_text: bool = False
-    """Gives the last block a full text stream, whose output nothing reads (kept where a published parameter count has it)."""
+    """Gives the last block a full text stream, whose output nothing reads (kept where a
+    published parameter count has it).
+    """
     rope_theta: float = 10000.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Literal["none", "full"] = "none"
@@ -205,20 +249,27 @@ class ModelConfig:
         self._check_fields()
         if self.family == "wan" and (self.modulation != "single" or self.pooled_text):
             raise ValueError(
-                f"model.family='wan' has model.modulation='single' and no model.pooled_text; here they are {self.modulation!r} and {self.pooled_text}"
+                "model.family='wan' has model.modulation='single' and no model.pooled_text; here they are "
+                f"{self.modulation!r} and {self.pooled_text}"
             )
         if min(self.patch) < 1:
             raise ValueError(f"model.patch={self.patch}: each side must be at least 1")
         if self.wan.first_frame and (self.family != "wan" or self.patch[0] != 1):
             raise ValueError(
-                f"model.wan.first_frame=True needs model.family='wan' and patches of one frame; here are {self.family!r} and model.patch={self.patch}"
+                "model.wan.first_frame=True needs model.family='wan' and patches of one frame; here are "
+                f"{self.family!r} and model.patch={self.patch}"
             )
         if self.family == "sd3":
             self._check_sd3()
         if self.width % self.heads:
-            raise ValueError(f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple")
+            raise ValueError(
+                f"model.width={self.width} does not split into model.heads={self.heads}; use a multiple"
+            )
         if self.rotary and (self.head_size % 2 or self.head_size < 6):
-            raise ValueError(f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even head size of at least 6")
+            raise ValueError(
+                f"model.width={self.width} / model.heads={self.heads}: rotary embedding in 3D needs an even "
+                "head size of at least 6"
+            )
         if self.single_stream is not None:
             self._check_single_stream(self.single_stream)
 
@@ -229,40 +280,69 @@ class ModelConfig:
         _whole(self, "model.", 0, _WIDEST, "mlp_width", "condition_channels")
         _tuples(self, "model.", patch=3)
         if max(self.patch) > _DEEPEST or self.mlp > 10 * _WIDEST:
-            raise ValueError(f"model.patch={self.patch}, MLPs {self.mlp} wide: no side is above {_DEEPEST}, and no MLP wider than {10 * _WIDEST}")
-        _choices(self, "model.", "family", "modulation", "pooled_text", "last_block_text", "dtype", "recompute")
+            raise ValueError(
+                f"model.patch={self.patch}, MLPs {self.mlp} wide: no side is above {_DEEPEST}, and no MLP "
+                f"wider than {10 * _WIDEST}"
+            )
+        _choices(
+            self, "model.", "family", "modulation", "pooled_text", "last_block_text", "dtype", "recompute"
+        )
         _number(self.rope_theta, "model.rope_theta", 1e-6)
 
     def _check_sd3(self) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:
             raise ValueError(
-                "model.family='sd3' has model.modulation='block', model.pooled_text and no model.last_block_text; "
-                f"here they are {self.modulation!r}, {self.pooled_text} and {self.last_block_text}"
+                "model.family='sd3' has model.modulation='block', model.pooled_text and no "
+                f"model.last_block_text; here they are {self.modulation!r}, {self.pooled_text} and "
+                f"{self.last_block_text}"
             )
         if self.patch != (1, self.patch[1], self.patch[1]):
-            raise ValueError(f"model.patch={self.patch}: model.family='sd3' has square patches of one frame, (1, p, p)")
+            raise ValueError(
+                f"model.patch={self.patch}: model.family='sd3' has square patches of one frame, (1, p, p)"
+            )
         if self.width % 4:
-            raise ValueError(f"model.width={self.width}: positions of model.family='sd3' are sine and cosine of row and column; use a multiple of 4")
+            raise ValueError(
+                f"model.width={self.width}: positions of model.family='sd3' are sine and cosine of row and "
+                "column; use a multiple of 4"
+            )
         beyond = [i for i in self.sd3.dual_layers if not 0 <= i < self.depth]
         if beyond:
-            raise ValueError(f"model.sd3.dual_layers names blocks {_short(beyond)} of model.depth={self.depth}")
+            raise ValueError(
+                f"model.sd3.dual_layers names blocks {_short(beyond)} of model.depth={self.depth}"
+            )
         if len(self.sd3.dual_layers) > self.depth:  # each block looks for itself in it
-            raise ValueError(f"model.sd3.dual_layers names {len(self.sd3.dual_layers)} blocks of model.depth={self.depth}; name each once")
+            raise ValueError(
+                f"model.sd3.dual_layers names {len(self.sd3.dual_layers)} blocks of "
+                f"model.depth={self.depth}; name each once"
+            )
 
     def _check_single_stream(self, config: SingleStreamConfig) -> None:
         if self.modulation != "block" or not self.pooled_text or self.last_block_text:
             raise ValueError(
-                f"model.family={self.family!r} has model.modulation='block', model.pooled_text and no model.last_block_text; "
-                f"here they are {self.modulation!r}, {self.pooled_text} and {self.last_block_text}"
+                f"model.family={self.family!r} has model.modulation='block', model.pooled_text and no "
+                f"model.last_block_text; here they are {self.modulation!r}, {self.pooled_text} and "
+                f"{self.last_block_text}"
             )
         if self.patch[1] != self.patch[2]:
-            raise ValueError(f"model.patch={self.patch}: model.family={self.family!r} has as many rows as columns in a patch")
+            raise ValueError(
+                f"model.patch={self.patch}: model.family={self.family!r} has as many rows as columns in a "
+                "patch"
+            )
         if config.double_blocks > self.depth:
-            raise ValueError(f"model.{self.family}.double_blocks={config.double_blocks}: there are {self.depth} blocks in all (model.depth)")
+            raise ValueError(
+                f"model.{self.family}.double_blocks={config.double_blocks}: there are {self.depth} blocks in "
+                "all (model.depth)"
+            )
         if sum(config.rope_axes) != self.head_size:
-            raise ValueError(f"model.{self.family}.rope_axes={config.rope_axes}: must add up to the {self.head_size} numbers of a head")
+            raise ValueError(
+                f"model.{self.family}.rope_axes={config.rope_axes}: must add up to the {self.head_size} "
+                "numbers of a head"
+            )
         if self.mlp % self.heads:
-            raise ValueError(f"model.mlp_width={self.mlp}: model.family={self.family!r} deals it out to model.heads={self.heads}; use a multiple")
+            raise ValueError(
+                f"model.mlp_width={self.mlp}: model.family={self.family!r} deals it out to "
+                f"model.heads={self.heads}; use a multiple"
+            )
 
     @property
     def single_stream(self) -> SingleStreamConfig | None:
@@ -285,7 +365,9 @@ class ModelConfig:
 
     @property
     def rotary_pairs(self) -> tuple[int, int, int]:
-        """Pairs of numbers of a head turned by frame, row and column; where a family does not say, what does not divide by three goes to frames."""
+        """Pairs of numbers of a head turned by frame, row and column; where a family does
+        not say, what does not divide by three goes to frames.
+        """
         if self.single_stream is not None:
             return tuple(axis // 2 for axis in self.single_stream.rope_axes)
         pairs = self.head_size // 2
@@ -323,7 +405,9 @@ def tiny() -> ModelConfig:
 
 
 def seaweed_8b() -> ModelConfig:
-    """The 8B shape of the APT paper: 36 * (2*4*d^2 + 2*8*d^2) = 8.15e9 weights in the layers, plus embeddings."""
+    """The 8B shape of the APT paper: 36 * (2*4*d^2 + 2*8*d^2) = 8.15e9 weights in the
+    layers, plus embeddings.
+    """
     return ModelConfig(
         depth=36,
         width=3072,
@@ -355,7 +439,9 @@ def wan_1_3b() -> ModelConfig:
 
 
 def wan_5b() -> ModelConfig:
-    """Wan2.2-TI2V-5B as text to video; its latents have 48 channels and are 16 times smaller than the picture."""
+    """Wan2.2-TI2V-5B as text to video; its latents have 48 channels and are 16 times
+    smaller than the picture.
+    """
     return replace(wan_1_3b(), width=3072, heads=24, mlp_width=14336, latent_channels=48)
 
 

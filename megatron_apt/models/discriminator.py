@@ -1,11 +1,14 @@
-"""The discriminator: the diffusion backbone with learned-query cross-attention heads at several depths and one fp32 logit per sample.
+"""The discriminator: the diffusion backbone with learned-query cross-attention heads at
+several depths and one fp32 logit per sample.
 
 A head (APT paper, Figure 1), with h the visual tokens after its block:
     q = norm(Wq token); k = norm(Wk RMSNorm(h)); v = Wv RMSNorm(h)
     y = token + Wo attention(q, k, v);   y = y + MLP(Norm(y))
-With one query per head, attention(q, k, Wv x) = Wv attention(q, k, x): each head pools its input, and values are projected once per sample instead of
-once per token. That halves the head's arithmetic and the activations it keeps.
-The heads' tokens are joined on channels, normalised and projected to the logit. The last projection of the diffusion model is not used.
+With one query per head, attention(q, k, Wv x) = Wv attention(q, k, x): each head pools
+its input, and values are projected once per sample instead of once per token. That halves
+the head's arithmetic and the activations it keeps. The heads' tokens are joined on
+channels, normalised and projected to the logit. The last projection of the diffusion
+model is not used.
 """
 
 import torch
@@ -24,29 +27,40 @@ from megatron_apt.models.parts import DTYPES, Backend, choose_backend, transform
 from megatron_apt.models.stages import WHOLE, Cut, State, run_all
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.collectives import max_over, sum_over
-from megatron_apt.parallel.megatron import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron_apt.parallel.megatron import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron_apt.parallel.mesh import Mesh
 
 
 def head_blocks(fractions: tuple[float, ...], depth: int) -> tuple[int, ...]:
-    """Blocks (from 1) after which the heads stand: 16/36, 26/36, 36/36 of 36 layers are 16, 26, 36.
+    """Blocks (from 1) after which the heads stand: 16/36, 26/36, 36/36 of 36 layers are
+    16, 26, 36.
 
     Raises:
         ValueError: two fractions fall on one block of so shallow a network.
     """
     blocks = tuple(max(1, round(fraction * depth)) for fraction in fractions)
     if len(set(blocks)) != len(blocks):
-        raise ValueError(f"apt.head_layers={fractions} fall on blocks {blocks} of {depth}, some twice; give fewer or more distant fractions")
+        raise ValueError(
+            f"apt.head_layers={fractions} fall on blocks {blocks} of {depth}, some twice; give fewer or more "
+            "distant fractions"
+        )
     return tuple(sorted(blocks))
 
 
 class HeadLinear(nn.Module):
-    """A projection of whole tokens to this rank's heads: (..., D) -> (..., H K), features ordered (head, K); leaves communication to the caller."""
+    """A projection of whole tokens to this rank's heads: (..., D) -> (..., H K), features
+    ordered (head, K); leaves communication to the caller.
+    """
 
     def __init__(self, width: int, dtype: torch.dtype, mesh: Mesh):
         super().__init__()
         self.group, out = mesh.tp.group, width // mesh.tp.size
-        self.weight = declare(nn.Parameter(torch.empty(out, width, dtype=dtype)), parameters.xavier, sharded_dim=0)
+        self.weight = declare(
+            nn.Parameter(torch.empty(out, width, dtype=dtype)), parameters.xavier, sharded_dim=0
+        )
         self.bias = declare(nn.Parameter(torch.empty(out, dtype=dtype)), parameters.zeros, sharded_dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,19 +70,24 @@ class HeadLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def of_pooled(self, acc: Tensor, total: Tensor, head_size: int) -> Tensor:
-        """The projection of each head's own sums over tokens: (n, H, D), whose weights add up to total (n, H) -> (n, H, K), in acc's dtype."""
+        """The projection of each head's own sums over tokens: (n, H, D), whose weights
+        add up to total (n, H) -> (n, H, K), in acc's dtype.
+        """
         weight, bias = (p.to(acc.dtype).unflatten(0, (-1, head_size)) for p in (self.weight, self.bias))
         return torch.einsum("nhd,hkd->nhk", acc, weight) + total.unsqueeze(-1) * bias
 
 
 class QueryHead(nn.Module):
-    """One cross-attention-only transformer block whose single query is a learned token: visual tokens -> (n, D)."""
+    """One cross-attention-only transformer block whose single query is a learned token:
+    visual tokens -> (n, D).
+    """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, backend: Backend):
         super().__init__()
         self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
         d, dtype = model.width, DTYPES[model.dtype]
-        single = transformer_config(model, mesh, sequence_parallel=False)  # acts on one vector per sample, whole on every rank
+        # Acts on one vector per sample, whole on every rank
+        single = transformer_config(model, mesh, sequence_parallel=False)
         column, row = backend.column_parallel_linear, backend.row_parallel_linear
         self.token = declare(nn.Parameter(torch.empty(1, d, dtype=dtype)), parameters.normal(0.02))
         self.norm_tokens = RMSNorm((d,), dtype, tp_partial=mesh.sequence_parallel)
@@ -86,12 +105,18 @@ class QueryHead(nn.Module):
         x = self._all_tokens(self.norm_tokens(h), layout.visual)
         k = self.linear_k(x).unflatten(-1, (self.heads, self.head_size))
         top, total, acc = learnable_query_pooling(q, k, x, self.k_norm.weight, layout.visual.whole)
-        attended = self._merge(top, total, self.linear_v.of_pooled(acc, total, self.head_size)).flatten(1).to(self.token.dtype)
+        attended = (
+            self._merge(top, total, self.linear_v.of_pooled(acc, total, self.head_size))
+            .flatten(1)
+            .to(self.token.dtype)
+        )
         y = self.token + self.linear_proj(attended)[0]
         return y + self.linear_fc2(F.gelu(self.linear_fc1(self.norm_mlp(y))[0]))[0]
 
     def _all_tokens(self, x: Tensor, stream: Stream) -> Tensor:
-        """The folded tokens of this context-parallel rank, without padding. Their gradient is summed over the ranks that share the heads."""
+        """The folded tokens of this context-parallel rank, without padding. Their
+        gradient is summed over the ranks that share the heads.
+        """
         group = self.mesh.tp.group
         if self.mesh.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
@@ -100,7 +125,9 @@ class QueryHead(nn.Module):
         return stream.unfold(x).unsqueeze(1) if stream.padding else x
 
     def _merge(self, top: Tensor, total: Tensor, acc: Tensor) -> Tensor:
-        """Softmax over ALL tokens of a sample, whose parts lie on the context-parallel ranks: log-sum-exp of three small tensors."""
+        """Softmax over ALL tokens of a sample, whose parts lie on the context-parallel
+        ranks: log-sum-exp of three small tensors.
+        """
         axis = self.mesh.cp
         if axis.size == 1:
             return acc / total.unsqueeze(-1)
@@ -117,10 +144,13 @@ class Discriminator(nn.Module):
         mesh: device mesh.
         depth: layers kept of the backbone.
         head_fractions: depths of the heads as fractions of `depth`.
-        cut: its pipeline stages; a head stands on the stage of its block, the logit on the last.
+        cut: its pipeline stages; a head stands on the stage of its block, the logit on
+            the last.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...], cut: Cut = WHOLE):
+    def __init__(
+        self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...], cut: Cut = WHOLE
+    ):
         super().__init__()
         self.taps, self.cut = head_blocks(head_fractions, depth), cut
         self.backbone = build_backbone(model, mesh, depth=depth, output=False, cut=cut)
@@ -132,30 +162,44 @@ class Discriminator(nn.Module):
         logit_dtype = torch.promote_types(DTYPES[model.dtype], torch.float32)
         self.norm_weight = declare(nn.Parameter(torch.empty(width, dtype=logit_dtype)), parameters.ones)
         self.norm_bias = declare(nn.Parameter(torch.empty(width, dtype=logit_dtype)), parameters.zeros)
-        # Zero logits at the start. Random ones begin with an offset and a penalty, and undoing those costs tens of updates, whose sign-like
-        # RMSProp steps spoil the diffusion weights on the way (measured on the demo's clips: logit gap after 60 updates 0.19 against 0.67).
+        # Zero logits at the start. Random ones begin with an offset and a penalty, and
+        # undoing those costs tens of updates, whose sign-like RMSProp steps spoil the
+        # diffusion weights on the way (measured on the demo's clips: logit gap after 60
+        # updates 0.19 against 0.67).
         self.logit = linear(width, 1, logit_dtype, parameters.zeros)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> Tensor:
-        """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank. Arguments as in Backbone.forward."""
+        """Logits (n,), at least fp32, equal on every tensor- and context-parallel rank.
+        Arguments as in Backbone.forward.
+        """
         return run_all(self, x, t, condition, layout)
 
     def enter(self, x: Tensor, t: Tensor, condition: Condition, layout: Layout) -> State:
         return self.backbone.enter(x, t, condition, layout)
 
     def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
-        """The state behind a stage, with the tokens of the heads passed so far; behind the last one the logits."""
+        """The state behind a stage, with the tokens of the heads passed so far; behind
+        the last one the logits.
+        """
         state, hidden = self.backbone.run_blocks(stage, state, layout, self.taps)
-        state |= {f"token.{i}": self.heads[str(i)](hidden[tap], layout) for i, tap in enumerate(self.taps) if tap in hidden}
+        state |= {
+            f"token.{i}": self.heads[str(i)](hidden[tap], layout)
+            for i, tap in enumerate(self.taps)
+            if tap in hidden
+        }
         if stage < self.cut.stages - 1:
             return state
-        tokens = torch.cat([state[f"token.{i}"] for i in range(len(self.taps))], dim=-1).to(self.logit.weight.dtype)
+        tokens = torch.cat([state[f"token.{i}"] for i in range(len(self.taps))], dim=-1).to(
+            self.logit.weight.dtype
+        )
         tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
         return self.logit(tokens).squeeze(-1)
 
     def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
         """See models/stages.py."""
-        passed = [i for i, tap in enumerate(self.taps) if tap <= self.cut.blocks(self.backbone.depth, stage).stop]
+        passed = [
+            i for i, tap in enumerate(self.taps) if tap <= self.cut.blocks(self.backbone.depth, stage).stop
+        ]
         tokens = {f"token.{i}": ((layout.samples, self.backbone.model.width), True) for i in passed}
         return self.backbone.carried(stage, layout) | tokens
 

@@ -24,7 +24,9 @@ class TimestepEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         dtype = torch.promote_types(self.linear_1.weight.dtype, torch.float32)
         half = _FREQUENCIES // 2
-        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=dtype) * (-math.log(10000.0) / half))
+        frequencies = torch.exp(
+            torch.arange(half, device=t.device, dtype=dtype) * (-math.log(10000.0) / half)
+        )
         angles = 1000.0 * t.to(dtype)[:, None] * frequencies
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
@@ -39,23 +41,31 @@ class PooledEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.linear_1.in_features:
-            raise ValueError(f"pooled text is {x.shape[1]} wide, this model reads {self.linear_1.in_features}: give that of its own text encoders")
+            raise ValueError(
+                f"pooled text is {x.shape[1]} wide, this model reads {self.linear_1.in_features}: give that "
+                "of its own text encoders"
+            )
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 @lru_cache(maxsize=8)  # a table of 46,800 tokens is 24 MB
 def rotary_table(layout: Layout, axes: Grid, theta: float, dtype: torch.dtype) -> Tensor:
-    """Unit complex numbers e^{i position / theta^(j / pairs)} of the visual tokens, in the layout's folded form (a, b, 1, 1, K / 2).
+    """Unit complex numbers e^{i position / theta^(j / pairs)} of the visual tokens, in
+    the layout's folded form (a, b, 1, 1, K / 2).
 
     Args:
         axes: pairs of numbers of a head turned by (frame, row, column); K / 2 in all.
     """
     angles = []
     for axis, pairs in enumerate(axes):
-        rates = theta ** (-torch.arange(pairs, device=layout.positions.device, dtype=torch.float64) / max(pairs, 1))
+        rates = theta ** (
+            -torch.arange(pairs, device=layout.positions.device, dtype=torch.float64) / max(pairs, 1)
+        )
         angles.append(layout.positions[:, axis, None].double() * rates)
     phases = torch.cat(angles, dim=-1)
-    table = torch.polar(torch.ones_like(phases), phases).to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    table = torch.polar(torch.ones_like(phases), phases).to(
+        torch.complex128 if dtype == torch.float64 else torch.complex64
+    )
     table = layout.visual.fold(table)
     if layout.visual.uniform and len(set(layout.grids)) == 1:
         table = table[:1]  # every sample has the same positions: broadcast instead of reading n copies
@@ -63,7 +73,8 @@ def rotary_table(layout: Layout, axes: Grid, theta: float, dtype: torch.dtype) -
 
 
 def patchify(latents: Tensor, patch: Grid) -> Tensor:
-    """(n, C, F, H, W) -> (n * tokens, C * pf * ph * pw), tokens in frame, row, column order.
+    """(n, C, F, H, W) -> (n * tokens, C * pf * ph * pw), tokens in frame, row, column
+    order.
 
     Raises:
         ValueError: a latent size that the patch does not divide.
@@ -83,5 +94,8 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
 def patch_grid(size: Grid, patch: Grid) -> Grid:
     """Tokens over (frames, rows, columns) of a latent of this size."""
     if any(s % p for s, p in zip(size, patch, strict=True)):
-        raise ValueError(f"latent of frames x rows x columns = {size} does not split into patches of {patch}; encode to a size that is a multiple")
+        raise ValueError(
+            f"latent of frames x rows x columns = {size} does not split into patches of {patch}; encode to a "
+            "size that is a multiple"
+        )
     return tuple(s // p for s, p in zip(size, patch, strict=True))

@@ -10,9 +10,17 @@ from megatron_apt.models.stages import WHOLE, Cut
 from megatron_apt.models.wan import Wan
 from megatron_apt.parallel.mesh import Mesh
 
-FAMILIES: dict[str, type[Backbone]] = {"mmdit": MMDiT, "wan": Wan, "sd3": Sd3, "flux": SingleStream, "hunyuan": Hunyuan}
+FAMILIES: dict[str, type[Backbone]] = {
+    "mmdit": MMDiT,
+    "wan": Wan,
+    "sd3": Sd3,
+    "flux": SingleStream,
+    "hunyuan": Hunyuan,
+}
 
 
-def build_backbone(model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE) -> Backbone:
+def build_backbone(
+    model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
+) -> Backbone:
     """The diffusion transformer of this shape. Arguments as of Backbone."""
     return FAMILIES[model.family](model, mesh, depth, output, cut)

@@ -1,6 +1,8 @@
-"""HunyuanVideo: double and single blocks (single_stream.py), before which a small transformer refines the text.
+"""HunyuanVideo: double and single blocks (single_stream.py), before which a small
+transformer refines the text.
 
-It is told the time and the mean of the text, and reads each caption by itself. Letters as in layout.py.
+It is told the time and the mean of the text, and reads each caption by itself. Letters as
+in layout.py.
 """
 
 from functools import lru_cache
@@ -18,18 +20,30 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import PooledEmbedding, TimestepEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, linear, row_linear
-from megatron_apt.models.parts import DTYPES, BlockSubmodules, choose_backend, mmdit_block_spec, transformer_config
+from megatron_apt.models.parts import (
+    DTYPES,
+    BlockSubmodules,
+    choose_backend,
+    mmdit_block_spec,
+    transformer_config,
+)
 from megatron_apt.models.single_stream import SingleStream
 from megatron_apt.parallel.context import whole_attention
 from megatron_apt.parallel.mesh import Mesh
 
 
 class RefinerBlock(nn.Module):
-    """Attention of each caption's tokens among themselves, then an MLP, both gated; text is whole on every rank."""
+    """Attention of each caption's tokens among themselves, then an MLP, both gated; text
+    is whole on every rank.
+    """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules):
         super().__init__()
-        config, d, dtype = transformer_config(model, mesh, sequence_parallel=False), model.width, DTYPES[model.dtype]
+        config, d, dtype = (
+            transformer_config(model, mesh, sequence_parallel=False),
+            model.width,
+            DTYPES[model.dtype],
+        )
         self.heads, self.head_size = model.heads // mesh.tp.size, model.head_size
         self.norm_1, self.norm_2 = LayerNorm(d, dtype), LayerNorm(d, dtype)
         self.linear_qkv = column_linear(parts.text.linear_qkv, d, 3 * d, config, mesh)  # (head, q | k | v, K)
@@ -45,7 +59,9 @@ class RefinerBlock(nn.Module):
         qkv = self.linear_qkv(self.norm_1(x))[0].squeeze(1).unflatten(-1, (self.heads, 3, self.head_size))
         attended = whole_attention(*qkv.unbind(-2), lengths, self.attention)
         x = gated_residual(x, gate, self.linear_proj(attended.unsqueeze(1))[0], rows)
-        return gated_residual(x, gate_mlp, self.linear_fc2(F.silu(self.linear_fc1(self.norm_2(x))[0]))[0], rows)
+        return gated_residual(
+            x, gate_mlp, self.linear_fc2(F.silu(self.linear_fc1(self.norm_2(x))[0]))[0], rows
+        )
 
 
 class Refiner(nn.Module):
@@ -55,13 +71,21 @@ class Refiner(nn.Module):
         super().__init__()
         d, dtype = model.width, DTYPES[model.dtype]
         self.linear_in = linear(model.text_width, d, dtype)
-        self.time_embed, self.mean_embed = TimestepEmbedding(d, dtype), PooledEmbedding(model.text_width, d, dtype)
-        self.blocks = nn.ModuleList(RefinerBlock(model, mesh, parts) for _ in range(model.hunyuan.refiner_blocks))
+        self.time_embed, self.mean_embed = (
+            TimestepEmbedding(d, dtype),
+            PooledEmbedding(model.text_width, d, dtype),
+        )
+        self.blocks = nn.ModuleList(
+            RefinerBlock(model, mesh, parts) for _ in range(model.hunyuan.refiner_blocks)
+        )
 
     def forward(self, tokens: Tensor, lengths: tuple[int, ...], t: Tensor) -> Tensor:
         rows = _packed(lengths, tokens.device)
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        mean = wide.new_zeros(len(lengths), wide.shape[1]).index_add(0, rows.sample, wide) / wide.new_tensor(lengths)[:, None]
+        mean = (
+            wide.new_zeros(len(lengths), wide.shape[1]).index_add(0, rows.sample, wide)
+            / wide.new_tensor(lengths)[:, None]
+        )
         c = self.time_embed(t) + self.mean_embed(mean.to(tokens.dtype))
         x = self.linear_in(tokens).unsqueeze(1)
         for block in self.blocks:
@@ -78,7 +102,9 @@ class Hunyuan(SingleStream):
     """v = model(x_t, t, condition) of HunyuanVideo."""
 
     def text_embedding(self) -> nn.Module:
-        return Refiner(self.model, self.mesh, mmdit_block_spec(choose_backend(self.mesh.device.type, self.model.dtype)))
+        return Refiner(
+            self.model, self.mesh, mmdit_block_spec(choose_backend(self.mesh.device.type, self.model.dtype))
+        )
 
     def embed_text(self, condition: Condition, t: Tensor, layout: Layout) -> Tensor:
         refined = self.text_embed(condition.tokens.to(self.x_embed.weight.dtype), condition.lengths, t)

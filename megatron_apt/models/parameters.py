@@ -38,7 +38,13 @@ def normal(std: float) -> Init:
     return fill
 
 
-def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None, tp_partial: bool = False, fixed: bool = False) -> nn.Parameter:
+def declare(
+    parameter: nn.Parameter,
+    init: Init,
+    sharded_dim: int | None = None,
+    tp_partial: bool = False,
+    fixed: bool = False,
+) -> nn.Parameter:
     """Attaches the facts of this module's docstring to a parameter."""
     parameter.initial = init
     parameter.sharded_dim = sharded_dim
@@ -48,7 +54,15 @@ def declare(parameter: nn.Parameter, init: Init, sharded_dim: int | None = None,
     return parameter
 
 
-def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier, gather_output: bool = False) -> nn.Module:
+def column_linear(
+    part: type,
+    width_in: int,
+    width_out: int,
+    config,
+    mesh: Mesh,
+    init: Init = xavier,
+    gather_output: bool = False,
+) -> nn.Module:
     """A linear layer whose output features are split over tensor parallelism."""
     layer = part(
         width_in,
@@ -67,7 +81,9 @@ def column_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh,
     return layer
 
 
-def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier) -> nn.Module:
+def row_linear(
+    part: type, width_in: int, width_out: int, config, mesh: Mesh, init: Init = xavier
+) -> nn.Module:
     """A linear layer whose input features are split over tensor parallelism."""
     layer = part(
         width_in,
@@ -88,10 +104,14 @@ def row_linear(part: type, width_in: int, width_out: int, config, mesh: Mesh, in
 
 class _Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """`initialise` fills every parameter. (nn.utils.skip_init imports sympy on the meta device, which takes half a second.)"""
+        """`initialise` fills every parameter. (nn.utils.skip_init imports sympy on the
+        meta device, which takes half a second.)
+        """
 
 
-def linear(width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False) -> nn.Linear:
+def linear(
+    width_in: int, width_out: int, dtype: torch.dtype, init: Init = xavier, tp_partial: bool = False
+) -> nn.Linear:
     """A linear layer that every tensor-parallel rank holds whole."""
     layer = _Linear(width_in, width_out, dtype=dtype)
     declare(layer.weight, init, tp_partial=tp_partial)
@@ -109,7 +129,8 @@ def full_shape(parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
-    """Moves the model to the mesh's device and fills every parameter from (seed, its name): the same model on every mesh.
+    """Moves the model to the mesh's device and fills every parameter from (seed, its
+    name): the same model on every mesh.
 
     Weights are drawn whole, in fp32 on the CPU, and each rank keeps its slice.
     """
@@ -132,7 +153,9 @@ def count(model: nn.Module, mesh: Mesh) -> int:
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's parameters take no gradient, so no weight-gradient product is computed for them."""
+    """Inside, the module's parameters take no gradient, so no weight-gradient product is
+    computed for them.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)

@@ -1,4 +1,6 @@
-"""What a model is put together from. Its layers are chosen by machine (models/spec.py), or stand for shapes alone on the meta device."""
+"""What a model is put together from. Its layers are chosen by machine (models/spec.py),
+or stand for shapes alone on the meta device.
+"""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -87,10 +89,16 @@ def mmdit_block_spec(backend: Backend) -> BlockSubmodules:
 
 
 def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool | None = None) -> Any:
-    """Megatron-Core's view of the model. Weights are initialised by `parameters.initialise`, so Megatron-Core leaves them alone."""
+    """Megatron-Core's view of the model. Weights are initialised by
+    `parameters.initialise`, so Megatron-Core leaves them alone.
+    """
     sequence_parallel = mesh.sequence_parallel if sequence_parallel is None else sequence_parallel
     if mesh.device.type == "meta":  # what shapes depend on
-        return SimpleNamespace(tensor_model_parallel_size=mesh.tp.size, sequence_parallel=sequence_parallel, params_dtype=DTYPES[model.dtype])
+        return SimpleNamespace(
+            tensor_model_parallel_size=mesh.tp.size,
+            sequence_parallel=sequence_parallel,
+            params_dtype=DTYPES[model.dtype],
+        )
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
@@ -107,10 +115,12 @@ def transformer_config(model: ModelConfig, mesh: Mesh, sequence_parallel: bool |
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        gradient_accumulation_fusion=mesh.device.type == "cuda",  # the weight gradient's product adds into the fp32 buffer, in layers that can
+        # The weight gradient's product adds into the fp32 buffer, in layers that can
+        gradient_accumulation_fusion=mesh.device.type == "cuda",
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
     )
-    # Set afterwards: Megatron-Core allows it with its own mixture-of-experts overlap only, but Transformer Engine's layers take it anywhere.
+    # Set afterwards: Megatron-Core allows it with its own mixture-of-experts overlap
+    # only, but Transformer Engine's layers take it anywhere.
     config.delay_wgrad_compute = mesh.pp.size > 1 and mesh.device.type == "cuda"
     return config

@@ -1,6 +1,8 @@
-"""Stable Diffusion 3 and 3.5: the MMDiT of pictures (Esser et al. 2024), with a table of positions in place of rotation.
+"""Stable Diffusion 3 and 3.5: the MMDiT of pictures (Esser et al. 2024), with a table of
+positions in place of rotation.
 
-In 3.5 medium ("MMDiT-X") the first blocks have a second attention, of visual tokens among themselves. Letters as in layout.py.
+In 3.5 medium ("MMDiT-X") the first blocks have a second attention, of visual tokens among
+themselves. Letters as in layout.py.
 """
 
 from functools import lru_cache
@@ -30,8 +32,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         config, d = transformer_config(model, mesh), model.width
         self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
-        self.linear_qkv = column_linear(parts.visual.linear_qkv, d, 3 * d, config, mesh)  # (head, q | k | v, K)
-        self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True) if model.qk_norm else None
+        # (head, q | k | v, K)
+        self.linear_qkv = column_linear(parts.visual.linear_qkv, d, 3 * d, config, mesh)
+        self.qk_norm = (
+            RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True) if model.qk_norm else None
+        )
         self.linear_proj = row_linear(parts.visual.linear_proj, d, d, config, mesh)
         self.attention = parts.core_attention(config, layer_number, mesh)
 
@@ -42,11 +47,15 @@ class SelfAttention(nn.Module):
 
 
 class DualBlock(Block):
-    """A layer whose visual tokens attend twice, both times from its input: to text and picture, and to the picture alone."""
+    """A layer whose visual tokens attend twice, both times from its input: to text and
+    picture, and to the picture alone.
+    """
 
     vectors = 9  # shift, scale and gate of the second attention last
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool):
+    def __init__(
+        self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool
+    ):
         super().__init__(model, mesh, parts, layer_number, update_text)
         self.second = SelfAttention(model, mesh, parts, layer_number)
 
@@ -58,7 +67,8 @@ class DualBlock(Block):
 
 
 def sines_and_cosines(size: int, extent: float) -> parameters.Init:
-    """Fills a table (size^2, D) of row-major cells: a quarter of D each for sin and cos of the column's angles, then of the row's.
+    """Fills a table (size^2, D) of row-major cells: a quarter of D each for sin and cos
+    of the column's angles, then of the row's.
 
     Angles of place p are p * extent / size * 10000^(-4 j / D).
     """
@@ -66,7 +76,9 @@ def sines_and_cosines(size: int, extent: float) -> parameters.Init:
     def fill(table: Tensor, generator: torch.Generator) -> None:
         quarter = table.shape[1] // 4
         places = torch.arange(size, dtype=torch.float32) / (size / extent)
-        angles = torch.outer(places.double(), 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter))
+        angles = torch.outer(
+            places.double(), 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+        )
         axis = torch.cat((angles.sin(), angles.cos()), dim=1)
         table.copy_(torch.cat((axis.repeat(size, 1), axis.repeat_interleave(size, 0)), dim=1))
 
@@ -75,7 +87,8 @@ def sines_and_cosines(size: int, extent: float) -> parameters.Init:
 
 @lru_cache(maxsize=8)
 def table_rows(layout: Layout, size: int) -> Tensor:
-    """(T,) row of a (size^2, D) table of positions for each local visual token: each sample takes the table's centre.
+    """(T,) row of a (size^2, D) table of positions for each local visual token: each
+    sample takes the table's centre.
 
     Raises:
         ValueError: a sample that is no picture, or larger than the table.
@@ -83,10 +96,14 @@ def table_rows(layout: Layout, size: int) -> Tensor:
     for frames, rows, columns in layout.grids:
         if frames != 1 or max(rows, columns) > size:
             raise ValueError(
-                f"a sample of {frames} x {rows} x {columns} tokens (frames, rows, columns): model.family='sd3' takes pictures of one frame and at "
-                f"most model.sd3.position_size={size} tokens a side"
+                f"a sample of {frames} x {rows} x {columns} tokens (frames, rows, columns): "
+                f"model.family='sd3' takes pictures of one frame and at most model.sd3.position_size={size} "
+                "tokens a side"
             )
-    corners = torch.tensor([((size - rows) // 2, (size - columns) // 2) for _, rows, columns in layout.grids], device=layout.positions.device)
+    corners = torch.tensor(
+        [((size - rows) // 2, (size - columns) // 2) for _, rows, columns in layout.grids],
+        device=layout.positions.device,
+    )
     cells = layout.positions[:, 1:] + corners.index_select(0, layout.visual.sample)
     return cells[:, 0] * size + cells[:, 1]
 
@@ -94,13 +111,21 @@ def table_rows(layout: Layout, size: int) -> Tensor:
 class Sd3(MMDiT):
     """v = model(x_t, t, condition) of Stable Diffusion 3 and 3.5."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE):
+    def __init__(
+        self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
+    ):
         super().__init__(model, mesh, depth, output, cut)
         size = model.sd3.position_size
         if cut.first:
             # Never trained, so that nothing is saved by rounding it; what came in goes out.
-            table = nn.Parameter(torch.empty(size * size, model.width, dtype=torch.promote_types(DTYPES[model.dtype], torch.float32)))
-            self.position_table = declare(table, sines_and_cosines(size, model.sd3.sample_size // model.patch[1]), fixed=True)
+            table = nn.Parameter(
+                torch.empty(
+                    size * size, model.width, dtype=torch.promote_types(DTYPES[model.dtype], torch.float32)
+                )
+            )
+            self.position_table = declare(
+                table, sines_and_cosines(size, model.sd3.sample_size // model.patch[1]), fixed=True
+            )
 
     def block(self, i: int, parts: BlockSubmodules) -> nn.Module:
         kind = DualBlock if i in self.model.sd3.dual_layers else Block
@@ -111,4 +136,6 @@ class Sd3(MMDiT):
 
     def embed(self, x: Tensor, layout: Layout) -> Tensor:
         h = super().embed(x, layout)
-        return h + self.position_table.index_select(0, table_rows(layout, self.model.sd3.position_size)).to(h.dtype)
+        return h + self.position_table.index_select(0, table_rows(layout, self.model.sd3.position_size)).to(
+            h.dtype
+        )

@@ -1,9 +1,10 @@
-"""An MMDiT whose later layers have one set of weights for text and visual tokens: Flux, and HunyuanVideo (hunyuan.py).
+"""An MMDiT whose later layers have one set of weights for text and visual tokens: Flux,
+and HunyuanVideo (hunyuan.py).
 
     double blocks   an MMDiT layer, as in mmdit.py
     single blocks   attention and MLP side by side, from one norm, with weights that both streams share
-A scale of guidance, which distillation has folded into the published weights, enters like the time; here it is a constant of the model. Letters as in
-layout.py.
+A scale of guidance, which distillation has folded into the published weights, enters like
+the time; here it is a constant of the model. Letters as in layout.py.
 """
 
 import torch
@@ -26,10 +27,12 @@ from megatron_apt.parallel.mesh import Mesh
 
 
 class SingleBlock(nn.Module):
-    """Attention of text and visual tokens to each other, beside an MLP of each: y = x + gate (W [attention | MLP] + b).
+    """Attention of text and visual tokens to each other, beside an MLP of each: y = x +
+    gate (W [attention | MLP] + b).
 
-    Features of both projections are ordered by head, so that a tensor-parallel slice holds whole heads and their share of the MLP: each stream is
-    gathered once and reduced once.
+    Features of both projections are ordered by head, so that a tensor-parallel slice
+    holds whole heads and their share of the MLP: each stream is gathered once and reduced
+    once.
     """
 
     def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int):
@@ -37,21 +40,29 @@ class SingleBlock(nn.Module):
         config, d = transformer_config(model, mesh), model.width
         self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
         self.modulation = Modulation(3, model, mesh, parts.visual.modulation)
-        self.linear_in = column_linear(parts.visual.linear_qkv, d, 3 * d + model.mlp, config, mesh)  # (head, q | k | v | MLP)
+        # (head, q | k | v | MLP)
+        self.linear_in = column_linear(parts.visual.linear_qkv, d, 3 * d + model.mlp, config, mesh)
         self.qk_norm = RMSNorm((2, model.head_size), DTYPES[model.dtype], tp_partial=True)
-        self.linear_out = row_linear(parts.visual.linear_proj, d + model.mlp, d, config, mesh)  # (head, attention | MLP)
+        # (head, attention | MLP)
+        self.linear_out = row_linear(parts.visual.linear_proj, d + model.mlp, d, config, mesh)
         self.attention = parts.core_attention(config, layer_number, mesh)
 
-    def forward(self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, text: Tensor, c: Tensor, shared: Tensor | None, layout: Layout, rotary: Tensor
+    ) -> tuple[Tensor, Tensor]:
         shift, scale, gate = self.modulation(c, shared)
         qkv, mlp = self._project(x, shift, scale, layout.visual)
         text_qkv, text_mlp = self._project(text, shift, scale, layout.text)
         norms = (self.qk_norm.weight,) * 2
         text_out, out = joint_attention(text_qkv, qkv, norms, rotary, layout, self.mesh, self.attention)
-        return self._join(x, gate, out, mlp, layout.visual), self._join(text, gate, text_out, text_mlp, layout.text)
+        return self._join(x, gate, out, mlp, layout.visual), self._join(
+            text, gate, text_out, text_mlp, layout.text
+        )
 
     def _project(self, x: Tensor, shift: Tensor, scale: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """(a, b, D) -> q, k and v (a, b, H, 3, K), not yet normalised, and what enters the MLP's nonlinearity (a, b, H, M / H)."""
+        """(a, b, D) -> q, k and v (a, b, H, 3, K), not yet normalised, and what enters
+        the MLP's nonlinearity (a, b, H, M / H).
+        """
         y = self.linear_in(modulated_norm(x, shift, scale, stream.rows))[0].unflatten(-1, (self.heads, -1))
         qkv, mlp = y.split((3 * self.head_size, y.shape[-1] - 3 * self.head_size), dim=-1)
         return qkv.unflatten(-1, (3, self.head_size)), mlp
@@ -64,7 +75,9 @@ class SingleBlock(nn.Module):
 class SingleStream(MMDiT):
     """v = model(x_t, t, condition) of double blocks, then single ones."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE):
+    def __init__(
+        self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
+    ):
         super().__init__(model, mesh, depth, output, cut)
         self.guidance = model.single_stream.guidance
         if cut.first and self.guidance:

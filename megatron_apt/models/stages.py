@@ -1,8 +1,10 @@
 """How a network is cut into pipeline stages, and what travels between them.
 
-A stage is a run of neighbouring blocks. Everything a block needs besides its own weights travels with the hidden states: the condition vector, the
-modulation projected once for all blocks, and of a discriminator the tokens of the heads passed so far. So every parameter lies in exactly one stage,
-no gradient has to be summed over the pipeline, and parameters keep the names they have in the whole network, whatever the number of stages.
+A stage is a run of neighbouring blocks. Everything a block needs besides its own weights
+travels with the hidden states: the condition vector, the modulation projected once for
+all blocks, and of a discriminator the tokens of the heads passed so far. So every
+parameter lies in exactly one stage, no gradient has to be summed over the pipeline, and
+parameters keep the names they have in the whole network, whatever the number of stages.
 """
 
 from dataclasses import dataclass
@@ -57,7 +59,9 @@ class Staged(Protocol):
         """What leaves a stage; the network's output after the last one."""
 
     def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Shape of each tensor that leaves a stage other than the last, and whether it depends on the network's input (not on weights alone)."""
+        """Shape of each tensor that leaves a stage other than the last, and whether it
+        depends on the network's input (not on weights alone).
+        """
 
     def output_shape(self, layout: Layout) -> tuple[int, ...]: ...
 
@@ -72,12 +76,20 @@ def run_all(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout) ->
 
 @torch.no_grad()
 def run_line(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout, axis: Axis) -> Tensor | None:
-    """The output of a network whose stages lie on the ranks of an axis, one after another; None on all of them but the last."""
-    before, after = (dist.get_global_rank(axis.group, rank) if 0 <= rank < axis.size else None for rank in (axis.rank - 1, axis.rank + 1))
+    """The output of a network whose stages lie on the ranks of an axis, one after
+    another; None on all of them but the last.
+    """
+    before, after = (
+        dist.get_global_rank(axis.group, rank) if 0 <= rank < axis.size else None
+        for rank in (axis.rank - 1, axis.rank + 1)
+    )
     if before is None:
         state = network.enter(x, t, condition, layout)
     else:
-        state = {name: x.new_empty(size, dtype=network.dtype) for name, (size, _) in network.carried(axis.rank - 1, layout).items()}
+        state = {
+            name: x.new_empty(size, dtype=network.dtype)
+            for name, (size, _) in network.carried(axis.rank - 1, layout).items()
+        }
         for tensor in state.values():
             dist.recv(tensor, before, group=axis.group)
     out = network.run_stage(axis.rank, state, layout)

@@ -30,7 +30,8 @@ def on_main(mesh: Mesh, action: Callable):
     """What `action` returns on the main rank, on every rank.
 
     Raises:
-        ValueError, OSError: on every rank, if `action` raises one on the main rank; of the same class where that takes a message alone.
+        ValueError, OSError: on every rank, if `action` raises one on the main rank; of
+            the same class where that takes a message alone.
     """
     if mesh.world.size == 1:
         return action()

@@ -1,8 +1,10 @@
 """Collectives with exact adjoints.
 
-One rule covers every parallel axis over which a loss is shared: each rank's loss is a CONTRIBUTION, and the objective is the sum of the
-contributions over the data x context ranks. Under that rule the gradient of a sum over ranks is again a sum over ranks, and every weight
-gradient is summed over data x context, without special cases for weights before or after a reduction.
+One rule covers every parallel axis over which a loss is shared: each rank's loss is a
+CONTRIBUTION, and the objective is the sum of the contributions over the data x context
+ranks. Under that rule the gradient of a sum over ranks is again a sum over ranks, and
+every weight gradient is summed over data x context, without special cases for weights
+before or after a reduction.
 """
 
 import torch
@@ -64,5 +66,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: torch.Tensor, sizes: list[int], axis: Axis) -> torch.Tensor:
-    """Every rank's rows, in rank order; `sizes` are their numbers, which may differ. The adjoint sums and scatters."""
+    """Every rank's rows, in rank order; `sizes` are their numbers, which may differ. The
+    adjoint sums and scatters.
+    """
     return x if axis.size == 1 else _GatherRows.apply(x, sizes, axis)

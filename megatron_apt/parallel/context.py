@@ -1,8 +1,11 @@
-"""Joint attention of a packed microbatch, on one rank or split over context-parallel ranks.
+"""Joint attention of a packed microbatch, on one rank or split over context-parallel
+ranks.
 
-Ulysses trades tokens for heads by an all-to-all on either side of a local attention; all_gather keeps queries local and collects every
-rank's keys and values. Both give every query its sample's whole text and picture; chunks may be uneven. The rings of Transformer Engine exchange
-keys and values inside its attention (models/spec.py) and need even chunks.
+Ulysses trades tokens for heads by an all-to-all on either side of a local attention;
+all_gather keeps queries local and collects every rank's keys and values. Both give every
+query its sample's whole text and picture; chunks may be uneven. The rings of Transformer
+Engine exchange keys and values inside its attention (models/spec.py) and need even
+chunks.
 """
 
 from collections.abc import Callable
@@ -32,8 +35,10 @@ def joint_attention(
     """Attention of each sample over its own text and visual tokens.
 
     Args:
-        text, visual: (a, b, H, 3, K) projections to q, k and v in the layout's folded form, this rank's tokens and heads.
-        norms: (2, K) scales of the text's and of the visual tokens' queries and keys; None where those are not normalised here.
+        text, visual: (a, b, H, 3, K) projections to q, k and v in the layout's folded
+            form, this rank's tokens and heads.
+        norms: (2, K) scales of the text's and of the visual tokens' queries and keys;
+            None where those are not normalised here.
         rotary: `rotary_table` of the visual tokens; None: no rotation.
         attention: (g, lq, H, K), (g, lk, H, K), (g, lk, H, K) -> (g, lq, H, K).
 
@@ -44,9 +49,10 @@ def joint_attention(
     tokens = text.shape[1] + visual.shape[1]
     if ring and not (layout.text.uniform and layout.visual.uniform and tokens % 2 == 0):
         raise ValueError(
-            f"parallel.context_parallel={mesh.context_parallel!r} needs samples and captions of one length, whole ones for the {mesh.tp.size} "
-            f"tensor-parallel ranks, and an even number of tokens on each rank (here {tokens}): check data.text_length, data.block and micro_batch, "
-            "or use ulysses or all_gather"
+            f"parallel.context_parallel={mesh.context_parallel!r} needs samples and captions of one length, "
+            f"whole ones for the {mesh.tp.size} tensor-parallel ranks, and an even number of tokens on each "
+            f"rank (here {tokens}): check data.text_length, data.block and micro_batch, or use ulysses or "
+            "all_gather"
         )
     if layout.batched or ring:
         out = attention(*joint_qkv(text, visual, *norms, rotary)).flatten(2)
@@ -65,18 +71,25 @@ def joint_attention(
     return layout.text.fold(text_out), layout.visual.fold(visual_out)
 
 
-def self_attention(visual: Tensor, norm: Tensor | None, rotary: Tensor | None, layout: Layout, mesh: Mesh, attention) -> Tensor:
-    """Attention of each sample over its own visual tokens: joint attention beside texts of no tokens. Arguments as there."""
+def self_attention(
+    visual: Tensor, norm: Tensor | None, rotary: Tensor | None, layout: Layout, mesh: Mesh, attention
+) -> Tensor:
+    """Attention of each sample over its own visual tokens: joint attention beside texts
+    of no tokens. Arguments as there.
+    """
     layout = build_layout(layout.grids, (0,) * layout.samples, mesh)
     text = visual[:, :0] if layout.text.uniform else visual[:0]
     return joint_attention(text, visual, (None, norm), rotary, layout, mesh, attention)[1]
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], layout: Layout, attention) -> Tensor:
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], layout: Layout, attention
+) -> Tensor:
     """Attention of each sample's visual tokens over tokens that are whole on every rank.
 
     Args:
-        q: (a, b, H, K) of this rank's visual tokens and heads, in the layout's folded form.
+        q: (a, b, H, K) of this rank's visual tokens and heads, in the layout's folded
+            form.
         k, v: (sum of lengths, H, K) packed.
         lengths: tokens of each sample in k and v.
 
@@ -87,11 +100,14 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], l
     if stream.uniform and len(set(lengths)) == 1:
         return attention(q, *(x.unflatten(0, (layout.samples, -1)) for x in (k, v))).flatten(2)
     samples = zip(stream.unfold(q).split(stream.counts), k.split(lengths), v.split(lengths), strict=True)
-    return stream.fold(torch.cat([attention(*(x.unsqueeze(0) for x in qkv)).squeeze(0) for qkv in samples]).flatten(1))
+    return stream.fold(
+        torch.cat([attention(*(x.unsqueeze(0) for x in qkv)).squeeze(0) for qkv in samples]).flatten(1)
+    )
 
 
 def whole_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], attention) -> Tensor:
-    """Attention of each sample's tokens among themselves, where they are whole on every rank.
+    """Attention of each sample's tokens among themselves, where they are whole on every
+    rank.
 
     Args:
         q, k, v: (sum of lengths, H, K) packed, this rank's heads.
@@ -106,7 +122,9 @@ def whole_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], a
 
 
 class _Permuted(torch.autograd.Function):
-    """Rows in another order. Every row occurs once, so the gradient is rows in the order before: no sum, as indexing would have."""
+    """Rows in another order. Every row occurs once, so the gradient is rows in the order
+    before: no sum, as indexing would have.
+    """
 
     @staticmethod
     def forward(ctx, x, rows, back):
@@ -120,14 +138,24 @@ class _Permuted(torch.autograd.Function):
 
 def _attend_groups(q: Tensor, k: Tensor, v: Tensor, layout: Layout, attention) -> Tensor:
     groups = layout.groups
-    q = _Permuted.apply(q, layout.queries.rows, layout.queries.back).split([g.samples * g.queries for g in groups])
-    k, v = (_Permuted.apply(x, layout.keys.rows, layout.keys.back).split([g.samples * g.keys for g in groups]) for x in (k, v))
-    out = [attention(*(x.unflatten(0, (g.samples, -1)) for x in qkv)).flatten(0, 1) for g, *qkv in zip(groups, q, k, v, strict=True)]
+    q = _Permuted.apply(q, layout.queries.rows, layout.queries.back).split(
+        [g.samples * g.queries for g in groups]
+    )
+    k, v = (
+        _Permuted.apply(x, layout.keys.rows, layout.keys.back).split([g.samples * g.keys for g in groups])
+        for x in (k, v)
+    )
+    out = [
+        attention(*(x.unflatten(0, (g.samples, -1)) for x in qkv)).flatten(0, 1)
+        for g, *qkv in zip(groups, q, k, v, strict=True)
+    ]
     return _Permuted.apply(torch.cat(out), layout.queries.back, layout.queries.rows)
 
 
 def _ulysses(qkv: Tensor, layout: Layout, mesh: Mesh, attention) -> Tensor:
-    """(cp, T, H / cp, 3, K) -> (T, H, K), with each rank attending for H / cp heads over all tokens in between."""
+    """(cp, T, H / cp, 3, K) -> (T, H, K), with each rank attending for H / cp heads over
+    all tokens in between.
+    """
     cp, tokens = qkv.shape[:2]
     sizes = list(layout.token_counts)
     sent = qkv.reshape(cp * tokens, -1)

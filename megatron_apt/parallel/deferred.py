@@ -1,8 +1,11 @@
-"""Weight gradients put off: a backward pass computes what the stage before waits for, the rest when the schedule says so (zero-bubble pipelines).
+"""Weight gradients put off: a backward pass computes what the stage before waits for, the
+rest when the schedule says so (zero-bubble pipelines).
 
-While a backward runs inside `deferring`, linear layers only park their input and output gradient; `WeightGradients.run` does the products later,
-straight into the gradient buffer where that has their dtype. Otherwise a gradient enters autograd at its parameter, as in any backward pass. A
-reduction overlapped by autograd hooks would miss the former: a pipeline starts its reductions itself (the REDUCE action).
+While a backward runs inside `deferring`, linear layers only park their input and output
+gradient; `WeightGradients.run` does the products later, straight into the gradient buffer
+where that has their dtype. Otherwise a gradient enters autograd at its parameter, as in
+any backward pass. A reduction overlapped by autograd hooks would miss the former: a
+pipeline starts its reductions itself (the REDUCE action).
 """
 
 import contextlib
@@ -34,7 +37,9 @@ _current: WeightGradients | None = None  # not a thread's own: on CUDA autograd 
 
 @contextlib.contextmanager
 def deferring(store: WeightGradients | None) -> Iterator[None]:
-    """Forward and backward passes inside put their weight gradients into `store`; None computes them at once."""
+    """Forward and backward passes inside put their weight gradients into `store`; None
+    computes them at once.
+    """
     global _current
     before, _current = _current, store
     try:
@@ -49,12 +54,15 @@ def current() -> WeightGradients | None:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b with the communication of Megatron-Core's column-parallel layer, and the weight's gradient parked."""
+    """x W^T + b with the communication of Megatron-Core's column-parallel layer, and the
+    weight's gradient parked.
+    """
 
     @staticmethod
     def forward(ctx, x, parameters, store, reduce_input_gradient, gather, group):
         ctx.save_for_backward(x)
-        # Passed beside the graph: an edge to a parameter would announce a gradient to its hooks during the backward pass.
+        # Passed beside the graph: an edge to a parameter would announce a gradient to its
+        # hooks during the backward pass.
         weight, bias = parameters
         ctx.weight, ctx.bias, ctx.store, ctx.group = weight, bias, store, group
         ctx.reduce_input_gradient, ctx.gather = reduce_input_gradient, gather
@@ -89,12 +97,23 @@ class _Linear(torch.autograd.Function):
         return dx, *(None,) * 5
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradients, reduce_input_gradient: bool, gather: bool, group) -> Tensor:
-    """x (..., in), which takes a gradient, -> (..., out), the gradients of weight and bias parked in `store`.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    store: WeightGradients,
+    reduce_input_gradient: bool,
+    gather: bool,
+    group,
+) -> Tensor:
+    """x (..., in), which takes a gradient, -> (..., out), the gradients of weight and
+    bias parked in `store`.
 
     Args:
-        reduce_input_gradient: sum it over `group`, each of whose ranks holds a part of the output features.
-        gather: x is a part of the first dimension (sequence parallelism): gather it before, and scatter its gradient.
+        reduce_input_gradient: sum it over `group`, each of whose ranks holds a part of
+            the output features.
+        gather: x is a part of the first dimension (sequence parallelism): gather it
+            before, and scatter its gradient.
     """
     return _Linear.apply(x, (weight, bias), store, reduce_input_gradient, gather, group)
 

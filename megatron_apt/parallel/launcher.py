@@ -1,6 +1,8 @@
-"""What the environment says of this process's place among others: torchrun's variables, an srun step, MPI's, or none.
+"""What the environment says of this process's place among others: torchrun's variables,
+an srun step, MPI's, or none.
 
-Half an environment is refused by name: what is started as one of several must not run alone, with others doing the same beside it.
+Half an environment is refused by name: what is started as one of several must not run
+alone, with others doing the same beside it.
 """
 
 import errno
@@ -24,7 +26,8 @@ def placement() -> tuple[int, int, int]:
     """(rank, world size, local rank); 0 of 1 under plain python.
 
     Raises:
-        ValueError: naming a variable that is missing, is no number, or contradicts another.
+        ValueError: naming a variable that is missing, is no number, or contradicts
+            another.
     """
     env = os.environ
     step = _step()
@@ -40,36 +43,55 @@ def _torch(step: tuple[int, int, int] | None, mpi: tuple[int, int, int] | None) 
     env = os.environ
     missing = [name for name in ("RANK", "WORLD_SIZE") if name not in env]
     if missing:
-        given = ", ".join(f"{name}={env[name]}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env)
+        given = ", ".join(
+            f"{name}={env[name]}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in env
+        )
         raise ValueError(
-            f"{given} is set, {' and '.join(missing)} not: half a launcher's environment. {_START}, set all, or unset what is set to run alone"
+            f"{given} is set, {' and '.join(missing)} not: half a launcher's environment. {_START}, set all, "
+            "or unset what is set to run alone"
         )
     rank, world = _number("RANK"), _number("WORLD_SIZE", 1)
     if rank >= world:
         raise ValueError(f"RANK={rank} of WORLD_SIZE={world}: ranks are 0 .. {world - 1}; {_START}")
     for name, other in (("SLURM_STEP_NUM_TASKS", step), ("MPI's size", mpi)):
         if other and world == 1 < other[1] and "TORCHELASTIC_RUN_ID" not in env:
-            raise ValueError(f"WORLD_SIZE=1, but {name} is {other[1]}: each process would run alone in one folder; unset RANK and WORLD_SIZE")
+            raise ValueError(
+                f"WORLD_SIZE=1, but {name} is {other[1]}: each process would run alone in one folder; unset "
+                "RANK and WORLD_SIZE"
+            )
     local = "LOCAL_RANK" if "LOCAL_RANK" in env else "SLURM_LOCALID"
     return rank, world, _number(local) if local in env else 0
 
 
 def _step() -> tuple[int, int, int] | None:
-    """Place in an srun step. A batch script also has SLURM_PROCID; only inside a step do the other tasks exist."""
+    """Place in an srun step. A batch script also has SLURM_PROCID; only inside a step do
+    the other tasks exist.
+    """
     env = os.environ
     if "SLURM_STEP_NUM_TASKS" not in env:
-        step, tasks, task = (int(env[name]) if env.get(name, "").isdecimal() else 0 for name in ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID"))
-        in_step = "SLURM_STEP_ID" in env and step < 2**31  # above are SLURM's own steps, a batch script's among them
+        step, tasks, task = (
+            int(env[name]) if env.get(name, "").isdecimal() else 0
+            for name in ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID")
+        )
+        # Above are SLURM's own steps, a batch script's among them
+        in_step = "SLURM_STEP_ID" in env and step < 2**31
         if task > 0 or (in_step and tasks > 1):
-            given = ", ".join(f"{name}={env[name]}" for name in ("SLURM_STEP_ID", "SLURM_PROCID") if name in env)
-            raise ValueError(f"{given} is set, SLURM_STEP_NUM_TASKS not: half of srun's environment; {_START}, or unset it to run alone")
+            given = ", ".join(
+                f"{name}={env[name]}" for name in ("SLURM_STEP_ID", "SLURM_PROCID") if name in env
+            )
+            raise ValueError(
+                f"{given} is set, SLURM_STEP_NUM_TASKS not: half of srun's environment; {_START}, or unset "
+                "it to run alone"
+            )
     if "SLURM_STEP_ID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
         return None
     return _complete("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "srun's")
 
 
 def _mpi(step: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    """Place among the processes of an mpirun; None without one, and where the variables are those of an srun that speaks MPI's protocol."""
+    """Place among the processes of an mpirun; None without one, and where the variables
+    are those of an srun that speaks MPI's protocol.
+    """
     env = os.environ
     for size, rank, local in _MPI:
         if size in env or rank in env:
@@ -78,12 +100,16 @@ def _mpi(step: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
                 return None
             if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
                 raise ValueError(
-                    f"{size}={found[1]}: this is one of several processes of mpirun, which does not say where rank 0 is; give it "
-                    f"-x MASTER_ADDR=HOST -x MASTER_PORT=29500, or {_START} (`mpirun -n 1` runs alone)"
+                    f"{size}={found[1]}: this is one of several processes of mpirun, which does not say "
+                    f"where rank 0 is; give it -x MASTER_ADDR=HOST -x MASTER_PORT=29500, or {_START} "
+                    "(`mpirun -n 1` runs alone)"
                 )
             return found
     if "PMIX_RANK" in env and not step:
-        raise ValueError(f"PMIX_RANK={env['PMIX_RANK']} is set and no number of processes: {_START}, or unset PMIX_RANK to run alone")
+        raise ValueError(
+            f"PMIX_RANK={env['PMIX_RANK']} is set and no number of processes: {_START}, or unset PMIX_RANK "
+            "to run alone"
+        )
     return None
 
 
@@ -91,7 +117,10 @@ def _complete(size: str, rank: str, local: str, whose: str) -> tuple[int, int, i
     for name in (size, rank):
         if name not in os.environ:
             given = rank if name == size else size
-            raise ValueError(f"{given}={os.environ[given]} is set, {name} not: half of {whose} environment; {_START}, or unset it to run alone")
+            raise ValueError(
+                f"{given}={os.environ[given]} is set, {name} not: half of {whose} environment; {_START}, or "
+                "unset it to run alone"
+            )
     found = _number(rank), _number(size, 1), _number(local) if local in os.environ else 0
     if found[0] >= found[1]:
         raise ValueError(f"{rank}={found[0]} of {size}={found[1]}: ranks are 0 .. {found[1] - 1}; {_START}")
@@ -101,7 +130,10 @@ def _complete(size: str, rank: str, local: str, whose: str) -> tuple[int, int, i
 def _number(name: str, least: int = 0) -> int:
     text = os.environ[name].strip()
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
-        raise ValueError(f"{name}={os.environ[name]!r}: must be a whole number of at least {least}; {_START}, or unset it to run alone")
+        raise ValueError(
+            f"{name}={os.environ[name]!r}: must be a whole number of at least {least}; {_START}, or unset it "
+            "to run alone"
+        )
     return int(text)
 
 
@@ -110,8 +142,11 @@ def meeting_point() -> tuple[str, int]:
     env = os.environ
     if not env.get("MASTER_ADDR"):
         env["MASTER_ADDR"] = _first_slurm_host()
-    # A port of the job step's own, so that two jobs, or two steps of one job, sharing a node do not meet; below the ephemeral ports.
-    job, step = (int(env[name]) if env.get(name, "").isdecimal() else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    # A port of the job step's own, so that two jobs, or two steps of one job, sharing a
+    # node do not meet; below the ephemeral ports.
+    job, step = (
+        int(env[name]) if env.get(name, "").isdecimal() else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    )
     env["MASTER_PORT"] = env.get("MASTER_PORT") or str(12000 + (job * 64 + step) % 20000)
     port = _number("MASTER_PORT", 1)
     if port > 65535:
@@ -122,22 +157,33 @@ def meeting_point() -> tuple[str, int]:
 def _first_slurm_host() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     if not nodes:
-        raise ValueError(f"MASTER_ADDR is not set and there is no SLURM node list; {_START}, or set MASTER_ADDR and MASTER_PORT")
+        raise ValueError(
+            f"MASTER_ADDR is not set and there is no SLURM node list; {_START}, or set MASTER_ADDR and "
+            "MASTER_PORT"
+        )
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
         return listed.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise ValueError(f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` does not answer ({error}); set MASTER_ADDR") from error
+        raise ValueError(
+            f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` does not answer ({error}); set "
+            "MASTER_ADDR"
+        ) from error
 
 
-def check_host_and_port(address: str, port: int, rank: int, seconds: float, unreachable: float = UNREACHABLE) -> None:
+def check_host_and_port(
+    address: str, port: int, rank: int, seconds: float, unreachable: float = UNREACHABLE
+) -> None:
     """On rank 0: whether the port is free; on others: waits until rank 0 answers there.
 
     Args:
         seconds: how long rank 0 may take to come, once its machine answers.
 
     Raises:
-        ValueError: naming the address, within `unreachable` seconds if its machine does not answer.
+        ValueError: naming the address, within `unreachable` seconds if its machine does
+            not answer.
     """
     where = f"MASTER_ADDR={address}, MASTER_PORT={port}"
     if rank == 0:
@@ -154,7 +200,10 @@ def check_host_and_port(address: str, port: int, rank: int, seconds: float, unre
         except OSError as error:
             failure, limit = error, min(seconds, unreachable)
         if time.monotonic() - began > limit:
-            raise ValueError(f"{where}: rank 0 is not found there ({failure}); set MASTER_ADDR to the machine of rank 0, or unset it to run alone")
+            raise ValueError(
+                f"{where}: rank 0 is not found there ({failure}); set MASTER_ADDR to the machine of rank 0, "
+                "or unset it to run alone"
+            )
         time.sleep(0.5)
 
 

@@ -1,6 +1,7 @@
 """What models take from Megatron-Core while they run, imported at the first call.
 
-Importing Megatron-Core takes a second, which a model that is built for its shapes alone (on the meta device) saves.
+Importing Megatron-Core takes a second, which a model that is built for its shapes alone
+(on the meta device) saves.
 """
 
 import importlib

@@ -1,8 +1,10 @@
 """Runs Megatron-Core where there is no CUDA: the one place that adapts it.
 
-Megatron-Core names the CUDA device in a few dozen literals (`torch.cuda.current_device()`, `device='cuda'`, `.cuda()`). An import hook
-rewrites exactly those literals in its source as the modules are loaded. Nothing global is patched, installed files are untouched and line
-numbers stay the same, so tracebacks remain true. On a machine with CUDA the hook steps aside.
+Megatron-Core names the CUDA device in a few dozen literals
+(`torch.cuda.current_device()`, `device='cuda'`, `.cuda()`). An import hook rewrites
+exactly those literals in its source as the modules are loaded. Nothing global is patched,
+installed files are untouched and line numbers stay the same, so tracebacks remain true.
+On a machine with CUDA the hook steps aside.
 """
 
 import importlib.abc
@@ -32,7 +34,8 @@ _RULES = (
 
 # Appended, so that no line number changes.
 _APPENDED = {
-    # Its fuser is torch.compile, which would start a C++ compiler for every fused function, and takes two seconds to import.
+    # Its fuser is torch.compile, which would start a C++ compiler for every fused
+    # function, and takes two seconds to import.
     "megatron.core.jit": "\ndisable_jit_fuser()\n",
     # The two helpers read CUDA generators directly.
     "megatron.core.tensor_parallel.random": """
@@ -52,7 +55,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source += _APPENDED.get(fullname, "")
         if source == original:
             return super().get_code(fullname)
-        return compile(source, self.path, "exec", dont_inherit=True)  # bypasses the .pyc cache, which holds the unadapted code
+        # Bypasses the .pyc cache, which holds the unadapted code
+        return compile(source, self.path, "exec", dont_inherit=True)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -81,12 +85,15 @@ class _Finder(importlib.abc.MetaPathFinder):
         version = importlib.metadata.version("megatron-core")
         if version not in TESTED_VERSIONS:
             warnings.warn(
-                f"megatron-core {version} has not been tested without CUDA (tested: {', '.join(TESTED_VERSIONS)}); "
-                "if an import or a device error follows, install a tested version",
+                f"megatron-core {version} has not been tested without CUDA (tested: "
+                f"{', '.join(TESTED_VERSIONS)}); if an import or a device error follows, install a tested "
+                "version",
                 stacklevel=2,
             )
         # It warns at every recomputation that the CPU generator moved, which here is the generator in use.
-        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+        logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+            lambda r: "CPU RNG state changed" not in r.getMessage()
+        )
         return True
 
 
@@ -94,7 +101,8 @@ def install() -> None:
     """Puts the hook in front of the import system.
 
     Raises:
-        ImportError: megatron.core is already loaded, so its CUDA literals can no longer be changed.
+        ImportError: megatron.core is already loaded, so its CUDA literals can no longer
+            be changed.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
@@ -102,6 +110,9 @@ def install() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ImportError("megatron.core was imported before megatron_apt; on a machine without CUDA import megatron_apt first")
+            raise ImportError(
+                "megatron.core was imported before megatron_apt; on a machine without CUDA import "
+                "megatron_apt first"
+            )
         return
     sys.meta_path.insert(0, _Finder())

@@ -17,10 +17,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """tensor (tp), context (cp), pipeline (pp) and data (dp) parallel axes of this process.
+    """tensor (tp), context (cp), pipeline (pp) and data (dp) parallel axes of this
+    process.
 
-    `dp_cp` joins dp and cp: weights are replicated over it, so gradients are summed over it. `stage` is every rank that holds the same pipeline
-    stages as this one, `world` every rank.
+    `dp_cp` joins dp and cp: weights are replicated over it, so gradients are summed over
+    it. `stage` is every rank that holds the same pipeline stages as this one, `world`
+    every rank.
     """
 
     tp: Axis
@@ -40,7 +42,9 @@ class Mesh:
     def alone(device: torch.device) -> "Mesh":
         """One process that has joined no group: for what needs a model's shapes, and no collective."""
         one = Axis(1, 0, None)
-        return Mesh(one, one, one, one, one, one, one, device, sequence_parallel=False, context_parallel="ulysses")
+        return Mesh(
+            one, one, one, one, one, one, one, device, sequence_parallel=False, context_parallel="ulysses"
+        )
 
     @property
     def is_main(self) -> bool:

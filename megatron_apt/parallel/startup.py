@@ -16,7 +16,8 @@ __all__ = ["placement", "start", "stop"]
 
 
 def start(config: ParallelConfig) -> Mesh:
-    """Joins the process group, lays the mesh over it and returns it. Safe to call again with the same sizes.
+    """Joins the process group, lays the mesh over it and returns it. Safe to call again
+    with the same sizes.
 
     Raises:
         ValueError: the mesh does not fit the number of processes.
@@ -28,12 +29,14 @@ def start(config: ParallelConfig) -> Mesh:
     model_parallel = config.tp * config.cp * config.pp
     if world % model_parallel:
         raise ValueError(
-            f"tp={config.tp} x cp={config.cp} x pp={config.pp} = {model_parallel} ranks do not divide the {world} processes started; "
-            f"start a multiple of {model_parallel} processes or change --parallel.tp / cp / pp"
+            f"tp={config.tp} x cp={config.cp} x pp={config.pp} = {model_parallel} ranks do not divide the "
+            f"{world} processes started; start a multiple of {model_parallel} processes or change "
+            "--parallel.tp / cp / pp"
         )
     if config.context_parallel in ("p2p", "a2a+p2p") and not cuda:
         raise ValueError(
-            f"parallel.context_parallel={config.context_parallel!r} is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather"
+            f"parallel.context_parallel={config.context_parallel!r} is Transformer Engine's, on CUDA; there "
+            "is none: use ulysses or all_gather"
         )
     if not dist.is_initialized():
         _join("nccl" if cuda else "gloo", rank, world, config.timeout_minutes)
@@ -48,10 +51,17 @@ def start(config: ParallelConfig) -> Mesh:
             distributed_timeout_minutes=math.ceil(config.timeout_minutes),
             create_gloo_process_groups=cuda,  # without CUDA every group is gloo already
         )
-    mesh = _mesh(parallel_state, config, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    mesh = _mesh(
+        parallel_state,
+        config,
+        torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+    )
     sizes = (mesh.tp.size, mesh.cp.size, mesh.pp.size)
     if sizes != (config.tp, config.cp, config.pp):
-        raise ValueError(f"this process already runs a mesh tp, cp, pp = {sizes}, which cannot become {(config.tp, config.cp, config.pp)}")
+        raise ValueError(
+            f"this process already runs a mesh tp, cp, pp = {sizes}, which cannot become "
+            f"{(config.tp, config.cp, config.pp)}"
+        )
     return mesh
 
 
@@ -77,16 +87,26 @@ def _join(backend: str, rank: int, world: int, timeout_minutes: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     address, port = meeting_point()
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens there already, and has met everyone
+    # Torchrun listens there already, and has met everyone
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not agent:
         check_host_and_port(address, port, rank, timeout.total_seconds())
     try:
         hosts = rank == 0 and not agent
-        store = dist.TCPStore(address, port, world, hosts, datetime.timedelta(seconds=60), wait_for_workers=False, multi_tenant=True)
+        store = dist.TCPStore(
+            address,
+            port,
+            world,
+            hosts,
+            datetime.timedelta(seconds=60),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:300]
         raise ValueError(
-            f"MASTER_ADDR={address}, MASTER_PORT={port}: the ranks cannot meet there ({reason}); give another port or address"
+            f"MASTER_ADDR={address}, MASTER_PORT={port}: the ranks cannot meet there ({reason}); give "
+            "another port or address"
         ) from error
     store.set_timeout(timeout)
     _await_everyone(store, rank, world, timeout)
@@ -99,7 +119,10 @@ def _await_everyone(store: dist.TCPStore, rank: int, world: int, timeout: dateti
         store.wait([f"here/{other}" for other in range(world)], timeout)
     except RuntimeError as error:
         missing = [other for other in range(world) if not store.check([f"here/{other}"])]
-        raise ValueError(f"ranks {missing[:8]} of {world} have not come within {timeout}; look for their messages, and start all of them") from error
+        raise ValueError(
+            f"ranks {missing[:8]} of {world} have not come within {timeout}; look for their messages, and "
+            "start all of them"
+        ) from error
 
 
 def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
@@ -113,11 +136,17 @@ def _mesh(parallel_state, config: ParallelConfig, device: torch.device) -> Mesh:
         dp=axis(parallel_state.get_data_parallel_group()),
         dp_cp=axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         # On one stage no group is needed beside the world.
-        stage=axis(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True) if config.pp > 1 else dist.group.WORLD),
+        stage=axis(
+            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            if config.pp > 1
+            else dist.group.WORLD
+        ),
         world=axis(dist.group.WORLD),
         device=device,
         sequence_parallel=config.sequence_parallel and config.tp > 1,
         context_parallel=config.context_parallel,
         row_multiple=config.row_multiple,
-        cp_levels=tuple(parallel_state.get_hierarchical_context_parallel_groups()) if config.context_parallel_inner else (),
+        cp_levels=tuple(parallel_state.get_hierarchical_context_parallel_groups())
+        if config.context_parallel_inner
+        else (),
     )

@@ -1,8 +1,10 @@
 """Counts what a piece of code communicates, by axis of the mesh and kind of collective.
 
-Collectives are dispatched operators of torch, Megatron-Core's and ours alike, so a dispatch mode sees them all, in backward passes on the CPU
-too. The unit is what a rank must send, at least, in any algorithm: with S the size of the whole tensor and n ranks, a reduce-scatter or an
-all-gather sends S (n - 1) / n, an all-reduce both, an all-to-all the part of its input that is for others.
+Collectives are dispatched operators of torch, Megatron-Core's and ours alike, so a
+dispatch mode sees them all, in backward passes on the CPU too. The unit is what a rank
+must send, at least, in any algorithm: with S the size of the whole tensor and n ranks, a
+reduce-scatter or an all-gather sends S (n - 1) / n, an all-reduce both, an all-to-all the
+part of its input that is for others.
 """
 
 from collections import Counter
@@ -28,7 +30,13 @@ _KINDS = {
 
 def size(value) -> int:
     """Bytes of a tensor or of the tensors in a list."""
-    return sum(map(size, value)) if isinstance(value, list | tuple) else value.numel() * value.itemsize if isinstance(value, Tensor) else 0
+    return (
+        sum(map(size, value))
+        if isinstance(value, list | tuple)
+        else value.numel() * value.itemsize
+        if isinstance(value, Tensor)
+        else 0
+    )
 
 
 class Traffic(TorchDispatchMode):
@@ -50,7 +58,11 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and (known := _KINDS.get(function._opname)):
             name, factor, index = known
-            group = next(dist.ProcessGroup.unbox(a) for a in args if not isinstance(a, Tensor | list | tuple | int | bool | type(None)))
+            group = next(
+                dist.ProcessGroup.unbox(a)
+                for a in args
+                if not isinstance(a, Tensor | list | tuple | int | bool | type(None))
+            )
             axis, ranks = self._axes.get(group.group_name, ("other", group.size()))
             self.payload[axis, name] += size(args[index])
             self.sent[axis, name] += round(factor * size(args[index]) * (ranks - 1) / ranks)

@@ -1,8 +1,11 @@
-"""Finds ranks that died, so that the others stop with a message that names them instead of hanging in a collective.
+"""Finds ranks that died, so that the others stop with a message that names them instead
+of hanging in a collective.
 
-Every rank has a thread that counts up a number of its own in the rendezvous store, and looks at the number of the next rank (a ring: the cost
-does not grow with the world). A number that stands still for too long, or a rank that says goodbye with an error, is written into the store as
-the reason to stop; each rank reads it, prints it, and ends if it has not ended by itself after a grace period.
+Every rank has a thread that counts up a number of its own in the rendezvous store, and
+looks at the number of the next rank (a ring: the cost does not grow with the world). A
+number that stands still for too long, or a rank that says goodbye with an error, is
+written into the store as the reason to stop; each rank reads it, prints it, and ends if
+it has not ended by itself after a grace period.
 """
 
 import datetime
@@ -28,12 +31,18 @@ class Watch:
     """The watch of one rank; a context manager around training.
 
     Args:
-        timeout: seconds without a sign of life after which a rank counts as lost; 0 watches nothing.
+        timeout: seconds without a sign of life after which a rank counts as lost; 0
+            watches nothing.
         interval: seconds between two signs.
     """
 
     def __init__(self, rank: int, world: int, timeout: float, interval: float = 1.0):
-        self.rank, self.world, self.timeout, self.interval = rank, world, timeout, min(interval, timeout / 4) if timeout else interval
+        self.rank, self.world, self.timeout, self.interval = (
+            rank,
+            world,
+            timeout,
+            min(interval, timeout / 4) if timeout else interval,
+        )
         self.active = timeout > 0 and world > 1
         self._ended = threading.Event()
         self._well = False
@@ -43,8 +52,11 @@ class Watch:
         if self.active:
             # A connection of its own: the main thread may wait inside the shared one for minutes.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, None, False, datetime.timedelta(seconds=self.timeout), wait_for_workers=False)
-            # torchrun's store outlives a restart, and one process may train several times: each watch has keys of its own.
+            store = dist.TCPStore(
+                address, port, None, False, datetime.timedelta(seconds=self.timeout), wait_for_workers=False
+            )
+            # torchrun's store outlives a restart, and one process may train several
+            # times: each watch has keys of its own.
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = dist.PrefixStore(f"watch/{restart}/{next(_watches)}", store)
             self._store.set(f"host/{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
@@ -75,7 +87,11 @@ class Watch:
         """Tells the others why this rank ends; if its error may come from a lost rank, says which."""
         try:
             lost = self._silent() if failed_collective else []
-            message = f"{' and '.join(map(self._named, lost))} died" if lost else f"{self._named(self.rank)} stopped: {described(error)}"
+            message = (
+                f"{' and '.join(map(self._named, lost))} died"
+                if lost
+                else f"{self._named(self.rank)} stopped: {described(error)}"
+            )
             reason = self._store.compare_set("stop", "", message).decode()  # the first reason stays
         except RuntimeError:
             reason = self._store_gone
@@ -113,7 +129,11 @@ class Watch:
         return self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else None
 
     def _named(self, rank: int) -> str:
-        host = self._store.get(f"host/{rank}").decode() if self._store.check([f"host/{rank}"]) else "never started watching"
+        host = (
+            self._store.get(f"host/{rank}").decode()
+            if self._store.check([f"host/{rank}"])
+            else "never started watching"
+        )
         return f"rank {rank} ({host})"
 
     def _run(self) -> None:
@@ -128,7 +148,9 @@ class Watch:
                 if value != seen:
                     seen, since = value, time.monotonic()
                 elif value != b"done" and time.monotonic() - since > self.timeout:
-                    self._store.compare_set("stop", "", f"{self._named(neighbour)} gave no sign of life for {self.timeout:.0f} s")
+                    self._store.compare_set(
+                        "stop", "", f"{self._named(neighbour)} gave no sign of life for {self.timeout:.0f} s"
+                    )
                 if self._store.check(["stop"]):
                     self._stop(self._store.get("stop").decode(), self._say)
                     return
@@ -141,7 +163,10 @@ class Watch:
         """A store whose keeper is frozen does not answer, and a question to it has no time limit."""
         while not self._ended.wait(self.interval):
             if time.monotonic() - self._turn > self.timeout:
-                reason = f"{self._keeper}, which keeps the rendezvous store, gave no sign of life for {self.timeout:.0f} s"
+                reason = (
+                    f"{self._keeper}, which keeps the rendezvous store, gave no sign of life for "
+                    f"{self.timeout:.0f} s"
+                )
                 self._stop(reason, lambda reason: self._print(reason) if say_once(reason) == reason else None)
                 return
 

@@ -1,7 +1,9 @@
-"""megatron-apt plan: what a recipe's networks need on each rank, before a cluster is booked.
+"""megatron-apt plan: what a recipe's networks need on each rank, before a cluster is
+booked.
 
-Counted from the model's own parameters, built without memory: what each rank holds of them under tensor parallelism, and of fp32 masters,
-optimiser states and average under data x context parallelism. Activations are not counted.
+Counted from the model's own parameters, built without memory: what each rank holds of
+them under tensor parallelism, and of fp32 masters, optimiser states and average under
+data x context parallelism. Activations are not counted.
 """
 
 import json
@@ -33,10 +35,14 @@ GIB = 2**30
 @dataclass(frozen=True)
 class PlanConfig:
     memory: bool = True
-    """Print bytes of weights, gradients, masters, optimiser states and average (all that there is to plan yet)."""
+    """Print bytes of weights, gradients, masters, optimiser states and average (all that
+    there is to plan yet).
+    """
     ranks: int = 8
     calibration: str = ""
-    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT: also prints the least time of an iteration by its measured blocks."""
+    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT: also prints the least time of an
+    iteration by its measured blocks.
+    """
     json: str = ""
     """Also writes the figures to this file."""
 
@@ -66,10 +72,14 @@ class RoleMemory:
         return sum(self.parts.values())
 
 
-def role_memory(name: str, numbers: Mapping[torch.dtype, int], frozen: int, shards: int, optimizer: str, average: bool) -> RoleMemory:
-    """Memory of a network that trains so many weights of each dtype on a rank, sharded over `shards` ranks, beside `frozen` bytes that do not.
+def role_memory(
+    name: str, numbers: Mapping[torch.dtype, int], frozen: int, shards: int, optimizer: str, average: bool
+) -> RoleMemory:
+    """Memory of a network that trains so many weights of each dtype on a rank, sharded
+    over `shards` ranks, beside `frozen` bytes that do not.
 
-    Weights are kept in their own dtype; gradients are accumulated, and masters, states and averages kept, in fp32 (fp64 for fp64 weights).
+    Weights are kept in their own dtype; gradients are accumulated, and masters, states
+    and averages kept, in fp32 (fp64 for fp64 weights).
     """
     weights = sum(numbers.values())
     parts = {"weights": sum(dtype.itemsize * n for dtype, n in numbers.items()) + frozen}
@@ -88,25 +98,39 @@ def role_memory(name: str, numbers: Mapping[torch.dtype, int], frozen: int, shar
 
 
 def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[RoleMemory]:
-    """Memory of each role on the one of `ranks` ranks that holds most; `optimizer` counts another one's states.
+    """Memory of each role on the one of `ranks` ranks that holds most; `optimizer` counts
+    another one's states.
 
     Raises:
-        ValueError: ranks that the recipe's tp x cp x pp does not divide, or heads that its tp and cp do not.
+        ValueError: ranks that the recipe's tp x cp x pp does not divide, or heads that
+            its tp and cp do not.
     """
     parallel = config.parallel
     check_heads(config.model, parallel)
     model_parallel = parallel.tp * parallel.cp * parallel.pp
     if ranks % model_parallel:
-        raise ValueError(f"ranks={ranks} is not a multiple of tp x cp x pp = {model_parallel} of the recipe; use one, or change its parallel")
-    mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))  # shapes and dtypes without memory
+        raise ValueError(
+            f"ranks={ranks} is not a multiple of tp x cp x pp = {model_parallel} of the recipe; use one, or "
+            "change its parallel"
+        )
+    # Shapes and dtypes without memory
+    mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))
     method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
     stages = [replace(mesh, pp=Axis(parallel.pp, rank, None)) for rank in range(parallel.pp)]
     pipelines = [Pipeline(config.pipeline, method, stage) for stage in stages]
-    held = ([_held(name, role, pipeline.cut(name), config, mesh, ranks, optimizer) for name, role in method.roles.items()] for pipeline in pipelines)
+    held = (
+        [
+            _held(name, role, pipeline.cut(name), config, mesh, ranks, optimizer)
+            for name, role in method.roles.items()
+        ]
+        for pipeline in pipelines
+    )
     return max(held, key=lambda roles: sum(role.total for role in roles))
 
 
-def _held(name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks: int, optimizer: str | None) -> RoleMemory:
+def _held(
+    name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks: int, optimizer: str | None
+) -> RoleMemory:
     """Memory of the stages of a role that one rank holds."""
     parallel = config.parallel
     with torch.device("meta"):
@@ -125,15 +149,20 @@ def _held(name: str, role: Role, cut: Cut, config: RunConfig, mesh: Mesh, ranks:
 
 
 def iteration_seconds(config: RunConfig, ranks: int, measured: Calibration) -> float:
-    """Time of an iteration in which every rank computes all the time: the blocks of every pass, for samples as long as the calibration's.
+    """Time of an iteration in which every rank computes all the time: the blocks of every
+    pass, for samples as long as the calibration's.
 
     Embeddings, heads, communication and idle ranks come on top.
     """
     mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))
     method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
     cost, total = measured.block(config.model), 0.0
-    for segment in (segment for phase in method.phases for branch in phase.branches for segment in branch.segments):
-        passes = cost.F + (cost.I if segment.grad != "none" else 0.0) + (cost.W if segment.grad == "full" else 0.0)
+    for segment in (
+        segment for phase in method.phases for branch in phase.branches for segment in branch.segments
+    ):
+        passes = (
+            cost.F + (cost.I if segment.grad != "none" else 0.0) + (cost.W if segment.grad == "full" else 0.0)
+        )
         total += segment.copies * method.roles[segment.role].depth * passes
     return total * config.global_batch / ranks
 
@@ -142,7 +171,8 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
     """Prints the table, and the sum beside that of Adam's two states.
 
     Raises:
-        ValueError: a file that cannot be read or written, before anything is counted; ranks that the recipe's tp x cp x pp does not divide.
+        ValueError: a file that cannot be read or written, before anything is counted;
+            ranks that the recipe's tp x cp x pp does not divide.
     """
     outputs.check("json", options.json)
     measured = calibration.read(options.calibration) if options.calibration else None
@@ -150,29 +180,38 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
     ours, adam = memory(config, options.ranks), memory(config, options.ranks, optimizer="adamw")
     parallel = config.parallel
     data = options.ranks // (parallel.tp * parallel.cp * parallel.pp)
-    table = Table(title=f"Memory of one rank, GiB: tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp {data}, optimiser {kind}")
+    table = Table(
+        title=f"Memory of one rank, GiB: tp {parallel.tp} x cp {parallel.cp} x pp {parallel.pp} x dp "
+        f"{data}, optimiser {kind}"
+    )
     table.add_column("")
     for role in ours:
         table.add_column(f"{role.role}\ntrains {role.weights / 1e6:,.1f} M", justify="right")
     for part in dict.fromkeys(part for role in ours for part in role.parts):
         table.add_row(part, *(f"{role.parts.get(part, 0) / GIB:.3f}" for role in ours))
     table.add_row("total", *(f"{role.total / GIB:.3f}" for role in ours))
-    table.add_row("bytes per trained weight", *(f"{role.total / role.weights:.2f}" if role.weights else "-" for role in ours))
-    table.add_row("bytes per sharded weight", *(f"{_sharded(role):.0f}" if role.shard else "-" for role in ours))
+    table.add_row(
+        "bytes per trained weight",
+        *(f"{role.total / role.weights:.2f}" if role.weights else "-" for role in ours),
+    )
+    table.add_row(
+        "bytes per sharded weight", *(f"{_sharded(role):.0f}" if role.shard else "-" for role in ours)
+    )
     console = Console()
     console.print(table)
     total, other = sum(role.total for role in ours), sum(role.total for role in adam)
     saved = other - total
     console.print(
-        f"All networks: {total / GIB:.3f} GiB with {kind} ({len(STATES[kind])} state), {other / GIB:.3f} GiB with Adam (2 states): "
-        f"{saved / GIB:.3f} GiB saved. Activations come on top."
+        f"All networks: {total / GIB:.3f} GiB with {kind} ({len(STATES[kind])} state), {other / GIB:.3f} GiB "
+        f"with Adam (2 states): {saved / GIB:.3f} GiB saved. Activations come on top."
     )
     seconds = None
     if measured:
         seconds = iteration_seconds(config, options.ranks, measured)
         console.print(
-            f"An iteration of {config.global_batch} samples of {measured.visual_tokens:,} + {measured.text_tokens} tokens takes at least "
-            f"{seconds:.1f} s on {options.ranks} ranks ({measured.what}): blocks alone, every rank busy."
+            f"An iteration of {config.global_batch} samples of {measured.visual_tokens:,} + "
+            f"{measured.text_tokens} tokens takes at least {seconds:.1f} s on {options.ranks} ranks "
+            f"({measured.what}): blocks alone, every rank busy."
         )
     if options.json:
         figures = {
@@ -181,7 +220,9 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
             "optimizer": kind,
             "bytes": total,
             "bytes_with_adam": other,
-            "roles": {role.role: {"weights": role.weights, "shard": role.shard, **role.parts} for role in ours},
+            "roles": {
+                role.role: {"weights": role.weights, "shard": role.shard, **role.parts} for role in ours
+            },
         }
         outputs.write("json", options.json, json.dumps(figures, indent=1))
 

@@ -1,4 +1,6 @@
-"""megatron-apt schedule: what a pipeline would cost, before a cluster is booked; the interleaved schedule beside phases apart."""
+"""megatron-apt schedule: what a pipeline would cost, before a cluster is booked; the
+interleaved schedule beside phases apart.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,11 @@ from megatron_apt.schedule.program import Program, lower
 PICTURES = (".png", ".svg", ".pdf")
 MOST_TASKS = 250_000  # of a window: more take many minutes and gigabytes
 MOST_TRIED = 200_000_000  # tasks times evaluations
-NAMES = {"apart_1f1b": "phases apart, 1F1B", "apart_zb": "phases apart, zero-bubble", "interleaved": "interleaved"}
+NAMES = {
+    "apart_1f1b": "phases apart, 1F1B",
+    "apart_zb": "phases apart, zero-bubble",
+    "interleaved": "interleaved",
+}
 
 
 @dataclass(frozen=True)
@@ -38,18 +44,26 @@ class ScheduleConfig:
     cost: str = "F=1,I=1,W=1"
     """Time of the part of a network that one rank holds: forward, input gradient, weight gradient."""
     calibration: str = ""
-    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT (e.g. `calibration.json:fp8 current`), whose measured times take the place of `cost`."""
+    """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT (e.g. `calibration.json:fp8
+    current`), whose measured times take the place of `cost`.
+    """
     discriminator: float = 1.0
     """Cost of the discriminator as a multiple of the generator's."""
     message: float = 0.0
     """Time of a message between ranks."""
     cap: float = 0.0
-    """Most live activations on a rank, in microbatches of its part of one network; 0: twice the ranks, which 1F1B phase by phase needs."""
+    """Most live activations on a rank, in microbatches of its part of one network; 0:
+    twice the ranks, which 1F1B phase by phase needs.
+    """
     chunks: Literal[0, 1, 2] = 0
-    """Stages of each network on a rank in the interleaved schedule; 2: there and back, a V; 0: the better of both."""
+    """Stages of each network on a rank in the interleaved schedule; 2: there and back, a
+    V; 0: the better of both.
+    """
     method: Literal["apt", "flow", "consistency"] = "apt"
     evaluations: int = -1
-    """Schedules tried in the search; -1: 200, and fewer for windows of many actions, so that the command takes a minute or two."""
+    """Schedules tried in the search; -1: 200, and fewer for windows of many actions, so
+    that the command takes a minute or two.
+    """
     seed: int = 0
     compare: bool = True
     """Show 1F1B and zero-bubble, phase by phase, too."""
@@ -64,15 +78,23 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         for name, most in (("ranks", 1024), ("microbatches", 16384), ("iterations", 1024)):
             check_number(name, getattr(self, name), 1, most)
-        for name, least, most in (("cap", 0, 1e9), ("message", 0, 1e9), ("discriminator", 1e-6, 1e6), ("evaluations", -1, 10_000)):
+        for name, least, most in (
+            ("cap", 0, 1e9),
+            ("message", 0, 1e9),
+            ("discriminator", 1e-6, 1e6),
+            ("evaluations", -1, 10_000),
+        ):
             check_number(name, getattr(self, name), least, most)
         check_number("seed", self.seed, -(2**63), 2**63 - 1)
         tasks = self.tasks
         if tasks > MOST_TASKS or self.evaluations * tasks > MOST_TRIED:
-            given = ", ".join(f"{name}={getattr(self, name)}" for name in ("ranks", "microbatches", "iterations", "evaluations"))
+            given = ", ".join(
+                f"{name}={getattr(self, name)}"
+                for name in ("ranks", "microbatches", "iterations", "evaluations")
+            )
             raise ValueError(
-                f"{given}: a window of up to {tasks:,} tasks; at most {MOST_TASKS:,} are searched, and {MOST_TRIED:,} in all evaluations together; "
-                "lower one of them"
+                f"{given}: a window of up to {tasks:,} tasks; at most {MOST_TASKS:,} are searched, and "
+                f"{MOST_TRIED:,} in all evaluations together; lower one of them"
             )
 
     @property
@@ -89,7 +111,11 @@ class ScheduleConfig:
     @property
     def cost_text(self) -> str:
         unit = self.unit
-        return f"F=1,I={unit.I:.2f},W={unit.W:.2f} of {calibration.read(self.calibration).what}" if self.calibration else self.cost
+        return (
+            f"F=1,I={unit.I:.2f},W={unit.W:.2f} of {calibration.read(self.calibration).what}"
+            if self.calibration
+            else self.cost
+        )
 
 
 def parse_cost(text: str) -> Cost:
@@ -101,11 +127,17 @@ def parse_cost(text: str) -> Cost:
     try:
         parts = [part.split("=") for part in text.split(",")]
         values = {key.strip(): float(value) for key, value in parts}
-        if len(values) < len(parts) or not set(values) <= {"F", "I", "W"} or not all(1e-6 <= value <= 1e6 for value in values.values()):
+        if (
+            len(values) < len(parts)
+            or not set(values) <= {"F", "I", "W"}
+            or not all(1e-6 <= value <= 1e6 for value in values.values())
+        ):
             raise ValueError
     except ValueError:
         shown = text if len(text) <= 300 else text[:300] + "..."
-        raise ValueError(f"cost {shown!r}: give times above 0 as F=1,I=1.8,W=0.3, each once, from 1e-6 to 1e6") from None
+        raise ValueError(
+            f"cost {shown!r}: give times above 0 as F=1,I=1.8,W=0.3, each once, from 1e-6 to 1e6"
+        ) from None
     return Cost(**values)
 
 
@@ -135,7 +167,9 @@ def program(built: Built) -> Program:
 
 def interleaved(options: ScheduleConfig, cap: float) -> Built:
     graphs = [_graph(options, chunks) for chunks in ((options.chunks,) if options.chunks else (2, 1))]
-    return min((_searched(graph, start(graph.window.phases), cap, options) for graph in graphs), key=_makespan)
+    return min(
+        (_searched(graph, start(graph.window.phases), cap, options) for graph in graphs), key=_makespan
+    )
 
 
 def _searched(graph: Graph, policies: Sequence[Policy], cap: float, options: ScheduleConfig) -> Built:
@@ -144,11 +178,14 @@ def _searched(graph: Graph, policies: Sequence[Policy], cap: float, options: Sch
 
 
 def frontier(options: ScheduleConfig) -> dict[float, Built]:
-    """The interleaved schedule for caps of once to four times the ranks, where a microbatch fits at all; each checked."""
+    """The interleaved schedule for caps of once to four times the ranks, where a
+    microbatch fits at all; each checked.
+    """
     found: dict[float, Built] = {}
     for cap in (share * options.ranks for share in (1.0, 1.5, 2.0, 3.0, 4.0)):
         with suppress(NoRoom):
-            found[cap] = min([*list(found.values())[-1:], interleaved(options, cap)], key=_makespan)  # what fits into less fits into this
+            # What fits into less fits into this
+            found[cap] = min([*list(found.values())[-1:], interleaved(options, cap)], key=_makespan)
             check_program(program(found[cap]), cap)
     return found
 
@@ -161,7 +198,9 @@ def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:
     phases = _phases(options)
     costs = costs_of(phases, options.unit, options.discriminator)
     places = dict.fromkeys(costs, placement(options.ranks, chunks))
-    return Graph(Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind))
+    return Graph(
+        Window(phases, places, options.microbatches, options.iterations, costs, options.message, **kind)
+    )
 
 
 def costs_of(phases: Sequence[Phase], cost: Cost, discriminator: float) -> dict[str, Cost]:
@@ -182,7 +221,8 @@ def schedule(options: ScheduleConfig) -> None:
     """Prints the tables, and writes the files that are asked for.
 
     Raises:
-        ValueError: a file that cannot be written, before anything is searched; a cap that is too small.
+        ValueError: a file that cannot be written, before anything is searched; a cap that
+            is too small.
     """
     outputs.check("json", options.json)
     outputs.check("dump", options.dump)
@@ -190,22 +230,36 @@ def schedule(options: ScheduleConfig) -> None:
     found = schedules(options)
     alone = schedules(replace(options, iterations=1)) if options.iterations > 1 else {}
     by_cap = frontier(options) if options.frontier else {}
-    case = f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} iterations, {options.cost_text}"
+    case = (
+        f"{options.method}, {options.ranks} ranks, {options.microbatches} microbatches, {options.iterations} "
+        f"iterations, {options.cost_text}"
+    )
     console = Console()
     console.print(table(case, "", {NAMES[name]: built for name, built in found.items()}))
     if alone:
         console.print(table("One iteration alone", "", {NAMES[name]: built for name, built in alone.items()}))
     console.print(
-        "Least bubble: of any schedule with this placement and cap, from the longest path and from what each rank must do and hold. Peak live: "
-        "activations held at once, in microbatches of one rank's part of one network."
+        "Least bubble: of any schedule with this placement and cap, from the longest path and from what each "
+        "rank must do and hold. Peak live: activations held at once, in microbatches of one rank's part of "
+        "one network."
     )
     if by_cap:
-        console.print(table("Interleaved, by most live activations", "cap", {f"{cap:g}": built for cap, built in by_cap.items()}))
+        console.print(
+            table(
+                "Interleaved, by most live activations",
+                "cap",
+                {f"{cap:g}": built for cap, built in by_cap.items()},
+            )
+        )
     if options.json:
         numbers = (
             figures(found)
             | ({"one_iteration": figures(alone)} if alone else {})
-            | ({"frontier": {f"{cap:g}": built.timeline.bubble for cap, built in by_cap.items()}} if by_cap else {})
+            | (
+                {"frontier": {f"{cap:g}": built.timeline.bubble for cap, built in by_cap.items()}}
+                if by_cap
+                else {}
+            )
         )
         outputs.write("json", options.json, json.dumps(numbers, indent=1))
     if options.dump:
@@ -223,7 +277,13 @@ def table(title: str, first: str, found: Mapping[str, Built]) -> Table:
         table.add_column(heading, justify="left" if heading == first else "right")
     for name, built in found.items():
         line = built.timeline
-        table.add_row(name, f"{line.makespan:.1f}", f"{line.bubble:.4f}", f"{bubble_bound(built):.4f}", f"{max(line.peak_live):g}")
+        table.add_row(
+            name,
+            f"{line.makespan:.1f}",
+            f"{line.bubble:.4f}",
+            f"{bubble_bound(built):.4f}",
+            f"{max(line.peak_live):g}",
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""Samples from a checkpoint: loads the generator with the codec and text encoder of the data it was trained on."""
+"""Samples from a checkpoint: loads the generator with the codec and text encoder of the
+data it was trained on.
+"""
 
 import itertools
 import sys
@@ -29,7 +31,9 @@ from megatron_apt.sample.sampler import Sampler, sample_noise
 from megatron_apt.training.networks import load_weights
 
 DEFAULT_FPS = 8.0
-MOST_NAME = 80  # bytes of a prompt in a file's name: the limit is 255 for all of it, and temporary names are longer
+# Bytes of a prompt in a file's name: the limit is 255 for all of it, and temporary names
+# are longer
+MOST_NAME = 80
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,21 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     folder = store.resolve(checkpoint)
     state = store.read_state(folder)
     if weights == "ema" and not state["ema"]:
-        raise store.CheckpointError(f"{checkpoint}: was trained without EMA (optimizer.ema=0); use --weights raw")
+        raise store.CheckpointError(
+            f"{checkpoint}: was trained without EMA (optimizer.ema=0); use --weights raw"
+        )
     config = state["config"]
     check_model(store.Stored(folder), model_config(config["model"]), mesh)
     model = build_backbone(model_config(config["model"]), mesh).to(mesh.device)
     load_weights(f"{checkpoint}:{weights}", model, mesh)
     data, one_step = config["data"], config["method"] in ("consistency", "apt")
-    return Loaded(model.eval().requires_grad_(False), data["text_length"], tuple(data["shards"]), config["apt"]["two_step_t"], one_step)
+    return Loaded(
+        model.eval().requires_grad_(False),
+        data["text_length"],
+        tuple(data["shards"]),
+        config["apt"]["two_step_t"],
+        one_step,
+    )
 
 
 def model_config(stored: dict) -> ModelConfig:
@@ -75,21 +87,36 @@ def model_config(stored: dict) -> ModelConfig:
 
 
 def sample_latents(
-    loaded: Loaded, mesh: Mesh, condition: Condition, negative: Condition, shape, ids: Tensor, seed: int, config: SampleConfig
+    loaded: Loaded,
+    mesh: Mesh,
+    condition: Condition,
+    negative: Condition,
+    shape,
+    ids: Tensor,
+    seed: int,
+    config: SampleConfig,
 ) -> Tensor:
-    """Latents (n, C, F, H, W) of the condition's n samples; sample i starts from the noise of (seed, ids[i]).
+    """Latents (n, C, F, H, W) of the condition's n samples; sample i starts from the
+    noise of (seed, ids[i]).
 
     Args:
         negative: text of a single sample, for all; first frames are the condition's own.
     """
     condition = condition.to(mesh.device)
-    negative = replace(negative.repeat(len(condition.lengths)).to(mesh.device), visual=condition.visual, image=condition.image, first=condition.first)
+    negative = replace(
+        negative.repeat(len(condition.lengths)).to(mesh.device),
+        visual=condition.visual,
+        image=condition.image,
+        first=condition.first,
+    )
     sampler = Sampler(loaded.model, mesh, condition, negative)
     z = sample_noise(seed, ids.to(mesh.device), shape)
     if config.steps == 1 and config.plain:
         return sampler.one_step(z)
     if config.steps == 2 and config.plain and loaded.one_step:
-        return sampler.two_steps(z, sample_noise(seed, ids.to(mesh.device), shape, "renoise"), loaded.two_step_t)
+        return sampler.two_steps(
+            z, sample_noise(seed, ids.to(mesh.device), shape, "renoise"), loaded.two_step_t
+        )
     return sampler.euler(z, config.steps, config.guidance)
 
 
@@ -101,7 +128,10 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     mesh = startup.start(ParallelConfig())
     loaded = load_generator(config.checkpoint, mesh, config.weights)
     if not (config.dataset or loaded.shards):
-        raise ValueError(f"{config.checkpoint}: was trained on no dataset, whose codec and text encoder samples need; give one with --dataset")
+        raise ValueError(
+            f"{config.checkpoint}: was trained on no dataset, whose codec and text encoder samples need; "
+            "give one with --dataset"
+        )
     dataset = LatentShards(config.dataset or loaded.shards[0])
     _check_dataset(dataset, loaded)
     device = str(mesh.device)
@@ -117,10 +147,15 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files, clips = [], []
     for seed, (number, prompt) in itertools.product(config.seeds, enumerate(prompts)):
-        # A prompt's noise depends on its seed alone, so samples of one seed can be compared across prompts and checkpoints.
-        condition = Condition.pack([texts[number]], loaded.text_length, None if pooled is None else pooled[number : number + 1])
+        # A prompt's noise depends on its seed alone, so samples of one seed can be
+        # compared across prompts and checkpoints.
+        condition = Condition.pack(
+            [texts[number]], loaded.text_length, None if pooled is None else pooled[number : number + 1]
+        )
         condition = replace(condition, **pictures[number])
-        latent = sample_latents(loaded, mesh, condition, negative, shape, torch.zeros(1, dtype=torch.int64), seed, config)
+        latent = sample_latents(
+            loaded, mesh, condition, negative, shape, torch.zeros(1, dtype=torch.int64), seed, config
+        )
         frames = codec.decode(latent[0].cpu()).clamp(-1, 1)
         path = out / f"{number:03d}-{_file_name(prompt)}-seed{seed}.{config.format}"
         _write(frames, path, config, fps)
@@ -128,13 +163,17 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         clips.append(frames)
     if config.format == "png" and len(clips) > 1:
         grid = out / "grid.png"
-        media.save_png_grid(torch.stack([clip[:, 0] for clip in clips]), grid, columns=len(prompts), scale=config.scale)
+        media.save_png_grid(
+            torch.stack([clip[:, 0] for clip in clips]), grid, columns=len(prompts), scale=config.scale
+        )
         files.append(grid)
     print("\n".join(map(str, files)))
     return files
 
 
-def _check_picture(config: SampleConfig, loaded: Loaded, pixels: tuple[int, int, int], shape: tuple[int, ...]) -> None:
+def _check_picture(
+    config: SampleConfig, loaded: Loaded, pixels: tuple[int, int, int], shape: tuple[int, ...]
+) -> None:
     """Finds before sampling what cannot be sampled or written.
 
     Args:
@@ -146,35 +185,60 @@ def _check_picture(config: SampleConfig, loaded: Loaded, pixels: tuple[int, int,
     """
     patch = loaded.model.model.patch
     if any(n % p for n, p in zip(shape[1:], patch, strict=True)):
-        raise ValueError(f"size={tuple(shape[1:])}: this model reads patches of {patch}, which do not divide it; give multiples of them")
+        raise ValueError(
+            f"size={tuple(shape[1:])}: this model reads patches of {patch}, which do not divide it; give "
+            "multiples of them"
+        )
     frames, height, width = pixels
     if config.format in ("gif", "mp4") and frames == 1:
-        raise ValueError(f"format={config.format!r}: samples of this size have one frame; use --format png, or a --size of several latent frames")
+        raise ValueError(
+            f"format={config.format!r}: samples of this size have one frame; use --format png, or a --size "
+            "of several latent frames"
+        )
     if max(height, width) * config.scale > MOST_SIDE:
-        raise ValueError(f"scale={config.scale}: makes {width}x{height} pixels a side of more than {MOST_SIDE}; use a smaller one")
+        raise ValueError(
+            f"scale={config.scale}: makes {width}x{height} pixels a side of more than {MOST_SIDE}; use a "
+            "smaller one"
+        )
 
 
 def _remarks(config: SampleConfig, loaded: Loaded) -> list[str]:
     """What is allowed and seldom meant."""
     found = []
-    if len(config.prompts) > 1 and all(prompt.isascii() and not prompt.strip().count(" ") for prompt in config.prompts):
+    if len(config.prompts) > 1 and all(
+        prompt.isascii() and not prompt.strip().count(" ") for prompt in config.prompts
+    ):
         listed = ", ".join(map(repr, config.prompts[:8]))
-        found.append(f"{len(config.prompts)} prompts of one word each ({listed}); if they are one prompt, quote it")
+        found.append(
+            f"{len(config.prompts)} prompts of one word each ({listed}); if they are one prompt, quote it"
+        )
     if loaded.one_step and config.guidance != 1.0:
-        found.append(f"guidance={config.guidance:g}: guidance was folded into this model when it was distilled; more of it oversaturates")
+        found.append(
+            f"guidance={config.guidance:g}: guidance was folded into this model when it was distilled; more "
+            "of it oversaturates"
+        )
     if not loaded.one_step and config.steps < 4:
-        found.append(f"steps={config.steps}: this is a diffusion model, not trained for so few Euler steps; --steps 25 is usual")
+        found.append(
+            f"steps={config.steps}: this is a diffusion model, not trained for so few Euler steps; --steps "
+            "25 is usual"
+        )
     return found
 
 
-def _encoded(config: SampleConfig, loaded: Loaded, dataset: LatentShards, prompts: Sequence[str], device: str):
+def _encoded(
+    config: SampleConfig, loaded: Loaded, dataset: LatentShards, prompts: Sequence[str], device: str
+):
     """(rows of each prompt, their pooled vectors or None, the negative prompt's condition)."""
     encoder = dataset.text_encoder(device)
     texts, pooled = encoder.encode_pooled(list(prompts))
     for prompt, text in zip(prompts, texts, strict=True):
         if loaded.text_length and len(text) > loaded.text_length:
             beginning = prompt if len(prompt) <= 80 else f"{prompt[:80]}..."
-            warnings.warn(f"prompt {beginning!r} has {len(text)} tokens; this model reads the first {loaded.text_length}", stacklevel=3)
+            warnings.warn(
+                f"prompt {beginning!r} has {len(text)} tokens; this model reads the first "
+                f"{loaded.text_length}",
+                stacklevel=3,
+            )
     negative_text, negative_pooled = encoder.encode_pooled([config.negative_prompt])
     return texts, pooled, Condition.pack(negative_text, loaded.text_length, negative_pooled)
 
@@ -185,8 +249,11 @@ def _rate(config: SampleConfig, dataset: LatentShards) -> float:
     return config.fps or encoded or DEFAULT_FPS
 
 
-def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prompts, shape, device: str) -> list[dict[str, Tensor]]:
-    """What each prompt's Condition has of a first frame: that of config.image, or of the dataset's first sample with this caption.
+def _first_frames(
+    config, model: ModelConfig, dataset: LatentShards, codec, prompts, shape, device: str
+) -> list[dict[str, Tensor]]:
+    """What each prompt's Condition has of a first frame: that of config.image, or of the
+    dataset's first sample with this caption.
 
     Raises:
         ValueError: settings that do not fit the model, or each other.
@@ -194,7 +261,11 @@ def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prom
     given = model.condition_channels or model.wan.image_width
     if not given and not (model.wan.first_frame and shape[1] > 1):
         if config.image:
-            which = "makes a sample of one frame from text" if model.wan.first_frame else "is given no first frame"
+            which = (
+                "makes a sample of one frame from text"
+                if model.wan.first_frame
+                else "is given no first frame"
+            )
             raise ValueError(f"image={config.image!r}: this model {which}; leave it out")
         return [first_frames([FirstFrame()], model)] * len(prompts)
     if config.image:
@@ -205,28 +276,42 @@ def _first_frames(config, model: ModelConfig, dataset: LatentShards, codec, prom
         encoder = dataset.image_encoder(device) if model.wan.image_width else None
         image = None if encoder is None else encoder.encode(frame)
         first = FirstFrame(
-            codec.given(frame, frames) if model.condition_channels else None, image, codec.encode(frame) if model.wan.first_frame else None
+            codec.given(frame, frames) if model.condition_channels else None,
+            image,
+            codec.encode(frame) if model.wan.first_frame else None,
         )
         return [first_frames([first], model)] * len(prompts)
     if config.prompts:
-        raise ValueError("this model is given a first frame: add --image FILE to --prompts, or leave both out for captions and frames of the dataset")
+        raise ValueError(
+            "this model is given a first frame: add --image FILE to --prompts, or leave both out for "
+            "captions and frames of the dataset"
+        )
     if config.size and config.size != dataset.shapes[0][1:]:
-        raise ValueError(f"size={config.size}: the dataset's first frames are of {dataset.shapes[0][1:]}; add --image FILE for another size")
+        raise ValueError(
+            f"size={config.size}: the dataset's first frames are of {dataset.shapes[0][1:]}; add --image "
+            "FILE for another size"
+        )
     return [first_frames([dataset[dataset.captions.index(prompt)].first_frame], model) for prompt in prompts]
 
 
 def _check_dataset(dataset: LatentShards, loaded: Loaded) -> None:
     model = loaded.model.model
-    found, needed = (dataset.shapes[0][0], dataset.null_text.shape[-1]), (model.latent_channels, model.text_width)
+    found, needed = (
+        (dataset.shapes[0][0], dataset.null_text.shape[-1]),
+        (model.latent_channels, model.text_width),
+    )
     if found != needed:
         raise ValueError(
-            f"dataset {dataset.path}: latent channels and text width are {found}, the checkpoint's {needed}; give the dataset of its run"
+            f"dataset {dataset.path}: latent channels and text width are {found}, the checkpoint's {needed}; "
+            "give the dataset of its run"
         )
     check_first_frames(dataset, model)
 
 
 def _file_name(prompt: str) -> str:
-    """The beginning of a prompt as a part of a file's name, which file systems limit in bytes (of UTF-8), not characters."""
+    """The beginning of a prompt as a part of a file's name, which file systems limit in
+    bytes (of UTF-8), not characters.
+    """
     name = "".join(c if c.isalnum() else "-" for c in prompt).encode()[:MOST_NAME].decode(errors="ignore")
     return name.strip("-") or "empty"
 

@@ -1,6 +1,7 @@
 """Pictures and clips as files: PNG, animated GIF and mp4. Equal tensors give equal bytes.
 
-Shapes: N samples, C = 3 colours, F frames, H x W pixels; values in [-1, 1] (others are clipped, not-finite ones painted magenta).
+Shapes: N samples, C = 3 colours, F frames, H x W pixels; values in [-1, 1] (others are
+clipped, not-finite ones painted magenta).
 """
 
 import io
@@ -30,7 +31,9 @@ def save_gif(x: Tensor, path: str | Path, fps: float, columns: int, scale: int =
 
 
 def save_mp4(x: Tensor, path: str | Path, fps: float, scale: int = 1) -> None:
-    """Write (3, F, H, W) as H.264, yuv420p, BT.709. An odd height or width is PADDED by repeating the last row or column."""
+    """Write (3, F, H, W) as H.264, yuv420p, BT.709. An odd height or width is PADDED by
+    repeating the last row or column.
+    """
     write_atomically(path, mp4_bytes(x, fps, scale))
 
 
@@ -45,14 +48,17 @@ def png_bytes(x: Tensor, columns: int, scale: int = 1) -> bytes:
 def gif_bytes(x: Tensor, fps: float, columns: int, scale: int = 1) -> bytes:
     """(N, 3, F, H, W) as the bytes of an animated GIF grid.
 
-    One palette of 256 colours for all frames (exact if they have no more). The format counts in 10 ms, at least 20 ms a frame here,
-    because viewers slow down anything faster. Equal successive frames are stored as one that lasts longer.
+    One palette of 256 colours for all frames (exact if they have no more). The format
+    counts in 10 ms, at least 20 ms a frame here, because viewers slow down anything
+    faster. Equal successive frames are stored as one that lasts longer.
     """
     _check(x, 5, "(N, 3, F, H, W)")
     frames = _with_palette(_grid(_pixels(x), columns, scale))
     data = io.BytesIO()
     duration = max(2, round(100 / _positive(fps))) * 10
-    frames[0].save(data, "gif", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False)
+    frames[0].save(
+        data, "gif", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False
+    )
     return data.getvalue()
 
 
@@ -65,12 +71,16 @@ def mp4_bytes(x: Tensor, fps: float, scale: int = 1) -> bytes:
     data = io.BytesIO()
     with av.open(data, "w", format="mp4") as container:
         # One thread: with more, x264's rate control and so the bytes depend on the machine.
-        stream = container.add_stream("libx264", Fraction(_positive(fps)).limit_denominator(1001), options={"crf": "12", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", Fraction(_positive(fps)).limit_denominator(1001), options={"crf": "12", "threads": "1"}
+        )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return data.getvalue()
@@ -122,8 +132,11 @@ def _with_palette(frames: np.ndarray) -> list[Image.Image]:
         palette = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], 1).astype(np.uint8)
         index = index.reshape(frames.shape[:3]).astype(np.uint8)
     else:
-        # All frames as one tall picture: still areas then keep their colour over time, where a palette per frame flickers.
-        tall = Image.fromarray(frames.reshape(count * height, width, 3)).quantize(256, dither=Image.Dither.NONE)
+        # All frames as one tall picture: still areas then keep their colour over time,
+        # where a palette per frame flickers.
+        tall = Image.fromarray(frames.reshape(count * height, width, 3)).quantize(
+            256, dither=Image.Dither.NONE
+        )
         palette, index = np.array(tall.getpalette(), np.uint8), np.asarray(tall).reshape(frames.shape[:3])
     images = [Image.fromarray(frame, "P") for frame in index]
     for image in images:
@@ -133,7 +146,9 @@ def _with_palette(frames: np.ndarray) -> list[Image.Image]:
 
 def _check(x: Tensor, ndim: int, shape: str, colours: int = 1) -> None:
     if x.ndim != ndim or x.shape[colours] != 3 or not x.numel():
-        raise ValueError(f"got {tuple(x.shape)}, need {shape} and not empty; repeat a grey channel three times")
+        raise ValueError(
+            f"got {tuple(x.shape)}, need {shape} and not empty; repeat a grey channel three times"
+        )
 
 
 def _positive(fps: float) -> float:

@@ -1,4 +1,6 @@
-"""Samplers: Euler with guidance, one step, two steps. Functions of a velocity network; noise is keyed by (seed, sample)."""
+"""Samplers: Euler with guidance, one step, two steps. Functions of a velocity network;
+noise is keyed by (seed, sample).
+"""
 
 import itertools
 from collections.abc import Callable
@@ -25,11 +27,13 @@ def sample_noise(seed: int, ids: Tensor, shape: tuple[int, int, int, int], purpo
 
 @dataclass(frozen=True)
 class Sampler:
-    """A trained network with the conditions of some samples. Without context parallelism: every rank samples whole latents.
+    """A trained network with the conditions of some samples. Without context parallelism:
+    every rank samples whole latents.
 
     Attributes:
         model: a backbone.
-        condition, negative: text of the n samples, and what guidance points away from. Where they have first frames, so do the samples made.
+        condition, negative: text of the n samples, and what guidance points away from.
+            Where they have first frames, so do the samples made.
     """
 
     model: nn.Module
@@ -38,7 +42,9 @@ class Sampler:
     negative: Condition
 
     def velocity(self, x: Tensor, t: float, guidance_scale: float = 1.0) -> Tensor:
-        """v(x, t, c), guided: v(neg) + w (v(c) - v(neg)); w = 1 costs one evaluation, any other two in one pass."""
+        """v(x, t, c), guided: v(neg) + w (v(c) - v(neg)); w = 1 costs one evaluation, any
+        other two in one pass.
+        """
         model = self.model.model
         grid = patch_grid(tuple(x.shape[2:]), model.patch)
         guided = guidance_scale != 1.0
@@ -68,7 +74,9 @@ class Sampler:
 
     @torch.no_grad()
     def two_steps(self, z: Tensor, renoise: Tensor, t: float = 0.5) -> Tensor:
-        """x1 = G(z); x_t = (1 - t) x1 + t z'; x2 = x_t - t v(x_t, c, t): zero-shot two-step inference of the paper."""
+        """x1 = G(z); x_t = (1 - t) x1 + t z'; x2 = x_t - t v(x_t, c, t): zero-shot
+        two-step inference of the paper.
+        """
         t_tensor = torch.as_tensor(t, dtype=z.dtype)
         x_t = interpolate(self.one_step(z), renoise, t_tensor)
         return self._with_first(predict_sample(x_t, self.velocity(x_t, t), t_tensor))

@@ -1,4 +1,5 @@
-"""The words of a schedule. Each rank has one list of them; the same lists are printed, parsed, drawn, simulated, checked and run.
+"""The words of a schedule. Each rank has one list of them; the same lists are printed,
+parsed, drawn, simulated, checked and run.
 
 F generator.2 i0 d/fake.0 m3            forward of stage 2 of the generator on microbatch 3, in segment 0 of branch `fake` of phase `d`, iteration 0
 I discriminator.1 i0 d/real.0 m3        its input gradient, which the stage before needs
@@ -46,7 +47,8 @@ class Action(NamedTuple):
     """One entry of a rank's list.
 
     Attributes:
-        kind: F, I, W or STEP, then `task` is what is done; SEND or RECV, then it is what made the message; REDUCE, then the STEP it prepares.
+        kind: F, I, W or STEP, then `task` is what is done; SEND or RECV, then it is what
+            made the message; REDUCE, then the STEP it prepares.
         peer: the other rank of a SEND or RECV.
     """
 
@@ -73,12 +75,23 @@ class Action(NamedTuple):
                 peer, task_kind, *rest = int(rest[0]), *rest[1:]
             place, iteration, path, *last = rest
             role, stage = place.rsplit(".", 1)
-            task = Task("STEP" if kind == "REDUCE" else task_kind, role, int(stage), int(iteration.removeprefix("i")), path)
+            task = Task(
+                "STEP" if kind == "REDUCE" else task_kind,
+                role,
+                int(stage),
+                int(iteration.removeprefix("i")),
+                path,
+            )
             if task.kind != "STEP":
                 phase, tail = path.split("/", 1)
                 branch, segment = tail.rsplit(".", 1)
                 (microbatch,) = last
-                task = task._replace(phase=phase, branch=branch, segment=int(segment), microbatch=int(microbatch.removeprefix("m")))
+                task = task._replace(
+                    phase=phase,
+                    branch=branch,
+                    segment=int(segment),
+                    microbatch=int(microbatch.removeprefix("m")),
+                )
             action = Action(kind, task, peer)
             if str(action) != text.strip() or task.kind not in COMPUTE:
                 raise ValueError
@@ -88,4 +101,6 @@ class Action(NamedTuple):
 
 
 def _unknown(text: str) -> ValueError:
-    return ValueError(f"{text!r} is not an action; one reads `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`")
+    return ValueError(
+        f"{text!r} is not an action; one reads `F generator.2 i0 d/fake.0 m3` or `STEP generator.2 i0 g`"
+    )

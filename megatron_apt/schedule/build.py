@@ -1,18 +1,24 @@
-"""Builds schedules: list scheduling of a window's tasks, with the wishes of each branch found by search.
+"""Builds schedules: list scheduling of a window's tasks, with the wishes of each branch
+found by search.
 
-A policy says of each branch when its microbatches want to enter the pipeline and how fast they want to go through it; that makes every task due at
-some time. Going through time, a free rank runs the task that is most overdue among those whose inputs are there. Memory is promised in the order of
-due times: a forward overtakes another only if the other's activations will still fit. So lists never get stuck unless the due times themselves ask
+A policy says of each branch when its microbatches want to enter the pipeline and how fast
+they want to go through it; that makes every task due at some time. Going through time, a
+free rank runs the task that is most overdue among those whose inputs are there. Memory is
+promised in the order of due times: a forward overtakes another only if the other's
+activations will still fit. So lists never get stuck unless the due times themselves ask
 for more memory than there is, and due times taken from a schedule that fits fit again.
 
-That is what justification needs: the schedule is run backwards in time, what ended last first, and then forwards again in the order that this gave.
-Each task so moves towards the tasks that wait for it and then towards those that it waits for, and most of what was idle between them goes.
+That is what justification needs: the schedule is run backwards in time, what ended last
+first, and then forwards again in the order that this gave. Each task so moves towards the
+tasks that wait for it and then towards those that it waits for, and most of what was idle
+between them goes.
 
-A search draws policies at random, changes the best a little at a time, as annealing does, and justifies what it has found; equal arguments give equal
-schedules.
+A search draws policies at random, changes the best a little at a time, as annealing does,
+and justifies what it has found; equal arguments give equal schedules.
 
-Phases apart (what Megatron-Core's forward_backward_func does when it is called for one branch after the other) need no search: when microbatches
-enter as fast as one rank works and go through without a stop, the order on each rank is 1F1B.
+Phases apart (what Megatron-Core's forward_backward_func does when it is called for one
+branch after the other) need no search: when microbatches enter as fast as one rank works
+and go through without a stop, the order on each rank is 1F1B.
 """
 
 import heapq
@@ -32,10 +38,14 @@ class Wish:
     """When the tasks of one branch want to run.
 
     Attributes:
-        offset: of the first microbatch after the beginning of its iteration, as a share of an iteration's work.
-        pace: from one microbatch to the next, as a share of one microbatch's work in an iteration.
-        forward, backward: time from stage to stage, as a multiple of what a microbatch takes that never waits.
-        late: delay of weight gradients, as a share of one microbatch's work in an iteration.
+        offset: of the first microbatch after the beginning of its iteration, as a share
+            of an iteration's work.
+        pace: from one microbatch to the next, as a share of one microbatch's work in an
+            iteration.
+        forward, backward: time from stage to stage, as a multiple of what a microbatch
+            takes that never waits.
+        late: delay of weight gradients, as a share of one microbatch's work in an
+            iteration.
     """
 
     offset: float
@@ -60,12 +70,14 @@ class Wishes:
         self.branches = [(phase.name, branch.name) for phase in window.phases for branch in phase.branches]
         self._length = max(graph.load) / window.iterations
         self._slot = self._length / window.microbatches
-        self.work = dict.fromkeys(self.branches, 0.0)  # of one microbatch of each branch, as a share of what one takes in an iteration
+        # Of one microbatch of each branch, as a share of what one takes in an iteration
+        self.work = dict.fromkeys(self.branches, 0.0)
         for task, time in zip(graph.tasks, graph.time, strict=True):
             if task.kind != "STEP" and task.iteration == task.microbatch == 0:
                 self.work[task.phase, task.branch] += time / self._slot / window.ranks
         self._tasks = graph.tasks
-        self._way: dict[tuple, tuple[float, float]] = {}  # forward and backward time from the entry of a microbatch, if it never waits
+        # Forward and backward time from the entry of a microbatch, if it never waits
+        self._way: dict[tuple, tuple[float, float]] = {}
         for number, task in enumerate(graph.tasks):
             if self._place(task) not in self._way and task.kind != "STEP":
                 ways = (self._after(graph, source, number) for source in graph.before[number])
@@ -110,7 +122,8 @@ class Listed:
 
 
 def list_schedule(graph: Graph, due: Sequence[float], cap: float, backwards: bool = False) -> Listed:
-    """Runs what is due first, on every rank; backwards from the end of time, with due times counted from there.
+    """Runs what is due first, on every rank; backwards from the end of time, with due
+    times counted from there.
 
     Raises:
         NoRoom: in order of due times the tasks do not fit into `cap`.
@@ -123,7 +136,8 @@ def list_schedule(graph: Graph, due: Sequence[float], cap: float, backwards: boo
     ranks = [_Rank(mine, due, live, cap) for mine in tasks]
     waits, start, free_at = [len(sources) for sources in before], [0.0] * len(due), [0.0] * len(ranks)
     comes: dict[int, float] = {}  # when the last message for a task comes
-    events = [(0.0, ~task) for task, count in enumerate(waits) if not count]  # ~task: its inputs are there; task: it ends
+    # ~task: its inputs are there; task: it ends
+    events = [(0.0, ~task) for task, count in enumerate(waits) if not count]
     heapq.heapify(events)
     message, place, time = graph.message, graph.rank, graph.time
     while events:
@@ -158,7 +172,11 @@ def list_schedule(graph: Graph, due: Sequence[float], cap: float, backwards: boo
     makespan = max(free_at)
     if not backwards:
         return Listed([rank.order for rank in ranks], start, makespan)
-    return Listed([rank.order[::-1] for rank in ranks], [makespan - at - length for at, length in zip(start, time, strict=True)], makespan)
+    return Listed(
+        [rank.order[::-1] for rank in ranks],
+        [makespan - at - length for at, length in zip(start, time, strict=True)],
+        makespan,
+    )
 
 
 _SAME_TIME = 1e-9
@@ -170,7 +188,8 @@ class _Rank:
     def __init__(self, tasks: Sequence[int], due: Sequence[float], live: Sequence[float], cap: float):
         self.order: list[int] = []
         self._due, self._live, self._left = due, live, cap
-        self._takers = sorted((task for task in tasks if live[task] > 0), key=lambda task: (due[task], task))  # of memory, and when it is promised
+        # Of memory, and when it is promised
+        self._takers = sorted((task for task in tasks if live[task] > 0), key=lambda task: (due[task], task))
         self._first, self._served = 0, set()  # of them: all before the first are served
         # Inputs are there: of tasks that take memory, and of all others.
         self._ready_takers: list[tuple[float, int]] = []
@@ -186,7 +205,11 @@ class _Rank:
         if self._busy:
             return None
         heap = self._ready
-        if self._ready_takers and (not heap or self._ready_takers[0] < heap[0]) and self._fits(self._ready_takers[0][1]):
+        if (
+            self._ready_takers
+            and (not heap or self._ready_takers[0] < heap[0])
+            and self._fits(self._ready_takers[0][1])
+        ):
             heap = self._ready_takers
             self._left -= self._live[heap[0][1]]
             self._served.add(heap[0][1])
@@ -217,13 +240,19 @@ class _Rank:
 
 
 def justified(graph: Graph, listed: Listed, cap: float, turns: int, enough: float = 0.0) -> Listed:
-    """The shortest of the schedules that come of running this one backwards and forwards in time, in turn, until one is short enough."""
+    """The shortest of the schedules that come of running this one backwards and forwards
+    in time, in turn, until one is short enough.
+    """
     best, time = listed, graph.time
     for turn in range(turns):
         if best.makespan <= enough:
             break
         backwards = turn % 2 == 0
-        due = [-at - length for at, length in zip(listed.start, time, strict=True)] if backwards else listed.start
+        due = (
+            [-at - length for at, length in zip(listed.start, time, strict=True)]
+            if backwards
+            else listed.start
+        )
         listed = list_schedule(graph, due, cap, backwards)
         best = min(best, listed, key=_makespan)
     return best
@@ -252,7 +281,8 @@ def priced(graph: Graph, order: Order, cap: float) -> Built:
 
 
 def phases_apart(graph: Graph, cap: float) -> Built:
-    """The better of 1F1B and of forwards as early as `cap` allows, one branch after the other; the window's `apart` must be set.
+    """The better of 1F1B and of forwards as early as `cap` allows, one branch after the
+    other; the window's `apart` must be set.
 
     Raises:
         NoRoom: one microbatch alone takes more than `cap`.
@@ -272,7 +302,9 @@ def _plainly(graph: Graph, cap: float) -> Listed:
 
 
 def gpipe(graph: Graph) -> Built:
-    """All forwards of a branch, then all that leads back, one branch after the other; the window's `apart` must be set. Memory is what it takes."""
+    """All forwards of a branch, then all that leads back, one branch after the other; the
+    window's `apart` must be set. Memory is what it takes.
+    """
     return priced(graph, _one_forward_one_backward(graph, forwards_first=True), math.inf)
 
 
@@ -293,7 +325,8 @@ def _one_forward_one_backward(graph: Graph, forwards_first: bool = False) -> lis
 
 
 def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: int, seed: int = 0) -> Built:
-    """Tries these policies and others drawn at random, anneals the best, and justifies the best of all; stops early at the lower bound.
+    """Tries these policies and others drawn at random, anneals the best, and justifies
+    the best of all; stops early at the lower bound.
 
     Raises:
         NoRoom: one microbatch alone takes more than `cap`.
@@ -307,11 +340,19 @@ def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: in
 
 
 def _tried(
-    graph: Graph, wishes: Wishes, policies: Sequence[Policy], cap: float, evaluations: int, rng: random.Random, enough: float
+    graph: Graph,
+    wishes: Wishes,
+    policies: Sequence[Policy],
+    cap: float,
+    evaluations: int,
+    rng: random.Random,
+    enough: float,
 ) -> dict[float, Policy]:
-    """Policies by the makespan of their schedule, once turned: those given, as many as a quarter of `evaluations` drawn at random, the best annealed.
+    """Policies by the makespan of their schedule, once turned: those given, as many as a
+    quarter of `evaluations` drawn at random, the best annealed.
 
-    One turn costs as much as the schedule itself, but what comes of the unturned ones says little about what justification makes of them.
+    One turn costs as much as the schedule itself, but what comes of the unturned ones
+    says little about what justification makes of them.
     """
     tried: dict[float, Policy] = {}
     now, value, given = {}, math.inf, len(policies)
@@ -319,7 +360,13 @@ def _tried(
         if value <= enough:
             break
         annealing = bool(now) and number >= given + evaluations // 4
-        policy = policies[number] if number < given else _changed(now, rng) if annealing else _drawn(wishes.branches, rng)
+        policy = (
+            policies[number]
+            if number < given
+            else _changed(now, rng)
+            if annealing
+            else _drawn(wishes.branches, rng)
+        )
         try:
             found = justified(graph, list_schedule(graph, wishes.due(policy), cap), cap, 1, enough).makespan
         except NoRoom:
@@ -333,7 +380,13 @@ def _tried(
 
 def _drawn(branches: Sequence[tuple[str, str]], rng: random.Random) -> Policy:
     def wish() -> Wish:
-        return Wish(rng.random(), rng.uniform(0.05, 0.65), rng.uniform(0.3, 2.0), rng.uniform(0.3, 2.0), rng.uniform(-1.5, 1.5))
+        return Wish(
+            rng.random(),
+            rng.uniform(0.05, 0.65),
+            rng.uniform(0.3, 2.0),
+            rng.uniform(0.3, 2.0),
+            rng.uniform(-1.5, 1.5),
+        )
 
     return {branch: wish() for branch in branches}
 

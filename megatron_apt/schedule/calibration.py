@@ -39,14 +39,17 @@ class Calibration:
     def block(self, model: ModelConfig) -> Cost:
         """Seconds of a block of another model on samples of the same length, by its arithmetic."""
         cost = self.seconds * (block_flops(model, self.visual_tokens, self.text_tokens) / self.flops)
-        again = cost.F if model.recompute == "full" else 0.0  # the backward pass begins with another forward pass
+        # The backward pass begins with another forward pass
+        again = cost.F if model.recompute == "full" else 0.0
         return Cost(cost.F, cost.I + again, cost.W)
 
 
 def block_flops(model: ModelConfig, visual: int, text: int) -> float:
-    """Of one block's forward pass over one sample: 2 for each weight and token, and 4 D of attention for each query and key.
+    """Of one block's forward pass over one sample: 2 for each weight and token, and 4 D
+    of attention for each query and key.
 
-    In Wan the visual tokens attend to each other and then to the text, which is only projected to keys and values; elsewhere all attend to all.
+    In Wan the visual tokens attend to each other and then to the text, which is only
+    projected to keys and values; elsewhere all attend to all.
     """
     d, mlp = model.width, 2 * model.mlp
     if model.family == "wan":
@@ -73,7 +76,8 @@ class _Stored(TypedDict):
 
 
 def read(source: str) -> Calibration:
-    """From `FILE` or `FILE:FORMAT` (bf16 if it is left out, or for example `FILE:fp8 current`).
+    """From `FILE` or `FILE:FORMAT` (bf16 if it is left out, or for example `FILE:fp8
+    current`).
 
     Raises:
         ValueError: naming the file, the field and what is wrong with it.
@@ -87,7 +91,10 @@ def read(source: str) -> Calibration:
     times = convert(stored["blocks"][name], _Times, f"{path}: blocks, {name}", remedy=REMEDY)
     tokens = stored["visual_tokens"], stored["text_tokens"]
     if max(times.values()) > MOST_RATIO * min(times.values()):
-        raise ValueError(f"calibration={_short(source)}: {name!r} holds times {times}, which no block takes; measure it again")
+        raise ValueError(
+            f"calibration={_short(source)}: {name!r} holds times {times}, which no block takes; measure it "
+            "again"
+        )
     flops = block_flops(ModelConfig(width=stored["width"], heads=1, mlp_ratio=stored["mlp_ratio"]), *tokens)
     return Calibration(Cost(**times), flops, *tokens, f"{_short(stored['device'])}, {name}")
 

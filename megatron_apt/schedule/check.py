@@ -1,10 +1,12 @@
 """Proves a schedule before it runs.
 
-The graph holds what plain alternation demands, so a schedule that keeps every edge of it computes the same gradients; what is left to prove is that
-the lists hold each action once, on its rank, can be run without a deadlock, and stay within memory.
+The graph holds what plain alternation demands, so a schedule that keeps every edge of it
+computes the same gradients; what is left to prove is that the lists hold each action
+once, on its rank, can be run without a deadlock, and stay within memory.
 
-Not proved: that data-parallel ranks, whose programs may differ, reduce in one order. They do where each phase's gradients need the step of the phase
-before it, as in every method here.
+Not proved: that data-parallel ranks, whose programs may differ, reduce in one order. They
+do where each phase's gradients need the step of the phase before it, as in every method
+here.
 """
 
 from collections import Counter
@@ -19,7 +21,8 @@ class BadSchedule(ValueError):
 
 
 def check(graph: Graph, order: Order, cap: float = float("inf")) -> None:
-    """Each task once and on its rank; everything it waits for done before, on its own rank in the list; no deadlock; live activations within `cap`.
+    """Each task once and on its rank; everything it waits for done before, on its own
+    rank in the list; no deadlock; live activations within `cap`.
 
     Raises:
         BadSchedule: naming the first action that is wrong.
@@ -32,7 +35,9 @@ def check(graph: Graph, order: Order, cap: float = float("inf")) -> None:
             if not 0 <= task < len(graph.tasks):
                 raise BadSchedule(f"rank {rank} has task {task}, of {len(graph.tasks)}")
             if graph.rank[task] != rank:
-                raise BadSchedule(f"{graph.tasks[task]} is on rank {rank}, its weights are on rank {graph.rank[task]}")
+                raise BadSchedule(
+                    f"{graph.tasks[task]} is on rank {rank}, its weights are on rank {graph.rank[task]}"
+                )
             if count[task] > 1:
                 raise BadSchedule(f"{graph.tasks[task]} is there {count[task]} times")
     for task in range(len(graph.tasks)):
@@ -43,7 +48,9 @@ def check(graph: Graph, order: Order, cap: float = float("inf")) -> None:
         for task in tasks:
             for source in graph.before[task]:
                 if graph.rank[source] == rank and source not in done:
-                    raise BadSchedule(f"rank {rank} runs {graph.tasks[task]} before {graph.tasks[source]}, which it needs")
+                    raise BadSchedule(
+                        f"rank {rank} runs {graph.tasks[task]} before {graph.tasks[source]}, which it needs"
+                    )
             done.add(task)
         if (most := peak(graph, tasks)) > cap + 1e-9:
             raise BadSchedule(f"rank {rank} holds {most:g} live activations at once, more than {cap:g}")
@@ -54,8 +61,9 @@ def check(graph: Graph, order: Order, cap: float = float("inf")) -> None:
 
 
 def check_program(program: Program, cap: float = float("inf")) -> None:
-    """`check` of what it computes; each message sent once after it is made and received once before it is used; each reduction between the last
-    weight gradient and its STEP; and no deadlock even if every send and every receive waits for the other.
+    """`check` of what it computes; each message sent once after it is made and received
+    once before it is used; each reduction between the last weight gradient and its STEP;
+    and no deadlock even if every send and every receive waits for the other.
 
     Raises:
         BadSchedule: naming the first action that is wrong.
@@ -84,14 +92,19 @@ def check_program(program: Program, cap: float = float("inf")) -> None:
                 moved.add((action.kind, task, action.peer))
             elif action.kind == "REDUCE":
                 if task not in gradients or graph.rank[task] != rank or task in reduced or task in done:
-                    raise BadSchedule(f"rank {rank}: {action} is not where it belongs: once, on the rank of its STEP and before it")
+                    raise BadSchedule(
+                        f"rank {rank}: {action} is not where it belongs: once, on the rank of its STEP and "
+                        "before it"
+                    )
                 if late := [s for s in graph.before[task] if graph.tasks[s].kind == "W" and s not in done]:
                     raise BadSchedule(f"rank {rank}: {action} comes before {graph.tasks[late[0]]}")
                 reduced.add(task)
             else:
                 for source in graph.sources[task]:
                     if graph.rank[source] != rank and ("RECV", source, graph.rank[source]) not in moved:
-                        raise BadSchedule(f"rank {rank} runs {action} before it receives {graph.tasks[source]}")
+                        raise BadSchedule(
+                            f"rank {rank} runs {action} before it receives {graph.tasks[source]}"
+                        )
                 if action.kind == "STEP" and gradients[task] and task not in reduced:
                     raise BadSchedule(f"rank {rank} runs {action} before its gradients are reduced")
                 done.add(task)
@@ -115,10 +128,17 @@ def _check_rendezvous(program: Program) -> None:
             # Computing waits for nothing but messages, which `check_program` has found in the list before it.
             if action.kind in ("SEND", "RECV"):
                 other = next_of(action.peer)
-                if other is None or {action.kind, other.kind} != {"SEND", "RECV"} or other.peer != rank or other.task != action.task:
+                if (
+                    other is None
+                    or {action.kind, other.kind} != {"SEND", "RECV"}
+                    or other.peer != rank
+                    or other.task != action.task
+                ):
                     break
                 at[action.peer] += 1
                 awake.append(action.peer)
             at[rank] += 1
-    if stuck := [f"rank {rank} at {next_of(rank)}" for rank in range(len(lists)) if next_of(rank) is not None]:
+    if stuck := [
+        f"rank {rank} at {next_of(rank)}" for rank in range(len(lists)) if next_of(rank) is not None
+    ]:
         raise BadSchedule("ranks wait for each other's messages: " + "; ".join(stuck))

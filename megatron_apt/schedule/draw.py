@@ -18,7 +18,9 @@ def draw(built: Mapping[str, Built], file: str) -> None:
 
     longest = max(one.timeline.makespan for one in built.values())
     ranks = max(one.graph.window.ranks for one in built.values())
-    figure, axes = pyplot.subplots(len(built), 1, figsize=(18, 0.8 + len(built) * (0.6 + 0.28 * ranks)), sharex=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(built), 1, figsize=(18, 0.8 + len(built) * (0.6 + 0.28 * ranks)), sharex=True, squeeze=False
+    )
     hues: dict[tuple[str, str, str], str] = {}
     kinds: dict[tuple[str, str, str], set[str]] = {}
     for axis, (name, one) in zip(axes[:, 0], built.items(), strict=True):
@@ -29,14 +31,34 @@ def draw(built: Mapping[str, Built], file: str) -> None:
                 part = (what.phase, what.branch, what.role)
                 hues.setdefault(part, _HUES[len(hues) % len(_HUES)])
                 kinds.setdefault(part, set()).add(what.kind)
-                bars.setdefault((graph.rank[task], part, what.kind), []).append((one.timeline.start[task], graph.time[task]))
+                bars.setdefault((graph.rank[task], part, what.kind), []).append(
+                    (one.timeline.start[task], graph.time[task])
+                )
         for (rank, part, kind), spans in bars.items():
-            axis.broken_barh(spans, (rank - 0.45, 0.9), facecolor=(hues[part], _STRENGTH[kind]), edgecolor="white", linewidth=0.2)
-        axis.set(xlim=(0, longest), ylim=(graph.window.ranks - 0.5, -0.5), ylabel="rank", yticks=range(graph.window.ranks))
-        axis.set_title(f"{name}: bubble {one.timeline.bubble:.3f}, peak {max(one.timeline.peak_live):g} live activations", loc="left", fontsize=10)
+            axis.broken_barh(
+                spans,
+                (rank - 0.45, 0.9),
+                facecolor=(hues[part], _STRENGTH[kind]),
+                edgecolor="white",
+                linewidth=0.2,
+            )
+        axis.set(
+            xlim=(0, longest),
+            ylim=(graph.window.ranks - 0.5, -0.5),
+            ylabel="rank",
+            yticks=range(graph.window.ranks),
+        )
+        axis.set_title(
+            f"{name}: bubble {one.timeline.bubble:.3f}, peak {max(one.timeline.peak_live):g} live "
+            "activations",
+            loc="left",
+            fontsize=10,
+        )
     axes[-1, 0].set_xlabel("time")
     legend = [  # one column for each role in a branch
-        Patch(facecolor=(hue, strength), label=f"{kind} {'/'.join(part[:2])} {part[2]}") if kind in kinds[part] else Patch(alpha=0, label=" ")
+        Patch(facecolor=(hue, strength), label=f"{kind} {'/'.join(part[:2])} {part[2]}")
+        if kind in kinds[part]
+        else Patch(alpha=0, label=" ")
         for part, hue in hues.items()
         for kind, strength in _STRENGTH.items()
     ]

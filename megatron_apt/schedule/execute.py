@@ -1,4 +1,6 @@
-"""Runs a program: the only code that calls the networks of a method during training, besides a method's own check."""
+"""Runs a program: the only code that calls the networks of a method during training,
+besides a method's own check.
+"""
 
 import contextlib
 from collections import Counter
@@ -25,7 +27,9 @@ from megatron_apt.schedule.program import Program
 if TYPE_CHECKING:
     from megatron_apt.training.networks import Network
 
-Load = Callable[[int], Sequence[Microbatch]]  # microbatches of an iteration of the window; of -1, the one before it, none if there was none
+# Microbatches of an iteration of the window; of -1, the one before it, none if there was
+# none
+Load = Callable[[int], Sequence[Microbatch]]
 _OUTPUT = "output"  # name of a segment's output beside the names of a state
 
 
@@ -34,7 +38,8 @@ class _Pass:
     """One stage of one segment between its forward and its last gradient."""
 
     read: State  # where gradients of its inputs gather
-    # Of what it made. An edge into the graph keeps no tensor: what has been sent is freed unless the graph itself needs it.
+    # Of what it made. An edge into the graph keeps no tensor: what has been sent is freed
+    # unless the graph itself needs it.
     made: dict[str, GradientEdge]
     weights: WeightGradients | None
 
@@ -48,7 +53,8 @@ class _Chain:
     left: int  # actions of it still to come on this rank
     passes: dict[tuple[int, int], _Pass] = field(default_factory=dict)  # by segment and stage
     states: dict[tuple[int, int], State] = field(default_factory=dict)  # that a stage will read
-    outputs: dict[int, Tensor] = field(default_factory=dict)  # of segments, for those that read them and for the loss
+    # Of segments, for those that read them and for the loss
+    outputs: dict[int, Tensor] = field(default_factory=dict)
     gradients: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # of what a stage made
 
     layouts: dict[int, Layout] = field(default_factory=dict)  # of segments
@@ -67,19 +73,23 @@ class _Chain:
 class Executor:
     """Executes programs on this rank's part of the networks.
 
-    Whether a network's weights take part is decided for each action, forward and backward alike: recomputation inside a backward runs
-    the network again and must see the same choice.
+    Whether a network's weights take part is decided for each action, forward and backward
+    alike: recomputation inside a backward runs the network again and must see the same
+    choice.
     """
 
     def __init__(self, networks: "dict[str, Network]", mesh: Mesh):
         self._networks, self.mesh = networks, mesh
         self.modules: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
-        self.bad_loss: tuple[int, str] | None = None  # iteration of the first loss of this rank that was not finite, and where it arose
+        # Iteration of the first loss of this rank that was not finite, and where it arose
+        self.bad_loss: tuple[int, str] | None = None
 
     def run(self, program: Program, batches: Load, step: Callable[[Task], None]) -> list[Metrics]:
-        """Runs this rank's list; returns for each iteration the sum of its metric contributions on this rank.
+        """Runs this rank's list; returns for each iteration the sum of its metric
+        contributions on this rank.
 
-        A loss that is not finite is noted in `bad_loss` and its gradient made so too: the update then stops every rank, not this one alone.
+        A loss that is not finite is noted in `bad_loss` and its gradient made so too: the
+        update then stops every rank, not this one alone.
 
         Raises:
             Exception: any that an action raised, with a note that names rank and action.
@@ -102,7 +112,9 @@ class Executor:
                 else:
                     run.compute(action, at)
             except Exception as error:
-                error.add_note(f"in action {action} on rank {self.mesh.world.rank}, stage rank {rank} of the pipeline")
+                error.add_note(
+                    f"in action {action} on rank {self.mesh.world.rank}, stage rank {rank} of the pipeline"
+                )
                 raise
             at += posted
         run.mail.finish()
@@ -113,11 +125,19 @@ class _Run:
     """One run of one program on one rank."""
 
     def __init__(self, executor: Executor, program: Program, batches: Load):
-        self._executor, self._networks, self._program, self._batches = executor, executor._networks, program, batches
+        self._executor, self._networks, self._program, self._batches = (
+            executor,
+            executor._networks,
+            program,
+            batches,
+        )
         self._mesh, self._rank = executor.mesh, executor.mesh.pp.rank
         self._window, self._graph = program.graph.window, program.graph
-        self._branches = {(phase.name, branch.name): branch for phase in self._window.phases for branch in phase.branches}
-        # Layers of Transformer Engine in a pipeline are built to delay their weight gradients, whatever the schedule.
+        self._branches = {
+            (phase.name, branch.name): branch for phase in self._window.phases for branch in phase.branches
+        }
+        # Layers of Transformer Engine in a pipeline are built to delay their weight
+        # gradients, whatever the schedule.
         self._defers = self._window.split or (self._mesh.pp.size > 1 and self._mesh.device.type == "cuda")
         self.metrics: list[Metrics] = [{} for _ in range(self._window.iterations)]
         self._chains: dict[tuple, _Chain] = {}
@@ -141,7 +161,9 @@ class _Run:
 
     @cached_property
     def _has_past(self) -> bool:
-        """Whether the run had an iteration before this window; its microbatches are kept for the tasks that take them again."""
+        """Whether the run had an iteration before this window; its microbatches are kept
+        for the tasks that take them again.
+        """
         before = self._batches(-1)
         if before:
             self._loaded[-1] = before
@@ -149,11 +171,14 @@ class _Run:
 
     @cached_property
     def _closing(self) -> set[int]:
-        """Places in the list after which no more gradient of that kind comes to those weights before the step.
+        """Places in the list after which no more gradient of that kind comes to those
+        weights before the step.
 
-        From the first of them on a bucket of gradients may complete, and starts on its way when the last of them has added to it. In a pipeline all
-        buckets start at REDUCE instead, in one order: data-parallel ranks with different numbers of microbatches run different schedules, and
-        their buckets would complete in different orders.
+        From the first of them on a bucket of gradients may complete, and starts on its
+        way when the last of them has added to it. In a pipeline all buckets start at
+        REDUCE instead, in one order: data-parallel ranks with different numbers of
+        microbatches run different schedules, and their buckets would complete in
+        different orders.
         """
         if len(self._program.lists) > 1:
             return set()
@@ -177,14 +202,24 @@ class _Run:
         for source in map(self._graph.tasks.__getitem__, self._graph.sources[self._graph.number[task]]):
             self._take_in(source)
             if source.iteration > task.iteration:  # made ahead, for the next iteration as well
-                (r,) = (r for r, read in enumerate(chain.branch.segments) if read.ahead == (source.phase, source.branch, source.segment))
+                (r,) = (
+                    r
+                    for r, read in enumerate(chain.branch.segments)
+                    if read.ahead == (source.phase, source.branch, source.segment)
+                )
                 chain.outputs[r] = self._chain(source).outputs[source.segment].detach()
         segment = chain.branch.segments[task.segment]
         if action.kind == "F":
             self._forward(task, segment, chain)
         else:
-            with self._networks[segment.role].accumulating(last=at in self._closing) if segment.grad == "full" else contextlib.nullcontext():
-                self._backward(task, segment, chain) if action.kind == "I" else self._weight_gradients(task, chain)
+            with (
+                self._networks[segment.role].accumulating(last=at in self._closing)
+                if segment.grad == "full"
+                else contextlib.nullcontext()
+            ):
+                self._backward(task, segment, chain) if action.kind == "I" else self._weight_gradients(
+                    task, chain
+                )
         chain.left -= 1
         if not chain.left:
             del self._chains[self._key(task)]
@@ -206,7 +241,11 @@ class _Run:
     def _context(self, segment: Segment):
         if segment.grad == "none":
             return torch.no_grad()
-        return frozen(self._executor.modules[segment.role]) if segment.grad == "input" else contextlib.nullcontext()
+        return (
+            frozen(self._executor.modules[segment.role])
+            if segment.grad == "input"
+            else contextlib.nullcontext()
+        )
 
     def _forward(self, task: Task, segment: Segment, chain: _Chain) -> None:
         s, stage, network = task.segment, task.stage, self._executor.modules[segment.role]
@@ -226,7 +265,12 @@ class _Run:
             chain.passes[s, stage] = _Pass(read, edges, store)
         given = {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
         if _OUTPUT not in given:
-            self._give(task, self._rank_of(task.role, stage + 1), given, lambda: chain.states.update({(s, stage + 1): given}))
+            self._give(
+                task,
+                self._rank_of(task.role, stage + 1),
+                given,
+                lambda: chain.states.update({(s, stage + 1): given}),
+            )
             return
         chain.outputs[s] = given[_OUTPUT]
         for rank in self._program.receivers.get(self._graph.number[task], ()):
@@ -236,10 +280,20 @@ class _Run:
 
     def _loss(self, task: Task, chain: _Chain) -> None:
         output = chain.outputs[task.segment]
-        loss, metrics = chain.branch.loss(chain.batch, {r: value.detach() for r, value in chain.outputs.items()} | {task.segment: output})
-        if not torch.isfinite(loss):  # the host waits for one number; a bad loss found only at the update could not be named
-            where = f"phase {task.phase}, branch {task.branch}, microbatch {task.microbatch} on rank {self._mesh.world.rank}"
-            bad = f"loss of {where} is {loss.item()} in iteration {chain.batch.iteration + 1}; its samples: {chain.batch.named_samples()}"
+        loss, metrics = chain.branch.loss(
+            chain.batch, {r: value.detach() for r, value in chain.outputs.items()} | {task.segment: output}
+        )
+        # The host waits for one number; a bad loss found only at the update could not be
+        # named
+        if not torch.isfinite(loss):
+            where = (
+                f"phase {task.phase}, branch {task.branch}, microbatch {task.microbatch} on rank "
+                f"{self._mesh.world.rank}"
+            )
+            bad = (
+                f"loss of {where} is {loss.item()} in iteration {chain.batch.iteration + 1}; its samples: "
+                f"{chain.batch.named_samples()}"
+            )
             self._executor.bad_loss = self._executor.bad_loss or (task.iteration, bad)
             loss = loss * float("nan")
         if loss.requires_grad:
@@ -252,7 +306,9 @@ class _Run:
     def _collect(self, segment: int, output: Tensor, chain: _Chain) -> dict[str, Tensor]:
         """Moves the gradient that has gathered at a segment's output to where its last stage finds it."""
         gradient, output.grad = output.grad, None
-        chain.add_gradients(segment, self._last_stage(chain.branch.segments[segment].role), {_OUTPUT: gradient})
+        chain.add_gradients(
+            segment, self._last_stage(chain.branch.segments[segment].role), {_OUTPUT: gradient}
+        )
 
     def _backward(self, task: Task, segment: Segment, chain: _Chain) -> None:
         s, stage = task.segment, task.stage
@@ -268,10 +324,17 @@ class _Run:
             del chain.passes[s, stage]
         if stage:
             gradients = {name: _gradient(value) for name, value in read.items() if value.requires_grad}
-            self._give(task, self._rank_of(task.role, stage - 1), gradients, lambda: chain.add_gradients(s, stage - 1, gradients))
+            self._give(
+                task,
+                self._rank_of(task.role, stage - 1),
+                gradients,
+                lambda: chain.add_gradients(s, stage - 1, gradients),
+            )
             return
         for r in self._differentiated(chain.branch, segment):
-            rank = self._rank_of(chain.branch.segments[r].role, self._last_stage(chain.branch.segments[r].role))
+            rank = self._rank_of(
+                chain.branch.segments[r].role, self._last_stage(chain.branch.segments[r].role)
+            )
             if rank == self._rank:
                 self._collect(r, chain.outputs[r], chain)
             else:
@@ -284,7 +347,9 @@ class _Run:
         return [r for r in segment.reads if branch.segments[r].grad != "none"]
 
     def _weight_gradients(self, task: Task, chain: _Chain) -> None:
-        """Without a split they came with the input gradients, and this only marks when the activations are gone."""
+        """Without a split they came with the input gradients, and this only marks when
+        the activations are gone.
+        """
         weights = chain.passes.pop((task.segment, task.stage)).weights
         if weights is not None:
             weights.run()
@@ -303,7 +368,14 @@ class _Run:
         segment, samples = chain.branch.segments[source.segment], chain.batch.x.dtype
         network = self._executor.modules[segment.role]
         if source.kind == "F" and source.stage == self._last_stage(segment.role):
-            return [Expected(_OUTPUT, network.output_shape(chain.layout(source.segment)), samples, segment.grad != "none")]
+            return [
+                Expected(
+                    _OUTPUT,
+                    network.output_shape(chain.layout(source.segment)),
+                    samples,
+                    segment.grad != "none",
+                )
+            ]
         if source.kind == "F" or source.stage:
             stage = source.stage if source.kind == "F" else source.stage - 1
             found = []
@@ -316,11 +388,17 @@ class _Run:
         for r in self._differentiated(chain.branch, segment):
             producer = chain.branch.segments[r].role
             if self._rank_of(producer, self._last_stage(producer)) == self._rank:
-                found.append(Expected(r, self._executor.modules[producer].output_shape(chain.layout(r)), samples, False))
+                found.append(
+                    Expected(
+                        r, self._executor.modules[producer].output_shape(chain.layout(r)), samples, False
+                    )
+                )
         return found
 
     def _take_in(self, source: Task) -> None:
-        """Waits for the message with the result of an action of another rank, if it has not been waited for yet."""
+        """Waits for the message with the result of an action of another rank, if it has
+        not been waited for yet.
+        """
         message = self.mail.take(source)
         if not message:
             return
@@ -336,7 +414,9 @@ class _Run:
             if source.stage:
                 chain.add_gradients(source.segment, source.stage - 1, {one.name: tensor})
             else:
-                chain.add_gradients(one.name, self._last_stage(chain.branch.segments[one.name].role), {_OUTPUT: tensor})
+                chain.add_gradients(
+                    one.name, self._last_stage(chain.branch.segments[one.name].role), {_OUTPUT: tensor}
+                )
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""What a window of iterations must compute, and in which order at the latest: the tasks of a method's phases over pipeline stages.
+"""What a window of iterations must compute, and in which order at the latest: the tasks
+of a method's phases over pipeline stages.
 
-A task is one action on one microbatch and one stage: F forward, I input gradient, W weight gradient, or the STEP of the stages of a role that one
-rank holds. Edges are of three kinds:
+A task is one action on one microbatch and one stage: F forward, I input gradient, W
+weight gradient, or the STEP of the stages of a role that one rank holds. Edges are of
+three kinds:
     data      F after the F of the stage before it, or of the segments it reads; I after the I behind it and after its own F; W after its own I
     version   a task that reads a role's weights comes after the STEP that plain alternation of the phases would give it,
     reuse     and before the next STEP of that role on its rank, which overwrites them.
-Any order that keeps them computes what plain alternation computes, gradient for gradient. In particular D's real branch may run beside the G phase,
-and the next iteration's G beside the D phase.
+Any order that keeps them computes what plain alternation computes, gradient for gradient.
+In particular D's real branch may run beside the G phase, and the next iteration's G
+beside the D phase.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,9 @@ from megatron_apt.schedule.actions import Task
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of the part of a network that one rank holds, for one microbatch, and the activation memory that it keeps for its gradients."""
+    """Time of the part of a network that one rank holds, for one microbatch, and the
+    activation memory that it keeps for its gradients.
+    """
 
     F: float = 1.0
     I: float = 1.0  # noqa: E741
@@ -36,13 +41,18 @@ class Window:
 
     Attributes:
         phases: of the method.
-        placement: role -> rank of each of its stages, in order. Every rank holds as many stages as any other.
+        placement: role -> rank of each of its stages, in order. Every rank holds as many
+            stages as any other.
         microbatches, iterations: how many.
-        costs: role -> cost of one rank's part, which its stages share equally; or one for each stage.
-        message: time from the end of a task to the start of one on another rank that needs its result, for one version of a microbatch.
+        costs: role -> cost of one rank's part, which its stages share equally; or one for
+            each stage.
+        message: time from the end of a task to the start of one on another rank that
+            needs its result, for one version of a microbatch.
         split: False joins W to I, as an ordinary backward pass does.
-        apart: every branch waits until the one before it has left the pipeline, on every rank.
-        shared: microbatches of an iteration whose `Segment.ahead` takes the place of the segment itself, where the method has such.
+        apart: every branch waits until the one before it has left the pipeline, on every
+            rank.
+        shared: microbatches of an iteration whose `Segment.ahead` takes the place of the
+            segment itself, where the method has such.
     """
 
     phases: tuple[Phase, ...]
@@ -61,7 +71,10 @@ class Window:
                 raise ValueError(f"role {role!r} of the method has no placement or no cost")
             held = [self.placement[role].count(rank) for rank in range(self.ranks)]
             if len(set(held)) != 1:
-                raise ValueError(f"placement of {role!r} gives the ranks {held} stages; every rank must hold the same number")
+                raise ValueError(
+                    f"placement of {role!r} gives the ranks {held} stages; every rank must hold the same "
+                    "number"
+                )
 
     @property
     def ranks(self) -> int:
@@ -83,8 +96,10 @@ class Graph:
     Attributes:
         tasks: what each is.
         rank, time: where and how long.
-        live: activation memory it takes (F) or frees (W, or I where the role is frozen), in the unit of the costs' memory.
-        before, after: tasks that a task waits for, and that wait for it; to and from another rank there is a `delay`.
+        live: activation memory it takes (F) or frees (W, or I where the role is frozen),
+            in the unit of the costs' memory.
+        before, after: tasks that a task waits for, and that wait for it; to and from
+            another rank there is a `delay`.
         sources: those of `before` whose results it takes.
     """
 
@@ -98,15 +113,20 @@ class Graph:
         self.sources: list[list[int]] = []
         self.number: dict[Task, int] = {}
         self._ahead: dict[tuple, list[int]] = {}  # forwards made in the iteration before, by place
-        self._segments = {(phase.name, branch.name): branch.segments for phase in window.phases for branch in phase.branches}
+        self._segments = {
+            (phase.name, branch.name): branch.segments for phase in window.phases for branch in phase.branches
+        }
         self._readers: dict[tuple[str, int], list[int]] = {}  # of the present version of a stage
         self._stepped: dict[tuple[str, int], int] = {}  # the STEP that made it
         flushed = 0
         for iteration in range(window.iterations):
             for phase in window.phases:
                 for branch in phase.branches:
-                    # Apart: the first microbatch enters when all before it is done, each further one after the one before it.
-                    gate, flushed = (list(range(flushed, len(self.tasks))), len(self.tasks)) if window.apart else ([], 0)
+                    # Apart: the first microbatch enters when all before it is done, each
+                    # further one after the one before it.
+                    gate, flushed = (
+                        (list(range(flushed, len(self.tasks))), len(self.tasks)) if window.apart else ([], 0)
+                    )
                     for microbatch in range(window.microbatches):
                         entry = self._chain(iteration, phase, branch, microbatch, gate)
                         gate = [entry] if window.apart else []
@@ -115,7 +135,9 @@ class Graph:
 
     # --- construction
 
-    def _add(self, task: Task, rank: int, time: float, live: float, sources: Sequence[int], before: Sequence[int]) -> int:
+    def _add(
+        self, task: Task, rank: int, time: float, live: float, sources: Sequence[int], before: Sequence[int]
+    ) -> int:
         number = self.number[task] = len(self.tasks)
         self.tasks.append(task)
         self.rank.append(rank)
@@ -137,7 +159,10 @@ class Graph:
             sources = [forward[r][-1] for r in segment.reads]
             gated = [] if segment.reads else gate
             losses = [forward[r][-1] for r in branch.reads if r != s] if s == last else []
-            forward.append(made or self._forwards(iteration, phase.name, branch.name, s, microbatch, sources, gated, losses))
+            forward.append(
+                made
+                or self._forwards(iteration, phase.name, branch.name, s, microbatch, sources, gated, losses)
+            )
         inputs: dict[int, int] = {}  # segment -> I of its first stage
         for s in reversed(branch.backward):
             segment = branch.segments[s]
@@ -146,7 +171,13 @@ class Graph:
                 task, full, rank = self.tasks[own], segment.grad == "full", self.rank[own]
                 cost = window.cost(segment.role, task.stage) * segment.copies
                 joined = cost.W if full and not window.split else 0.0
-                inputs[s] = self._read(task._replace(kind="I"), rank, cost.I + joined, 0.0 if full else -cost.memory, [*behind, own])
+                inputs[s] = self._read(
+                    task._replace(kind="I"),
+                    rank,
+                    cost.I + joined,
+                    0.0 if full else -cost.memory,
+                    [*behind, own],
+                )
                 if full:
                     self._read(task._replace(kind="W"), rank, cost.W - joined, -cost.memory, [inputs[s]])
                 behind = [inputs[s]]
@@ -163,7 +194,9 @@ class Graph:
         gate: Sequence[int],
         losses: Sequence[int] = (),
     ) -> list[int]:
-        """Adds the forward of each stage of a segment. `sources` are what its first stage reads, `losses` what a loss reads beside the last one."""
+        """Adds the forward of each stage of a segment. `sources` are what its first stage
+        reads, `losses` what a loss reads beside the last one.
+        """
         segment, found = self._segments[phase, branch][s], []
         for stage, rank in enumerate(self.window.placement[segment.role]):
             cost = self.window.cost(segment.role, stage) * segment.copies
@@ -175,7 +208,9 @@ class Graph:
             sources = found[-1:]
         return found
 
-    def _read(self, task: Task, rank: int, time: float, live: float, sources: list[int], gate: Sequence[int] = ()) -> int:
+    def _read(
+        self, task: Task, rank: int, time: float, live: float, sources: list[int], gate: Sequence[int] = ()
+    ) -> int:
         """Adds a task that reads the present version of its stage's weights."""
         place = (task.role, rank)
         version = [self._stepped[place]] if place in self._stepped else []
@@ -203,7 +238,12 @@ class Graph:
     @cached_property
     def message(self) -> list[float]:
         """Time of a message with each task's result."""
-        return [0.0 if t.kind == "STEP" else self.window.message * self._segments[t.phase, t.branch][t.segment].copies for t in self.tasks]
+        return [
+            0.0
+            if t.kind == "STEP"
+            else self.window.message * self._segments[t.phase, t.branch][t.segment].copies
+            for t in self.tasks
+        ]
 
     @cached_property
     def load(self) -> list[float]:

@@ -1,4 +1,6 @@
-"""Messages between the ranks of a pipeline: started together where they stand together in the list, waited for where they are used."""
+"""Messages between the ranks of a pipeline: started together where they stand together in
+the list, waited for where they are used.
+"""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,7 +13,9 @@ from torch import Tensor
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schedule.actions import Action, Task
 
-_UNDER_WAY = 8  # messages that a rank keeps until they are received: small beside activations, enough that it rarely waits
+# Messages that a rank keeps until they are received: small beside activations, enough
+# that it rarely waits
+_UNDER_WAY = 8
 
 
 class Expected(NamedTuple):
@@ -27,7 +31,8 @@ class Mail:
     """The messages of one rank.
 
     Args:
-        expected: the tensors in the message with an action's result. Sender and receiver know them without asking.
+        expected: the tensors in the message with an action's result. Sender and receiver
+            know them without asking.
     """
 
     def __init__(self, mesh: Mesh, expected: Callable[[Task], list[Expected]]):
@@ -41,19 +46,29 @@ class Mail:
         self._written.setdefault((task, rank), []).extend(tensors)
 
     def post(self, actions: Sequence[Action]) -> None:
-        """Starts neighbouring sends and receives together, and lets go of what has been sent.
+        """Starts neighbouring sends and receives together, and lets go of what has been
+        sent.
 
-        With NCCL a `take` then waits for all of them. Ranks cannot lock by that: the checker has each one wait for its counterpart alone and in turn.
+        With NCCL a `take` then waits for all of them. Ranks cannot lock by that: the
+        checker has each one wait for its counterpart alone and in turn.
         """
         operations, of_action = [], []
         for action in actions:
             peer = dist.get_global_rank(self._mesh.pp.group, action.peer)
             if action.kind == "SEND":
-                tensors, operation = [tensor.detach().contiguous() for tensor in self._written.pop((action.task, action.peer))], dist.isend
+                tensors, operation = (
+                    [
+                        tensor.detach().contiguous()
+                        for tensor in self._written.pop((action.task, action.peer))
+                    ],
+                    dist.isend,
+                )
                 expected = []
             else:
                 expected, operation = self._expected(action.task), dist.irecv
-                tensors = [torch.empty(one.shape, dtype=one.dtype, device=self._mesh.device) for one in expected]
+                tensors = [
+                    torch.empty(one.shape, dtype=one.dtype, device=self._mesh.device) for one in expected
+                ]
             of_action.append((action, tensors, expected, len(operations)))
             operations += [dist.P2POp(operation, tensor, peer, self._mesh.pp.group) for tensor in tensors]
         works = dist.batch_isend_irecv(operations)
@@ -64,12 +79,15 @@ class Mail:
                 self._sending.append((own, tensors))
             else:
                 self._coming[action.task] = own, list(zip(expected, tensors, strict=True))
-        # Gloo does not say whether a send is complete, so the oldest is waited for. That cannot lock ranks: the schedule runs even if all sends wait.
+        # Gloo does not say whether a send is complete, so the oldest is waited for. That
+        # cannot lock ranks: the schedule runs even if all sends wait.
         while len(self._sending) > _UNDER_WAY:
             self._wait_for_oldest()
 
     def take(self, task: Task) -> list[tuple[Expected, Tensor]]:
-        """Waits for the message with a task's result; empty if it has been taken already or none was needed."""
+        """Waits for the message with a task's result; empty if it has been taken already
+        or none was needed.
+        """
         works, found = self._coming.pop(task, ((), []))
         for work in works:
             work.wait()

@@ -7,18 +7,23 @@ from megatron_apt.schedule.build import Policy, Wish
 
 
 def placement(ranks: int, chunks: int) -> tuple[int, ...]:
-    """Rank of each stage when every rank holds `chunks` of them: there and back again (a V for 2), so that every rank is near both ends."""
+    """Rank of each stage when every rank holds `chunks` of them: there and back again (a
+    V for 2), so that every rank is near both ends.
+    """
     there = tuple(range(ranks))
     return sum((there if chunk % 2 == 0 else there[::-1] for chunk in range(chunks)), ())
 
 
 def start(phases: Sequence[Phase]) -> tuple[Policy, ...]:
-    """What long searches found for APT, which carries over to other sizes; none for a method with other branches."""
+    """What long searches found for APT, which carries over to other sizes; none for a
+    method with other branches.
+    """
     branches = {(phase.name, branch.name) for phase in phases for branch in phase.branches}
     return tuple(policy for policy in (_EVEN, _ATTENTION) if policy.keys() == branches)
 
 
-# 8 ranks in a V, 16 microbatches, F = I = W, at most 16 live activations: it reaches the lower bound there, and on 4 ranks.
+# 8 ranks in a V, 16 microbatches, F = I = W, at most 16 live activations: it reaches the
+# lower bound there, and on 4 ranks.
 _EVEN: Policy = {
     ("g", "fake"): Wish(0.332, -0.171, 0.273, -0.722, 6.955),
     ("d", "real"): Wish(0.366, 0.417, 1.298, 2.859, 6.717),

@@ -1,12 +1,18 @@
-"""From an order of computation to what each rank runs: adds sends, receives and gradient reductions.
+"""From an order of computation to what each rank runs: adds sends, receives and gradient
+reductions.
 
-Each message goes into both lists at one moment of the simulated time, the end of the action that made it. As the lists of all ranks are then cuts of
-one sequence, they run to their end even where a send waits for its receive (rendezvous) and messages between two ranks never overtake each other,
-which is what NCCL and gloo demand. A receive stands where its message is made, not where it is used, so that it is under way while its rank computes.
+Each message goes into both lists at one moment of the simulated time, the end of the
+action that made it. As the lists of all ranks are then cuts of one sequence, they run to
+their end even where a send waits for its receive (rendezvous) and messages between two
+ranks never overtake each other, which is what NCCL and gloo demand. A receive stands
+where its message is made, not where it is used, so that it is under way while its rank
+computes.
 
-torch.distributed.pipelining and Megatron-Core's P2PCommunicator and schedules are not used: both know one network with one loss, forward and backward
-of every microbatch on every stage, and messages of one tensor to the next and previous rank. Here several branches run through several networks of
-which some are frozen, optimiser steps stand inside a schedule, and a V sends in both directions at once.
+torch.distributed.pipelining and Megatron-Core's P2PCommunicator and schedules are not
+used: both know one network with one loss, forward and backward of every microbatch on
+every stage, and messages of one tensor to the next and previous rank. Here several
+branches run through several networks of which some are frozen, optimiser steps stand
+inside a schedule, and a V sends in both directions at once.
 """
 
 import bisect
@@ -50,7 +56,10 @@ class Program:
     def text(self) -> str:
         """What window it is for, then one action a line under the heading of each rank; `read` reads it."""
         window = self.graph.window
-        lines = [f"microbatches {window.microbatches} iterations {window.iterations} shared {window.shared} split {window.split:d}"]
+        lines = [
+            f"microbatches {window.microbatches} iterations {window.iterations} shared {window.shared} split "
+            f"{window.split:d}"
+        ]
         for rank, actions in enumerate(self.lists):
             lines += [f"rank {rank}", *(f"  {action}" for action in actions)]
         return "\n".join(lines) + "\n"
@@ -76,7 +85,10 @@ def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message:
         ):
             raise ValueError  # each microbatch has an action at least; shorter lists are told where they end
     except ValueError:
-        raise ValueError(f"{head!r} does not begin an action list; one begins `microbatches 16 iterations 4 shared 0 split 1`") from None
+        raise ValueError(
+            f"{head!r} does not begin an action list; one begins `microbatches 16 iterations 4 shared 0 "
+            "split 1`"
+        ) from None
     lists: list[list[Action]] = []
     for line in filter(str.strip, lines):
         if line.strip() == f"rank {len(lists)}":
@@ -91,7 +103,9 @@ def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message:
             if action.kind == "F":
                 places.setdefault(action.task.role, {})[action.task.stage] = rank
     placement = {role: tuple(rank for _, rank in sorted(stages.items())) for role, stages in places.items()}
-    return Program(Graph(Window(tuple(phases), placement, costs=costs, message=message, split=split, **sizes)), lists)
+    return Program(
+        Graph(Window(tuple(phases), placement, costs=costs, message=message, split=split, **sizes)), lists
+    )
 
 
 def messages(graph: Graph) -> list[tuple[int, int]]:
@@ -103,7 +117,9 @@ def messages(graph: Graph) -> list[tuple[int, int]]:
 def reductions(graph: Graph) -> dict[int, int]:
     """For each STEP the number of weight gradients that it waits for."""
     return {
-        task: sum(graph.tasks[source].kind == "W" for source in graph.before[task]) for task, what in enumerate(graph.tasks) if what.kind == "STEP"
+        task: sum(graph.tasks[source].kind == "W" for source in graph.before[task])
+        for task, what in enumerate(graph.tasks)
+        if what.kind == "STEP"
     }
 
 
@@ -111,13 +127,17 @@ def lower(graph: Graph, order: Order, timeline: Timeline | None = None) -> Progr
     """The program of an order."""
     timeline = timeline or simulate(graph, order)
     # Slot i of a rank is the gap before its i-th computing action.
-    slots: list[list[list[tuple[float, int, int, str, int]]]] = [[[] for _ in range(len(tasks) + 1)] for tasks in order]
+    slots: list[list[list[tuple[float, int, int, str, int]]]] = [
+        [[] for _ in range(len(tasks) + 1)] for tasks in order
+    ]
     starts = [[timeline.start[task] for task in tasks] for tasks in order]
     place = {task: i for tasks in order for i, task in enumerate(tasks)}
     for source, receiver in messages(graph):
         sender, made = graph.rank[source], timeline.start[source] + graph.time[source]
         slots[sender][place[source] + 1].append((made, source, receiver, "SEND", receiver))
-        slots[receiver][bisect.bisect_left(starts[receiver], made)].append((made, source, receiver, "RECV", sender))
+        slots[receiver][bisect.bisect_left(starts[receiver], made)].append(
+            (made, source, receiver, "RECV", sender)
+        )
     open_gradients = reductions(graph)
     lists = []
     for rank, tasks in enumerate(order):
@@ -126,7 +146,11 @@ def lower(graph: Graph, order: Order, timeline: Timeline | None = None) -> Progr
             if i:
                 task = tasks[i - 1]
                 actions.append(Action(graph.tasks[task].kind, graph.tasks[task]))
-                step = next((after for after in graph.after[task] if after in open_gradients), None) if graph.tasks[task].kind == "W" else None
+                step = (
+                    next((after for after in graph.after[task] if after in open_gradients), None)
+                    if graph.tasks[task].kind == "W"
+                    else None
+                )
                 if step is not None:
                     open_gradients[step] -= 1
                     if not open_gradients[step]:

@@ -1,4 +1,6 @@
-"""What a schedule would cost: start of every task, makespan, idle share and activation memory, from the same lists that run."""
+"""What a schedule would cost: start of every task, makespan, idle share and activation
+memory, from the same lists that run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ class Timeline:
         start: of every task.
         makespan: end of the last one.
         bubble: idle / (ranks x makespan), start-up and drain included.
-        peak_live: for each rank the most activations held at once, in microbatches of its part of one network.
+        peak_live: for each rank the most activations held at once, in microbatches of its
+            part of one network.
     """
 
     start: list[float]
@@ -30,7 +33,8 @@ class Timeline:
 
 
 def simulate(graph: Graph, order: Order) -> Timeline:
-    """Runs the lists: a rank takes its next task as soon as it is free and the task's inputs are there.
+    """Runs the lists: a rank takes its next task as soon as it is free and the task's
+    inputs are there.
 
     Raises:
         Stuck: naming the first task that never starts on each rank.
@@ -55,12 +59,16 @@ def simulate(graph: Graph, order: Order) -> Timeline:
                 awake += waiting.pop(task, [])
                 continue
             break
-    stuck = [f"rank {rank} at {graph.tasks[order[rank][i]]}" for rank, i in enumerate(at) if i < len(order[rank])]
+    stuck = [
+        f"rank {rank} at {graph.tasks[order[rank][i]]}" for rank, i in enumerate(at) if i < len(order[rank])
+    ]
     if stuck:
         raise Stuck("ranks wait for each other: " + "; ".join(stuck))
     makespan = max(free)
     busy = sum(graph.time[task] for tasks in order for task in tasks)
-    return Timeline(start, makespan, 1 - busy / (len(order) * makespan), [peak(graph, tasks) for tasks in order])
+    return Timeline(
+        start, makespan, 1 - busy / (len(order) * makespan), [peak(graph, tasks) for tasks in order]
+    )
 
 
 def peak(graph: Graph, tasks: Sequence[int]) -> float:
@@ -73,22 +81,31 @@ def peak(graph: Graph, tasks: Sequence[int]) -> float:
 
 
 def lower_bound(graph: Graph, cap: float = float("inf")) -> float:
-    """No schedule that keeps to `cap` is shorter: the longest path, and what each rank must do and hold between its first task and its last.
+    """No schedule that keeps to `cap` is shorter: the longest path, and what each rank
+    must do and hold between its first task and its last.
 
-    A rank works off its load. It holds every activation at least as long as a microbatch that never waits takes from the forward to the end of the
-    task that frees it, and no more than `cap` of them at once.
+    A rank works off its load. It holds every activation at least as long as a microbatch
+    that never waits takes from the forward to the end of the task that frees it, and no
+    more than `cap` of them at once.
     """
     tasks = range(len(graph.tasks))
     head, tail = [0.0] * len(graph.tasks), [0.0] * len(graph.tasks)
     for task in tasks:  # tasks are numbered so that what one waits for comes before it
-        head[task] = max((head[s] + graph.time[s] + graph.delay(s, task) for s in graph.before[task]), default=0.0)
+        head[task] = max(
+            (head[s] + graph.time[s] + graph.delay(s, task) for s in graph.before[task]), default=0.0
+        )
     for task in reversed(tasks):
-        tail[task] = max((tail[s] + graph.time[s] + graph.delay(task, s) for s in graph.after[task]), default=0.0)
+        tail[task] = max(
+            (tail[s] + graph.time[s] + graph.delay(task, s) for s in graph.after[task]), default=0.0
+        )
     found = [max(head[t] + graph.time[t] + tail[t] for t in tasks)]
     held = _held(graph)
     for rank, load in enumerate(graph.load):
         mine = [t for t in tasks if graph.rank[t] == rank]
-        for total, some in ((load, [t for t in mine if graph.time[t]]), (held[rank] / cap, [t for t in mine if graph.live[t]])):
+        for total, some in (
+            (load, [t for t in mine if graph.time[t]]),
+            (held[rank] / cap, [t for t in mine if graph.live[t]]),
+        ):
             if some:
                 found.append(min(head[t] for t in some) + total + min(tail[t] for t in some))
     return max(found)
@@ -104,7 +121,8 @@ def _held(graph: Graph) -> list[float]:
     for chain in chains.values():
         frees = {graph.tasks[t][1:]: t for t in chain if graph.live[t] < 0}
         for taker in (t for t in chain if graph.live[t] > 0):
-            end = {taker: graph.time[taker]}  # counted from its start, of it and of those in its chain that wait for it
+            # Counted from its start, of it and of those in its chain that wait for it
+            end = {taker: graph.time[taker]}
             for task in chain:
                 after = [end[s] + graph.delay(s, task) for s in graph.before[task] if s in end]
                 if after:

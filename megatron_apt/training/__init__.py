@@ -1,1 +1,3 @@
-"""The training loop and what surrounds it: networks with their optimisers, logs, progress, and what ends a run early."""
+"""The training loop and what surrounds it: networks with their optimisers, logs,
+progress, and what ends a run early.
+"""

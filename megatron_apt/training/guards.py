@@ -19,11 +19,15 @@ from megatron_apt.training import signals
 from megatron_apt.training.networks import Network
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
-_ONE_PRESS = 2.0  # seconds in which several SIGINT are one: torchrun passes on what the terminal has sent already
+# Seconds in which several SIGINT are one: torchrun passes on what the terminal has sent
+# already
+_ONE_PRESS = 2.0
 
 
 class Stopped(SystemExit):
-    """A signal ended training before its last iteration, with a checkpoint. Its code is the process's exit code, never 0."""
+    """A signal ended training before its last iteration, with a checkpoint. Its code is
+    the process's exit code, never 0.
+    """
 
     def __init__(self, number: int, guards: GuardConfig):
         super().__init__(INTERRUPTED if number == signal.SIGINT else guards.requeue_code)
@@ -45,7 +49,9 @@ class CollapseAlarm:
 
 
 class Signals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C while it is entered; the loop then saves and ends between two iterations. A second Ctrl-C ends at once."""
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C while it is entered; the loop then saves and ends
+    between two iterations. A second Ctrl-C ends at once.
+    """
 
     _WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -70,26 +76,37 @@ class Signals:
             if self._interrupted and now - self._interrupted > _ONE_PRESS:
                 os._exit(INTERRUPTED)  # whatever thread or collective is at work
             if not self._interrupted and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-                os.write(2, b"\nmegatron-apt: saving after this iteration; Ctrl-C again ends at once, without\n")
+                os.write(
+                    2, b"\nmegatron-apt: saving after this iteration; Ctrl-C again ends at once, without\n"
+                )
             self._interrupted = now
         self.received = self.received or number
 
 
 def explain(network: Network, executor: Executor, phase: Phase, batches: Load, mesh: Mesh) -> Exception:
-    """The error to raise for a gradient of this phase that is not finite: the same on every rank, all of which call it."""
+    """The error to raise for a gradient of this phase that is not finite: the same on
+    every rank, all of which call it.
+    """
     losses = [found for found in _gathered(executor.bad_loss, mesh) if found]
     if losses:
         return BadLoss(min(losses)[1])  # of the earliest iteration
     here = f"phase {phase.name} on rank {mesh.world.rank}"
     if mesh.pp.size > 1:  # other stages have stepped since, so it cannot be computed again
-        found = _first(f"the gradient of {_named(network, network.bad)} is not finite in {here}" if network.bad else "", mesh)
+        found = _first(
+            f"the gradient of {_named(network, network.bad)} is not finite in {here}" if network.bad else "",
+            mesh,
+        )
     else:
         found = _locate(network, executor, phase, batches, mesh)
-    return BadGradient(found or f"the gradient of {network.name} is not finite only after the sum over ranks: it overflowed")
+    return BadGradient(
+        found or f"the gradient of {network.name} is not finite only after the sum over ranks: it overflowed"
+    )
 
 
 def _named(network: Network, parameters: Sequence[str]) -> str:
-    return f"{network.name}.{parameters[0]}" + (f" and of {len(parameters) - 1} more parameters" if len(parameters) > 1 else "")
+    return f"{network.name}.{parameters[0]}" + (
+        f" and of {len(parameters) - 1} more parameters" if len(parameters) > 1 else ""
+    )
 
 
 def _first(message: str, mesh: Mesh) -> str:
@@ -107,8 +124,9 @@ def _gathered(value, mesh: Mesh) -> list:
 def _locate(network: Network, executor: Executor, phase: Phase, batches: Load, mesh: Mesh) -> str:
     """Where the gradient came from.
 
-    The reduced gradient no longer says, so the phase is run again one microbatch at a time, without reduction and from the same weights: every
-    draw is keyed, so it computes the same.
+    The reduced gradient no longer says, so the phase is run again one microbatch at a
+    time, without reduction and from the same weights: every draw is keyed, so it computes
+    the same.
     """
     found, program = "", without_update(one_rank((phase,), 1))
     loaded = {iteration: batches(iteration) for iteration in ((0, -1) if phase.repeats else (0,))}
@@ -116,10 +134,11 @@ def _locate(network: Network, executor: Executor, phase: Phase, batches: Load, m
         network.shards.zero_grad()
         with network.accumulating(last=False):
             executor.run(program, lambda iteration, m=m: loaded[iteration][m : m + 1], lambda task: None)
-        # Every microbatch runs on every rank, because others may wait in its collectives; the first find counts.
+        # Every microbatch runs on every rank, because others may wait in its collectives;
+        # the first find counts.
         if not found and (names := network.shards.bad_gradients()):
             found = (
-                f"the gradient of {_named(network, names)} is not finite in phase {phase.name}, microbatch {m} on rank {mesh.world.rank}; "
-                f"its samples: {batch.named_samples()}"
+                f"the gradient of {_named(network, names)} is not finite in phase {phase.name}, microbatch "
+                f"{m} on rank {mesh.world.rank}; its samples: {batch.named_samples()}"
             )
     return _first(found, mesh)

@@ -29,10 +29,12 @@ class LogError(ValueError):
 
 
 class RunLog:
-    """Writes one row per iteration to OUTPUT/log.jsonl, and scalars to OUTPUT/tensorboard.
+    """Writes one row per iteration to OUTPUT/log.jsonl, and scalars to
+    OUTPUT/tensorboard.
 
     Args:
-        start: iteration the run starts or resumes at; later rows of an interrupted run, and lines that are no rows, go to log.discarded.jsonl.
+        start: iteration the run starts or resumes at; later rows of an interrupted run,
+            and lines that are no rows, go to log.discarded.jsonl.
 
     Raises:
         LogError: the files cannot be written.
@@ -91,13 +93,15 @@ def _named_failure(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise LogError(
-            f"{place}: cannot be written ({error.strerror or error}); free disk space or check the folder, then start again: "
-            "training goes on from the last checkpoint"
+            f"{place}: cannot be written ({error.strerror or error}); free disk space or check the folder, "
+            "then start again: training goes on from the last checkpoint"
         ) from error
 
 
 def _set_aside(path: Path, start: int) -> None:
-    """Moves what does not belong before iteration `start` + 1 from a log to `log.discarded.jsonl` beside it: nothing is lost, each row is once."""
+    """Moves what does not belong before iteration `start` + 1 from a log to
+    `log.discarded.jsonl` beside it: nothing is lost, each row is once.
+    """
 
     def belongs(line: bytes) -> bool:
         return line.endswith(b"\n") and (row := _row(line)) is not None and row["iteration"] <= start
@@ -106,7 +110,10 @@ def _set_aside(path: Path, start: int) -> None:
         return
     temporary = path.with_name("log.jsonl.tmp")
     temporary.unlink(missing_ok=True)
-    with open(path.with_name("log.discarded.jsonl"), "ab", opener=never_waiting) as discarded, open(temporary, "xb") as kept:
+    with (
+        open(path.with_name("log.discarded.jsonl"), "ab", opener=never_waiting) as discarded,
+        open(temporary, "xb") as kept,
+    ):
         _check_plain(discarded, discarded.name)
         for line in _lines(path):
             (kept if belongs(line) else discarded).write(line if line.endswith(b"\n") else line + b"\n")
@@ -128,7 +135,9 @@ def _lines(path: Path) -> Iterator[bytes]:
             _check_plain(stream, path)
             while line := stream.readline(_LONGEST_LINE):
                 if len(line) == _LONGEST_LINE:
-                    raise LogError(f"{path}: has a line of {_LONGEST_LINE} bytes and more, so it is no log; move it away")
+                    raise LogError(
+                        f"{path}: has a line of {_LONGEST_LINE} bytes and more, so it is no log; move it away"
+                    )
                 yield line
     except FileNotFoundError:
         return
@@ -146,7 +155,11 @@ def _row(line: bytes) -> dict[str, float] | None:
     except (ValueError, RecursionError):
         return None
     iteration = row.get("iteration", -1.0)
-    return row | {"iteration": int(iteration)} if 0 <= iteration < 2**53 and iteration == int(iteration) else None
+    return (
+        row | {"iteration": int(iteration)}
+        if 0 <= iteration < 2**53 and iteration == int(iteration)
+        else None
+    )
 
 
 def _start_wandb(config: RunConfig):
@@ -154,13 +167,16 @@ def _start_wandb(config: RunConfig):
         import wandb
     except ImportError as error:
         raise ImportError(
-            f"wandb={config.wandb!r} asks for Weights & Biases, which is not installed: pip install wandb, or leave the field empty"
+            f"wandb={config.wandb!r} asks for Weights & Biases, which is not installed: pip install wandb, "
+            "or leave the field empty"
         ) from error
     return wandb.init(project=config.wandb, config=to_dict(config), resume="allow")
 
 
 def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Pearson correlation over a run of each pair of values, from the rows that have both; pairs with fewer than three such rows are left out."""
+    """Pearson correlation over a run of each pair of values, from the rows that have
+    both; pairs with fewer than three such rows are left out.
+    """
     found = {}
     for a, b in pairs:
         both = [(row[a], row[b]) for row in rows if a in row and b in row]
@@ -170,7 +186,8 @@ def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]])
 
 
 def read_rows(path: str | Path) -> list[dict[str, float]]:
-    """Rows of a log.jsonl, oldest first. Lines that are no rows are left out, with a warning.
+    """Rows of a log.jsonl, oldest first. Lines that are no rows are left out, with a
+    warning.
 
     Raises:
         LogError: the file cannot be read.
@@ -179,21 +196,36 @@ def read_rows(path: str | Path) -> list[dict[str, float]]:
         os.stat(path)
         rows = [_row(line) for line in _lines(Path(path))]
     except OSError as error:
-        raise LogError(f"{path}: cannot be read ({error.strerror or error}); give a run that has a log") from error
+        raise LogError(
+            f"{path}: cannot be read ({error.strerror or error}); give a run that has a log"
+        ) from error
     if None in rows:
-        warnings.warn(f"{path}:{rows.index(None) + 1}: not a row of a log; {rows.count(None)} such lines are left out", stacklevel=2)
+        warnings.warn(
+            f"{path}:{rows.index(None) + 1}: not a row of a log; {rows.count(None)} such lines are left out",
+            stacklevel=2,
+        )
     return [row for row in rows if row is not None]
 
 
 def write_summary(output: str, iteration: int, correlated: Sequence[tuple[str, str]]) -> None:
     """OUTPUT/summary.json: means over the last tenth of the run, and the correlations the method asks for."""
     with _named_failure(Path(output) / "summary.json"):
-        write_atomically(Path(output) / "summary.json", json.dumps(_summary(read_rows(Path(output) / "log.jsonl"), iteration, correlated), indent=1))
+        write_atomically(
+            Path(output) / "summary.json",
+            json.dumps(_summary(read_rows(Path(output) / "log.jsonl"), iteration, correlated), indent=1),
+        )
 
 
 def _summary(rows: list[dict[str, float]], iteration: int, correlated: Sequence[tuple[str, str]]) -> dict:
     last = rows[-max(1, len(rows) // 10) :]
-    means = {name: sum(row[name] for row in last if name in row) / sum(name in row for row in last) for name in last[-1]} if last else {}
+    means = (
+        {
+            name: sum(row[name] for row in last if name in row) / sum(name in row for row in last)
+            for name in last[-1]
+        }
+        if last
+        else {}
+    )
     return {"iteration": iteration, "last_tenth": means, "correlation": correlations(rows, correlated)}
 
 
@@ -218,8 +250,10 @@ class Pieces:
     """What this rank knows of the values of some iterations, until they are joined."""
 
     def __init__(self, iterations: int):
-        self._contributions: list[dict[str, Tensor]] = [{} for _ in range(iterations)]  # sums over data x context ranks and over stages
-        self._squares: list[dict[str, float]] = [{} for _ in range(iterations)]  # of gradients, to be summed over stages
+        # Sums over data x context ranks and over stages
+        self._contributions: list[dict[str, Tensor]] = [{} for _ in range(iterations)]
+        # Of gradients, to be summed over stages
+        self._squares: list[dict[str, float]] = [{} for _ in range(iterations)]
         self._rates: list[dict[str, float]] = [{} for _ in range(iterations)]
 
     def add(self, iteration: int, metrics: Mapping[str, Tensor]) -> None:
@@ -233,7 +267,10 @@ class Pieces:
 
     def joined(self, mesh: Mesh) -> list[dict[str, float]]:
         """The values of each iteration, the same on every rank."""
-        mine = [(_summed(contributions, mesh), squares) for contributions, squares in zip(self._contributions, self._squares, strict=True)]
+        mine = [
+            (_summed(contributions, mesh), squares)
+            for contributions, squares in zip(self._contributions, self._squares, strict=True)
+        ]
         everyone = [mine]
         if mesh.pp.size > 1:
             everyone = [None] * mesh.pp.size
@@ -255,7 +292,8 @@ def _summed(contributions: Mapping[str, Tensor], mesh: Mesh) -> dict[str, float]
     """Adds up the contributions of every rank of this stage with one call."""
     if not contributions:
         return {}
-    names = sorted(contributions)  # data-parallel ranks of a pipeline may run their branches in different orders
+    # Data-parallel ranks of a pipeline may run their branches in different orders
+    names = sorted(contributions)
     values = torch.stack([contributions[name].detach().double() for name in names])
     if mesh.dp_cp.size > 1:
         dist.all_reduce(values, group=mesh.dp_cp.group)

@@ -1,4 +1,6 @@
-"""The networks of a run with their optimisers and averages, and how their state enters and leaves checkpoints."""
+"""The networks of a run with their optimisers and averages, and how their state enters
+and leaves checkpoints.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +19,9 @@ from megatron_apt.training.sharded import ShardedParameters
 
 
 class Network:
-    """One role at run time, as far as this rank holds it: module, and if that trains: its shards, optimiser and average."""
+    """One role at run time, as far as this rank holds it: module, and if that trains: its
+    shards, optimiser and average.
+    """
 
     def __init__(self, name: str, role: Role, mesh: Mesh, cut: Cut = WHOLE):
         self.name, self.role, self.mesh = name, role, mesh
@@ -49,7 +53,9 @@ class Network:
             self.ema = Ema(self.shards, self.role.optimizer.ema)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
-        """Context of one microbatch's backward passes; the last one lets finished gradients go to the other ranks."""
+        """Context of one microbatch's backward passes; the last one lets finished
+        gradients go to the other ranks.
+        """
         return self.shards.accumulating(last) if self.shards is not None else contextlib.nullcontext()
 
     def start_reduction(self) -> None:
@@ -58,10 +64,12 @@ class Network:
             self.shards.start_reduction()
 
     def update(self, total_updates: int) -> tuple[float, float]:
-        """One optimiser step from the accumulated gradients; returns their sum of squares over this pipeline stage, and the learning rate.
+        """One optimiser step from the accumulated gradients; returns their sum of squares
+        over this pipeline stage, and the learning rate.
 
-        Where that sum is NaN, a gradient of the stage is not finite and nothing is changed. Other stages have gone on by the time they hear of it:
-        waiting for each other here would empty the pipeline.
+        Where that sum is NaN, a gradient of the stage is not finite and nothing is
+        changed. Other stages have gone on by the time they hear of it: waiting for each
+        other here would empty the pipeline.
         """
         lr = learning_rate(self.role.optimizer, self.role.optimizer.lr, self.updates, total_updates)
         square = 0.0
@@ -82,7 +90,9 @@ class Network:
         """Every buffer laid out like the shard, by the prefix its tensors have in a checkpoint."""
         if self.shards is None:
             return {}
-        buffers = {"": self.shards.master} | {f"optimizer.{key}.": value for key, value in self.optimizer.state.items()}
+        buffers = {"": self.shards.master} | {
+            f"optimizer.{key}.": value for key, value in self.optimizer.state.items()
+        }
         return buffers | ({"ema.": self.ema.average} if self.ema is not None else {})
 
     def _frozen(self) -> dict[str, nn.Parameter]:
@@ -90,22 +100,31 @@ class Network:
         return {name: p for name, p in self.module.named_parameters() if name not in trained}
 
     def _host_memory(self, prefix: str, buffer: Tensor) -> dict[str, Tensor]:
-        """Room for the parameters this rank owns, as they are in one of the buffers; the same at every call.
+        """Room for the parameters this rank owns, as they are in one of the buffers; the
+        same at every call.
 
-        Fresh pages cost several times the copy into them, pinned ones far more. Each has its own storage, because Megatron-Core copies views again.
+        Fresh pages cost several times the copy into them, pinned ones far more. Each has
+        its own storage, because Megatron-Core copies views again.
         """
         if prefix not in self._snapshot:
             owned = [(self.shards.names[i], self.shards.parameters[i].shape) for i in self.shards.owned()]
-            self._snapshot[prefix] = {name: torch.empty(shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda) for name, shape in owned}
+            self._snapshot[prefix] = {
+                name: torch.empty(shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+                for name, shape in owned
+            }
         return self._snapshot[prefix]
 
     def _sharded(self, prefix: str, owned: dict[str, Tensor]) -> dict:
         parameters = dict(zip(self.shards.names, self.shards.parameters, strict=True))
         keys = {name: f"{self.name}.{prefix}{name}" for name in owned}
-        return {keys[name]: store.sharded(keys[name], value, parameters[name], self.mesh, replica=0) for name, value in owned.items()}
+        return {
+            keys[name]: store.sharded(keys[name], value, parameters[name], self.mesh, replica=0)
+            for name, value in owned.items()
+        }
 
     def sharded_state(self) -> dict:
-        """Every tensor of this network's state, for a checkpoint: a snapshot in host memory, each parameter on the one rank that writes it.
+        """Every tensor of this network's state, for a checkpoint: a snapshot in host
+        memory, each parameter on the one rank that writes it.
 
         The next call writes into the same memory.
         """
@@ -131,7 +150,9 @@ class Network:
 
     @torch.no_grad()
     def restore(self, folder: Path, updates: int, source: str) -> None:
-        """Puts back a state written from `sharded_state`, on any mesh. A network that does not train comes from `source` again."""
+        """Puts back a state written from `sharded_state`, on any mesh. A network that
+        does not train comes from `source` again.
+        """
         if self.role.optimizer is None:
             self.start(source)
             return
@@ -141,9 +162,14 @@ class Network:
         for prefix, buffer in self._buffers().items():
             memory = self._host_memory(prefix, buffer)
             loaded = store.load(stored, self._sharded(prefix, memory))
-            self.shards.scatter_owned({name: loaded[f"{self.name}.{prefix}{name}"].to(buffer.device) for name in memory}, buffer)
+            self.shards.scatter_owned(
+                {name: loaded[f"{self.name}.{prefix}{name}"].to(buffer.device) for name in memory}, buffer
+            )
         frozen = {f"{self.name}.{name}": p for name, p in self._frozen().items()}
-        wanted = {key: store.sharded(key, torch.empty_like(p, device="cpu"), p, self.mesh, self.mesh.dp_cp.rank) for key, p in frozen.items()}
+        wanted = {
+            key: store.sharded(key, torch.empty_like(p, device="cpu"), p, self.mesh, self.mesh.dp_cp.rank)
+            for key, p in frozen.items()
+        }
         if wanted:
             for key, value in store.load(stored, wanted).items():
                 frozen[key].copy_(value)
@@ -161,7 +187,8 @@ class Network:
 
 @torch.no_grad()
 def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | None = None) -> str:
-    """Fills a module with the generator of a checkpoint: `path`, or `path:ema` or `path:raw` (default: ema where there is one).
+    """Fills a module with the generator of a checkpoint: `path`, or `path:ema` or
+    `path:raw` (default: ema where there is one).
 
     Args:
         source: a checkpoint or run folder.
@@ -185,8 +212,17 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     shards = network.shards if network is not None else None
     names = {id(p): name for name, p in zip(shards.names, shards.parameters, strict=True)} if shards else {}
     for part in _parts(wanted, 2**28):
-        room = {name: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32), device="cpu") for name, p in part.items()}
-        loaded = store.load(stored, {keys[name]: store.sharded(keys[name], room[name], p, mesh, mesh.dp_cp.rank) for name, p in part.items()})
+        room = {
+            name: torch.empty_like(p, dtype=torch.promote_types(p.dtype, torch.float32), device="cpu")
+            for name, p in part.items()
+        }
+        loaded = store.load(
+            stored,
+            {
+                keys[name]: store.sharded(keys[name], room[name], p, mesh, mesh.dp_cp.rank)
+                for name, p in part.items()
+            },
+        )
         for name, p in part.items():
             p.copy_(loaded[keys[name]])
             if id(p) in names:

@@ -1,6 +1,7 @@
 """Optimisers over a shard, their learning-rate schedule, and the moving average.
 
-A step changes the masters, this rank's part of the weights that the module reads, and the average.
+A step changes the masters, this rank's part of the weights that the module reads, and the
+average.
 """
 
 import math
@@ -12,13 +13,15 @@ from megatron_apt.config import OptimizerConfig
 from megatron_apt.kernels.rmsprop_ema import Stretches, rmsprop_ema
 from megatron_apt.training.sharded import ShardedParameters
 
-STATES = {"rmsprop": ("square",), "adamw": ("mean", "square")}  # buffers of the shard's size that each optimiser keeps
+# Buffers of the shard's size that each optimiser keeps
+STATES = {"rmsprop": ("square",), "adamw": ("mean", "square")}
 
 
 class RMSProp:
     """RMSProp with ONE state per parameter: s <- alpha s + (1 - alpha) g^2;  w <- w - lr g / (sqrt(s) + eps).
 
-    No momentum, no bias correction, no decay: what the paper uses for G and D (section 3.5).
+    No momentum, no bias correction, no decay: what the paper uses for G and D (section
+    3.5).
     """
 
     def __init__(self, shards: ShardedParameters, config: OptimizerConfig):
@@ -28,7 +31,16 @@ class RMSProp:
 
     def step(self, lr: float, ema: "Ema | None" = None) -> None:
         average, decay = (ema.average, ema.decay) if ema is not None else (None, 1.0)
-        rmsprop_ema(self.shards.master, self.state["square"], average, self._stretches, lr, self.config.alpha, self.config.eps, decay)
+        rmsprop_ema(
+            self.shards.master,
+            self.state["square"],
+            average,
+            self._stretches,
+            lr,
+            self.config.alpha,
+            self.config.eps,
+            decay,
+        )
 
 
 class AdamW:
@@ -41,7 +53,13 @@ class AdamW:
         for stretch in shards.stretches:
             weights = torch.nn.Parameter(shards.master[stretch.part])
             weights.grad = stretch.grad
-            groups.append({"params": [weights], "weight_decay": config.weight_decay if stretch.decays else 0.0, "lr_scale": stretch.lr_scale})
+            groups.append(
+                {
+                    "params": [weights],
+                    "weight_decay": config.weight_decay if stretch.decays else 0.0,
+                    "lr_scale": stretch.lr_scale,
+                }
+            )
         self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         for stretch, group in zip(shards.stretches, self._adamw.param_groups, strict=True):
             self._adamw.state[group["params"][0]] = {
@@ -69,14 +87,17 @@ def make_optimizer(shards: ShardedParameters, config: OptimizerConfig) -> RMSPro
 
 
 def learning_rate(config: OptimizerConfig, lr: float, update: int, updates: int) -> float:
-    """Learning rate of update number `update` (from 0) of `updates`: linear warm-up, then constant or cosine to zero."""
+    """Learning rate of update number `update` (from 0) of `updates`: linear warm-up, then
+    constant or cosine to zero.
+    """
     warm = min(1.0, (update + 1) / config.warmup) if config.warmup else 1.0
     fall = 0.5 * (1 + math.cos(math.pi * update / max(updates, 1))) if config.decay == "cosine" else 1.0
     return lr * warm * fall
 
 
 class Ema:
-    """Moving average of the masters, in their precision and on their shards: average <- decay * average + (1 - decay) * weights.
+    """Moving average of the masters, in their precision and on their shards: average <-
+    decay * average + (1 - decay) * weights.
 
     Once per step of the network's optimiser, which moves it.
     """

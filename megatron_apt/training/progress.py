@@ -1,10 +1,19 @@
-"""What a person sees while a run trains: a progress bar with time left on a terminal, plain lines otherwise."""
+"""What a person sees while a run trains: a progress bar with time left on a terminal,
+plain lines otherwise.
+"""
 
 import contextlib
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from megatron_apt.config import RunConfig
 from megatron_apt.training.train import Report
@@ -19,12 +28,21 @@ def summary(values: dict[str, float]) -> str:
 
 @contextlib.contextmanager
 def training_progress(config: RunConfig, enabled: bool = True, label: str = "") -> Iterator[Report]:
-    """Yields a reporter for `train`. Losses are printed every config.log_every iterations; the bar moves at each."""
+    """Yields a reporter for `train`. Losses are printed every config.log_every
+    iterations; the bar moves at each.
+    """
     if not enabled:
         yield lambda iteration, values: None
         return
     console = Console(soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label or config.output, total=config.iterations)
 
@@ -32,7 +50,9 @@ def training_progress(config: RunConfig, enabled: bool = True, label: str = "") 
             bar.update(task, completed=iteration)
             if iteration % config.log_every == 0 or iteration == config.iterations:
                 console.print(
-                    f"{label or config.method} {iteration}/{config.iterations}  {summary(values)}  {values['seconds']:.3f} s", highlight=False
+                    f"{label or config.method} {iteration}/{config.iterations}  {summary(values)}  "
+                    f"{values['seconds']:.3f} s",
+                    highlight=False,
                 )
 
         yield report

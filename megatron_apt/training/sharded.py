@@ -1,13 +1,17 @@
-"""One network's weights and gradients over the data x context ranks: Megatron-Core's buffers and reduce-scatter, our shards (ZeRO-1).
+"""One network's weights and gradients over the data x context ranks: Megatron-Core's
+buffers and reduce-scatter, our shards (ZeRO-1).
 
-Megatron-Core's DistributedDataParallel lays parameters and gradients into contiguous buckets and, while the last microbatch's backward still
-runs, reduce-scatters each bucket that is complete. Every rank then owns an equal slice of each bucket, keeps fp32 master weights, optimiser
-state and average for that slice only, and gathers the updated weights.
+Megatron-Core's DistributedDataParallel lays parameters and gradients into contiguous
+buckets and, while the last microbatch's backward still runs, reduce-scatters each bucket
+that is complete. Every rank then owns an equal slice of each bucket, keeps fp32 master
+weights, optimiser state and average for that slice only, and gathers the updated weights.
 
-Megatron-Core's own DistributedOptimizer is not used: it takes Adam only and saves exp_avg and exp_avg_sq by name, so a one-state RMSProp would
-carry a dead state of 4 bytes for each weight, which is the memory the method saves (APT paper, section 3.5).
+Megatron-Core's own DistributedOptimizer is not used: it takes Adam only and saves exp_avg
+and exp_avg_sq by name, so a one-state RMSProp would carry a dead state of 4 bytes for
+each weight, which is the memory the method saves (APT paper, section 3.5).
 
-Losses are contributions (parallel/collectives.py), so gradients are SUMMED over ranks: Megatron-Core calls this calculate_per_token_loss.
+Losses are contributions (parallel/collectives.py), so gradients are SUMMED over ranks:
+Megatron-Core calls this calculate_per_token_loss.
 """
 
 import contextlib
@@ -43,7 +47,9 @@ class Fragment:
 
 @dataclass(frozen=True, eq=False)
 class Stretch(rmsprop_ema.Stretch):
-    """A run of this rank's shard inside one bucket whose weights share a learning-rate scale and weight decay."""
+    """A run of this rank's shard inside one bucket whose weights share a learning-rate
+    scale and weight decay.
+    """
 
     decays: bool
 
@@ -62,15 +68,25 @@ class ShardedParameters:
 
     Attributes:
         names, parameters: in the module's order.
-        master: (N / ranks,) fp32 (fp64 for a float64 model) weights of this rank's shard, the ones that are updated.
+        master: (N / ranks,) fp32 (fp64 for a float64 model) weights of this rank's shard,
+            the ones that are updated.
         stretches: the shard cut up for an optimiser.
     """
 
-    def __init__(self, module: nn.Module, mesh: Mesh, config: OptimizerConfig, lr_scale: Callable[[str], float] = lambda name: 1.0):
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: Mesh,
+        config: OptimizerConfig,
+        lr_scale: Callable[[str], float] = lambda name: 1.0,
+    ):
         self.mesh = mesh
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
-            raise ValueError("a network without trainable parameters cannot be optimised; unfreeze its heads or its backbone")
+            raise ValueError(
+                "a network without trainable parameters cannot be optimised; unfreeze its heads or its "
+                "backbone"
+            )
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self.dtype = torch.promote_types(self.parameters[0].dtype, torch.float32)
         self.ddp = _distributed(module, mesh, config, reduce_in_fp32=self.dtype == torch.float32)
@@ -81,9 +97,13 @@ class ShardedParameters:
         self.stretches = self._stretches(mine, [lr_scale(name) for name in self.names])
         self._grads = [self._grad(fragment) for fragment in mine]
         partial = [p.tp_partial and mesh.tp.size > 1 for p in self.parameters]
-        self._partial = [grad for grad, fragment in zip(self._grads, mine, strict=True) if partial[fragment.parameter]]
+        self._partial = [
+            grad for grad, fragment in zip(self._grads, mine, strict=True) if partial[fragment.parameter]
+        ]
         # A gradient that every tensor-parallel rank holds whole counts once in the norm over all ranks.
-        copies = [1.0 if self.parameters[f.parameter].sharded_dim is not None else 1.0 / mesh.tp.size for f in mine]
+        copies = [
+            1.0 if self.parameters[f.parameter].sharded_dim is not None else 1.0 / mesh.tp.size for f in mine
+        ]
         self._weights = torch.tensor(copies, dtype=torch.float64, device=mesh.device)
         self.adopt()
 
@@ -104,7 +124,9 @@ class ShardedParameters:
                         low = bucket.offset + rank * size
                         a, b = max(start, low), min(stop, low + size)
                         if a < b:
-                            fragments[rank].append(Fragment(number[p], a - start, b - start, offset + a - low))
+                            fragments[rank].append(
+                                Fragment(number[p], a - start, b - start, offset + a - low)
+                            )
                 offset += size
         return slices, [sorted(part, key=lambda f: f.offset) for part in fragments]
 
@@ -117,7 +139,9 @@ class ShardedParameters:
         return part.grad[start : start + fragment.size]
 
     def _stretches(self, fragments: list[Fragment], scales: list[float]) -> list[Stretch]:
-        """Neighbouring fragments of one kind become one stretch; the padding between them has no gradient, so updates leave it alone."""
+        """Neighbouring fragments of one kind become one stretch; the padding between them
+        has no gradient, so updates leave it alone.
+        """
         runs: list[list] = []
         for f in fragments:
             kind = (scales[f.parameter], self.parameters[f.parameter].dim() >= 2, self._slice_of(f))
@@ -127,7 +151,13 @@ class ShardedParameters:
                 runs.append([kind, f.offset, f.offset + f.size])
         within = lambda part, start, stop: slice(start - part.offset, stop - part.offset)  # noqa: E731
         return [
-            Stretch(slice(start, stop), part.grad[within(part, start, stop)], part.weights[within(part, start, stop)], scale, decays)
+            Stretch(
+                slice(start, stop),
+                part.grad[within(part, start, stop)],
+                part.weights[within(part, start, stop)],
+                scale,
+                decays,
+            )
             for (scale, decays, part), start, stop in runs
         ]
 
@@ -168,7 +198,9 @@ class ShardedParameters:
     # --- gradients
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
-        """Context of a microbatch's backward: with the last one, each complete bucket starts on its way (optimizer.overlap)."""
+        """Context of a microbatch's backward: with the last one, each complete bucket
+        starts on its way (optimizer.overlap).
+        """
         return contextlib.nullcontext() if last else self.ddp.no_sync()
 
     @torch.no_grad()
@@ -181,18 +213,24 @@ class ShardedParameters:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Leaves this rank's shard of the gradient summed over data and context ranks, and over tensor ranks where those hold parts of it."""
+        """Leaves this rank's shard of the gradient summed over data and context ranks,
+        and over tensor ranks where those hold parts of it.
+        """
         if self.mesh.dp_cp.size > 1:
             self.ddp.finish_grad_sync()
         if self._partial:
             joined = torch.cat(self._partial)
             dist.all_reduce(joined, group=self.mesh.tp.group)
-            for grad, value in zip(self._partial, joined.split([len(grad) for grad in self._partial]), strict=True):
+            for grad, value in zip(
+                self._partial, joined.split([len(grad) for grad in self._partial]), strict=True
+            ):
                 grad.copy_(value)
 
     @torch.no_grad()
     def grad_square(self) -> float:
-        """Sum of squares of the reduced gradient over the ranks of this pipeline stage, the same on all of them; NaN if any entry is not finite."""
+        """Sum of squares of the reduced gradient over the ranks of this pipeline stage,
+        the same on all of them; NaN if any entry is not finite.
+        """
         norms = torch.stack(torch._foreach_norm(self._grads)).double() if self._grads else self._weights
         square = torch.dot(norms.square(), self._weights)
         if self.mesh.stage.size > 1:
@@ -201,11 +239,17 @@ class ShardedParameters:
 
     def bad_gradients(self) -> list[str]:
         """Names of parameters whose unreduced gradient on this rank is not finite."""
-        return [name for name, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.main_grad).all()]
+        return [
+            name
+            for name, p in zip(self.names, self.parameters, strict=True)
+            if not torch.isfinite(p.main_grad).all()
+        ]
 
     def zero_grad(self) -> None:
-        # Megatron-Core asserts that every parameter of a bucket has had a gradient. One that never gets any (behind the last head of a short
-        # discriminator, say) leaves its bucket in the state of the first iteration: reduced when all is done, without overlap.
+        # Megatron-Core asserts that every parameter of a bucket has had a gradient. One
+        # that never gets any (behind the last head of a short discriminator, say) leaves
+        # its bucket in the state of the first iteration: reduced when all is done,
+        # without overlap.
         for group in self.ddp.bucket_groups:
             if group.is_first_batch and len(group.per_param_grad_ready_counts) < len(group.params):
                 group.per_param_grad_ready_counts = {}
@@ -214,7 +258,9 @@ class ShardedParameters:
     # --- whole parameters, for checkpoints
 
     def owners(self) -> list[int]:
-        """For each parameter the data x context rank that writes and reads it: largest first, to the rank with the least so far."""
+        """For each parameter the data x context rank that writes and reads it: largest
+        first, to the rank with the least so far.
+        """
         load, owner = [0] * self.mesh.dp_cp.size, [0] * len(self.parameters)
         for i in sorted(range(len(owner)), key=lambda i: (-self.parameters[i].numel(), i)):
             owner[i] = load.index(min(load))
@@ -227,14 +273,18 @@ class ShardedParameters:
 
     @torch.no_grad()
     def gather_owned(self, buffer: Tensor, into: dict[str, Tensor]) -> None:
-        """Exchanges shards of a buffer so that each rank holds, whole, the parameters it owns. No rank ever holds all of them.
+        """Exchanges shards of a buffer so that each rank holds, whole, the parameters it
+        owns. No rank ever holds all of them.
 
         Args:
-            into: one tensor of the parameter's shape for each that this rank owns. Where they are pinned host memory of a GPU, they are filled once
-                the current stream has come this far.
+            into: one tensor of the parameter's shape for each that this rank owns. Where
+                they are pinned host memory of a GPU, they are filled once the current
+                stream has come this far.
         """
         sent, received = self._routes()
-        arrived = self._all_to_all([buffer[f.offset : f.offset + f.size] for route in sent for f in route], sent, received, buffer)
+        arrived = self._all_to_all(
+            [buffer[f.offset : f.offset + f.size] for route in sent for f in route], sent, received, buffer
+        )
         for f, values in zip((f for route in received for f in route), arrived, strict=True):
             into[self.names[f.parameter]].view(-1)[f.start : f.stop].copy_(values, non_blocking=True)
 
@@ -243,7 +293,9 @@ class ShardedParameters:
         """Inverse of `gather_owned`, into `buffer`."""
         received, sent = self._routes()
         flat = {self.names.index(name): value.reshape(-1) for name, value in whole.items()}
-        arrived = self._all_to_all([flat[f.parameter][f.start : f.stop] for route in sent for f in route], sent, received, buffer)
+        arrived = self._all_to_all(
+            [flat[f.parameter][f.start : f.stop] for route in sent for f in route], sent, received, buffer
+        )
         for f, values in zip((f for route in received for f in route), arrived, strict=True):
             buffer[f.offset : f.offset + f.size] = values
 
@@ -254,7 +306,9 @@ class ShardedParameters:
         received = [[f for f in self.fragments[source] if owner[f.parameter] == rank] for source in ranks]
         return sent, received
 
-    def _all_to_all(self, pieces: list[Tensor], sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor) -> Sequence[Tensor]:
+    def _all_to_all(
+        self, pieces: list[Tensor], sent: list[list[Fragment]], received: list[list[Fragment]], like: Tensor
+    ) -> Sequence[Tensor]:
         """Sends one piece for each fragment of `sent`; returns one for each fragment of `received`."""
         if self.mesh.dp_cp.size == 1:
             return pieces
@@ -266,7 +320,9 @@ class ShardedParameters:
 
     @torch.no_grad()
     def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's reduced gradient on this tensor-parallel rank, whole on every rank: for comparisons at small scale."""
+        """Every parameter's reduced gradient on this tensor-parallel rank, whole on every
+        rank: for comparisons at small scale.
+        """
         shard = torch.zeros_like(self.master)
         for part in self._slices:
             shard[part.offset : part.offset + len(part.grad)] = part.grad
@@ -274,7 +330,9 @@ class ShardedParameters:
 
     @torch.no_grad()
     def whole(self, shard: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter from a buffer of the shard's layout, whole on every rank: for comparisons at small scale."""
+        """Every parameter from a buffer of the shard's layout, whole on every rank: for
+        comparisons at small scale.
+        """
         axis = self.mesh.dp_cp
         rows = shard.new_empty(axis.size, len(shard))
         dist.all_gather_into_tensor(rows.view(-1), shard, group=axis.group)
@@ -286,17 +344,26 @@ class ShardedParameters:
             yield name, value.view(p.shape)
 
 
-def _distributed(module: nn.Module, mesh: Mesh, config: OptimizerConfig, reduce_in_fp32: bool) -> DistributedDataParallel:
+def _distributed(
+    module: nn.Module, mesh: Mesh, config: OptimizerConfig, reduce_in_fp32: bool
+) -> DistributedDataParallel:
     groups = ProcessGroupCollection()
-    groups.dp, groups.dp_cp, groups.tp, groups.pp = mesh.dp.group, mesh.dp_cp.group, mesh.tp.group, mesh.pp.group
-    groups.ep = groups.expt_dp = mesh.dp.group  # there are no experts; given so that no group is made for them
+    groups.dp, groups.dp_cp, groups.tp, groups.pp = (
+        mesh.dp.group,
+        mesh.dp_cp.group,
+        mesh.tp.group,
+        mesh.pp.group,
+    )
+    # There are no experts; given so that no group is made for them
+    groups.ep = groups.expt_dp = mesh.dp.group
     return DistributedDataParallel(
         TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1, calculate_per_token_loss=True),
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=reduce_in_fp32,
             overlap_grad_reduce=config.overlap and mesh.dp_cp.size > 1,
             use_distributed_optimizer=True,
-            # Transformer Engine's delayed gradients (models/spec.py) come in backward_dw, where the buffer's hook must then be.
+            # Transformer Engine's delayed gradients (models/spec.py) come in backward_dw,
+            # where the buffer's hook must then be.
             delay_wgrad_compute=mesh.pp.size > 1 and mesh.device.type == "cuda",
             bucket_size=config.bucket_size,
         ),

@@ -1,8 +1,10 @@
-"""Signals before training stands: from a training program's first line on, SIGTERM and SIGUSR1 end it with the code by which it is queued again.
+"""Signals before training stands: from a training program's first line on, SIGTERM and
+SIGUSR1 end it with the code by which it is queued again.
 
-Nothing has been computed since the last checkpoint then, so there is nothing to save. The handler raises SystemExit; where the main thread sits in
-a call that does not return to Python (waiting for other ranks), a thread ends the process a few seconds later. Standard library only: this is
-imported before anything else.
+Nothing has been computed since the last checkpoint then, so there is nothing to save. The
+handler raises SystemExit; where the main thread sits in a call that does not return to
+Python (waiting for other ranks), a thread ends the process a few seconds later. Standard
+library only: this is imported before anything else.
 """
 
 import os
@@ -30,8 +32,12 @@ _state = _StartUp()
 
 
 def starts_training(argv: list[str]) -> bool:
-    """Whether these arguments are those of `megatron-apt train` or `python -m megatron_apt train`, also while Python looks for the latter."""
-    return argv[1:2] == ["train"] and (argv[0] == "-m" or os.path.basename(argv[0]) in ("megatron-apt", "__main__.py"))
+    """Whether these arguments are those of `megatron-apt train` or `python -m
+    megatron_apt train`, also while Python looks for the latter.
+    """
+    return argv[1:2] == ["train"] and (
+        argv[0] == "-m" or os.path.basename(argv[0]) in ("megatron-apt", "__main__.py")
+    )
 
 
 def stand() -> None:
@@ -62,7 +68,11 @@ def _note(number: int, frame: object) -> None:
     _state.received = number
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         name = signal.Signals(number).name
-        os.write(2, f"megatron-apt: stopped by {name} during start-up, before the first iteration; nothing was changed\n".encode())
+        os.write(
+            2,
+            f"megatron-apt: stopped by {name} during start-up, before the first iteration; nothing was "
+            "changed\n".encode(),
+        )
     sys.exit(_state.code)
 
 

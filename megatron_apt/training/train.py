@@ -33,15 +33,28 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 class Trainer:
-    """One run on one rank: builds everything from its configuration, resumes from the latest checkpoint if there is one."""
+    """One run on one rank: builds everything from its configuration, resumes from the
+    latest checkpoint if there is one.
+    """
 
     def __init__(self, config: RunConfig, mesh: Mesh):
         check_fits(config)
         self.config, self.mesh = config, mesh
         self.method = METHODS[config.method](config, mesh)
-        self.batches = Batches(config.data, config.model, mesh, config.seed, config.global_batch, config.micro_batch, self.method.least_samples)
+        self.batches = Batches(
+            config.data,
+            config.model,
+            mesh,
+            config.seed,
+            config.global_batch,
+            config.micro_batch,
+            self.method.least_samples,
+        )
         self.pipeline = Pipeline(config.pipeline, self.method, mesh)
-        self.networks = {name: Network(name, role, mesh, self.pipeline.cut(name)) for name, role in self.method.roles.items()}
+        self.networks = {
+            name: Network(name, role, mesh, self.pipeline.cut(name))
+            for name, role in self.method.roles.items()
+        }
         self.executor = Executor(self.networks, mesh)
         self.checkpoints = Checkpoints(config.output, mesh, config.retention)
         self.iteration = 0
@@ -58,14 +71,20 @@ class Trainer:
     def _resume(self, folder) -> None:
         store.verify(folder, self.mesh)
         state = store.read_state(folder)
-        trained_on = convert(state.get("data", []), list[Identity], f"{folder}/state.json: data", remedy="use an older checkpoint")
+        trained_on = convert(
+            state.get("data", []),
+            list[Identity],
+            f"{folder}/state.json: data",
+            remedy="use an older checkpoint",
+        )
         check_same_run(state["config"], to_dict(self.config), folder, trained_on, self.data)
         for name, network in self.networks.items():
             network.restore(folder, state["updates"].get(name, 0), state["sources"].get(name, ""))
         self.iteration = state["iteration"]
 
     def save(self, prune: bool = True) -> None:
-        """Starts a commit of weights, averages, optimisers and counters of this iteration; with save_async=False, finishes it.
+        """Starts a commit of weights, averages, optimisers and counters of this
+        iteration; with save_async=False, finishes it.
 
         Args:
             prune: False keeps every older checkpoint.
@@ -97,17 +116,23 @@ class Trainer:
         return self.run(1)[0]
 
     def run(self, count: int) -> list[dict[str, float]]:
-        """So many iterations as one window of the pipeline. Returns what to log of each, the same on every rank.
+        """So many iterations as one window of the pipeline. Returns what to log of each,
+        the same on every rank.
 
         Raises:
-            BadGradient, BadLoss: on every rank. On one pipeline stage before the update, on several at the end of the window.
+            BadGradient, BadLoss: on every rank. On one pipeline stage before the update,
+                on several at the end of the window.
         """
         first, pieces = self.iteration, Pieces(count)
         phases = {phase.name: phase for phase in self.method.phases}
 
         def batches(iteration: int) -> list[Microbatch]:
             loaded = self.batches.iteration(first + iteration) if first + iteration >= 0 else []
-            if iteration >= 0 and self.method.check_every and (first + iteration) % self.method.check_every == 0:
+            if (
+                iteration >= 0
+                and self.method.check_every
+                and (first + iteration) % self.method.check_every == 0
+            ):
                 for batch in loaded:
                     pieces.add(iteration, self.method.check(self.executor.modules, batch))
             return loaded
@@ -118,7 +143,9 @@ class Trainer:
             if self.mesh.pp.size == 1 and math.isnan(square):
                 raise explain(self.networks[task.role], self.executor, phases[task.phase], batches, self.mesh)
 
-        for iteration, metrics in enumerate(self.executor.run(self.pipeline.program(len(self.batches.parts), count), batches, step)):
+        for iteration, metrics in enumerate(
+            self.executor.run(self.pipeline.program(len(self.batches.parts), count), batches, step)
+        ):
             pieces.add(iteration, metrics)
         rows = pieces.joined(self.mesh)
         for row, phase in itertools.product(rows, self.method.phases):
@@ -138,11 +165,12 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
         report: called on the main rank after every iteration with (iteration, values).
 
     Raises:
-        Stopped: a signal ended training between two iterations, before the last one, with a checkpoint.
+        Stopped: a signal ended training between two iterations, before the last one, with
+            a checkpoint.
         FolderInUse, LockLost: another process writes to the output folder.
         LogError: a log cannot be written; training goes on from the last checkpoint.
-        Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint saved before the first sign is kept; there is none
-            if config.save_every is 0.
+        Collapse, BadLoss, BadGradient: training stopped by itself. The last checkpoint
+            saved before the first sign is kept; there is none if config.save_every is 0.
     """
     choose(config.kernels)
     with (
@@ -158,7 +186,8 @@ def train(config: RunConfig, mesh: Mesh, report: Report | None = None) -> None:
         except LockLost:
             raise  # the folder is another's
         except BaseException as error:
-            if mesh.world.size == 1 or isinstance(error, BadLoss | BadGradient | Collapse | LogError):  # every rank is here
+            # Every rank is here
+            if mesh.world.size == 1 or isinstance(error, BadLoss | BadGradient | Collapse | LogError):
                 trainer.commit()
             raise
         watch.leave()
@@ -181,8 +210,15 @@ class _Loop:
         """The number of the signal that ended training early; 0 if it is done."""
         config, trainer = self.config, self.trainer
         if self.mesh.is_main and trainer.iteration >= config.iterations:
-            done = f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give another --output to train again"
-            print(done if config.iterations else "iterations=0: there is nothing to train; give --iterations of at least 1")
+            done = (
+                f"{config.output} is already at iteration {trainer.iteration} of {config.iterations}; give "
+                "another --output to train again"
+            )
+            print(
+                done
+                if config.iterations
+                else "iterations=0: there is nothing to train; give --iterations of at least 1"
+            )
         self._noting(self._open_log)
         signalled, _ = self._agree()
         try:
@@ -221,11 +257,14 @@ class _Loop:
         """(signal, whether any rank is writing), alike on all ranks.
 
         Raises:
-            LogError, LockLost: on every rank, if the main one's files are no longer its own or cannot be written.
+            LogError, LockLost: on every rank, if the main one's files are no longer its
+                own or cannot be written.
         """
         if self.lock.lost:
             self._noting(self.lock.check)
-        signalled, writing, trouble = largest(self.mesh, self.signals.received, self.trainer.checkpoints.writing, self.trouble is not None)
+        signalled, writing, trouble = largest(
+            self.mesh, self.signals.received, self.trainer.checkpoints.writing, self.trouble is not None
+        )
         if trouble:
             on_main(self.mesh, self._raise)
         return [signalled, writing]
@@ -251,14 +290,22 @@ class _Loop:
         config, iteration = self.config, self.trainer.iteration
         early = signalled if iteration < config.iterations else 0
         if self.mesh.is_main and early:
-            print(f"{config.output}: saved at iteration {iteration} of {config.iterations} and stopped by {signal.Signals(early).name}", flush=True)
+            print(
+                f"{config.output}: saved at iteration {iteration} of {config.iterations} and stopped by "
+                f"{signal.Signals(early).name}",
+                flush=True,
+            )
         elif not early:
-            on_main(self.mesh, lambda: write_summary(config.output, iteration, self.trainer.method.correlated))
+            on_main(
+                self.mesh, lambda: write_summary(config.output, iteration, self.trainer.method.correlated)
+            )
         return early
 
 
 def _window(config: RunConfig, mesh: Mesh, iteration: int) -> int:
-    """Iterations until the pipeline must drain: at a checkpoint and at the end of the run. One stage has nothing to overlap."""
+    """Iterations until the pipeline must drain: at a checkpoint and at the end of the
+    run. One stage has nothing to overlap.
+    """
     left = config.iterations - iteration
     to_save = config.save_every - iteration % config.save_every if config.save_every else left
     return min(config.pipeline.window if mesh.pp.size > 1 else 1, left, to_save)

@@ -13,11 +13,20 @@ from fuzzing.worker import Worker
 
 
 def boundary(run) -> Boundary:
-    return Boundary("x", 1, lambda valid: None, lambda rng, valid, folder: Input(f"{rng.random()}", canary=folder / "canary"), run)
+    return Boundary(
+        "x",
+        1,
+        lambda valid: None,
+        lambda rng, valid, folder: Input(f"{rng.random()}", canary=folder / "canary"),
+        run,
+    )
 
 
 def test_the_same_numbers_give_the_same_damage():
-    for make in (lambda rng: bytes_damage(rng, bytes(range(256)) * 9), lambda rng: json_damage(rng, {"a": [1, {"b": "c"}], "d": None})):
+    for make in (
+        lambda rng: bytes_damage(rng, bytes(range(256)) * 9),
+        lambda rng: json_damage(rng, {"a": [1, {"b": "c"}], "d": None}),
+    ):
         first, again, other = ([make(random.Random(f"{seed} {i}")) for i in range(50)] for seed in (0, 0, 1))
         assert first == again and first != other
 
@@ -27,7 +36,11 @@ def test_what_is_judged(tmp_path):
     assert judged(Done(0, "done"), case, tmp_path).kind == "fine"
     assert judged(Done(1, "megatron-apt: ValueError: field=3: use 4"), case, tmp_path).kind == "named"
     assert judged(Done(1, f"{tmp_path}/x: damaged; fetch it again"), case, tmp_path).kind == "named"
-    for said in ("UnicodeDecodeError: 'utf-8' codec can't decode; use another", "field is bad", "field; " + "x" * 5000):
+    for said in (
+        "UnicodeDecodeError: 'utf-8' codec can't decode; use another",
+        "field is bad",
+        "field; " + "x" * 5000,
+    ):
         assert judged(Done(1, said), case, tmp_path).kind == "unnamed"
     assert judged(Done(1, "field; Traceback (most recent call last)"), case, tmp_path).kind == "crash"
 
@@ -43,7 +56,12 @@ def test_faults_of_one_input(tmp_path):
         case.canary.touch()
         return Outcome("named", "refused, too late")
 
-    kinds = {"crash": raises(KeyError("a")), "wrong": raises(Wrong("passed")), "memory": raises(MemoryError()), "ran": runs_code}
+    kinds = {
+        "crash": raises(KeyError("a")),
+        "wrong": raises(Wrong("passed")),
+        "memory": raises(MemoryError()),
+        "ran": runs_code,
+    }
     for kind, run in kinds.items():
         _, outcome = attempt(boundary(run), 0, 0, tmp_path, tmp_path / "scratch")
         assert outcome.kind == kind and not outcome.good

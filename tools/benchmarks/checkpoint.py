@@ -1,9 +1,11 @@
-"""What saving costs: a background save against a blocking torch.save of the same bytes, in one run; and the time to resume.
+"""What saving costs: a background save against a blocking torch.save of the same bytes,
+in one run; and the time to resume.
 
     python tools/benchmarks/checkpoint.py [--width 512] [--saves 5] [--json FILE]
 
-G and D with their masters, RMSProp states and the average, on one rank. The stall is the time the training loop is held up: planning, snapshot
-and start of the thread, and later the commit. Iterations beside the writing thread are timed too.
+G and D with their masters, RMSProp states and the average, on one rank. The stall is the
+time the training loop is held up: planning, snapshot and start of the thread, and later
+the commit. Iterations beside the writing thread are timed too.
 """
 
 import argparse
@@ -47,9 +49,12 @@ def timed(rows: list[float], action) -> None:
 
 
 def measure(trainer: Trainer, root: Path, saves: int) -> dict:
-    rows: dict[str, list[float]] = {name: [] for name in ("torch_save", "stall", "commit", "write", "step_alone", "step_beside")}
+    rows: dict[str, list[float]] = {
+        name: [] for name in ("torch_save", "stall", "commit", "write", "step_alone", "step_beside")
+    }
     trainer.step()
-    for number in range(saves + 1):  # the first save, which allocates the snapshot's memory, is reported by itself
+    # The first save, which allocates the snapshot's memory, is reported by itself
+    for number in range(saves + 1):
         timed(rows["step_alone"], trainer.step)
         timed(rows["stall"], trainer.save)
         steps, began = 0, time.perf_counter()
@@ -60,7 +65,9 @@ def measure(trainer: Trainer, root: Path, saves: int) -> dict:
         if steps:
             rows["step_beside"].append(rows["write"][-1] / steps)
         timed(rows["commit"], trainer.checkpoints.commit)
-        state = {key: t.data for network in trainer.networks.values() for key, t in network.sharded_state().items()}
+        state = {
+            key: t.data for network in trainer.networks.values() for key, t in network.sharded_state().items()
+        }
         rows["torch_save"].append(blocking_save(state, root / "blocking.pt"))
         if number == 0:
             first = rows["stall"].pop()
@@ -69,7 +76,9 @@ def measure(trainer: Trainer, root: Path, saves: int) -> dict:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--width", type=scripts.whole(1), default=512)
     arguments.add_argument("--saves", type=scripts.whole(1), default=5)
     arguments.add_argument("--threads", type=scripts.whole(1), default=2)
@@ -96,13 +105,22 @@ def main() -> None:
     found["machine"] = f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}"
     print(f"{found['bytes'] / 2**20:,.0f} MiB, medians of {options.saves} saves, {found['machine']}")
     print(f"blocking torch.save       {found['torch_save']:8.3f} s")
-    print(f"background: stall         {found['stall']:8.3f} s  + commit {found['commit']:.3f} s  = {found['stall_ratio']:.2f} of the blocking one")
+    print(
+        f"background: stall         {found['stall']:8.3f} s  + commit {found['commit']:.3f} s  = "
+        f"{found['stall_ratio']:.2f} of the blocking one"
+    )
     print(f"            first stall   {found['first_stall']:8.3f} s  (allocates the snapshot's memory)")
     print(f"            written after {found['write']:8.3f} s  (with checksums, beside training)")
     if "step_beside" in found:
-        print(f"iteration alone           {found['step_alone']:8.3f} s  beside the writing thread {found['step_beside']:.3f} s")
+        print(
+            f"iteration alone           {found['step_alone']:8.3f} s  beside the writing thread "
+            f"{found['step_beside']:.3f} s"
+        )
     print(f"build and resume          {found['resume']:8.3f} s")
-    print(f"            building alone{found['build']:8.3f} s  torch.load of the same bytes {found['torch_load']:.3f} s")
+    print(
+        f"            building alone{found['build']:8.3f} s  torch.load of the same bytes "
+        f"{found['torch_load']:.3f} s"
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -1,11 +1,15 @@
-"""Import and export of a Wan-1.3B-shaped checkpoint with random weights, against `cp` of the same bytes: time, and memory of the process.
+"""Import and export of a Wan-1.3B-shaped checkpoint with random weights, against `cp` of
+the same bytes: time, and memory of the process.
 
     python tools/benchmarks/convert.py [--gigabytes 2] [--rounds 3] [--json FILE]
 
-Medians over the rounds after a first one, in which all files are read once. "whole" is the command as a user waits for it, "alone" what it reports
-itself, without starting Python; "processor" is the time of all cores together, which other programs disturb least. Import and export end when their
-files are on the disk, cp when they are in memory; so cp is also timed with `sync` after it. Memory is anonymous: what the process holds itself, not
-pages of files that the system keeps for it. The program's own is that of the same command on a checkpoint of one narrow layer.
+Medians over the rounds after a first one, in which all files are read once. "whole" is
+the command as a user waits for it, "alone" what it reports itself, without starting
+Python; "processor" is the time of all cores together, which other programs disturb least.
+Import and export end when their files are on the disk, cp when they are in memory; so cp
+is also timed with `sync` after it. Memory is anonymous: what the process holds itself,
+not pages of files that the system keeps for it. The program's own is that of the same
+command on a checkpoint of one narrow layer.
 """
 
 import argparse
@@ -34,7 +38,9 @@ NAMES = ("cp", "flushed", "import", "export")
 
 @dataclass(frozen=True)
 class Run:
-    """One command: seconds until it ended, those of all cores, those it reports without its start, and the most memory it held in bytes."""
+    """One command: seconds until it ended, those of all cores, those it reports without
+    its start, and the most memory it held in bytes.
+    """
 
     whole: float
     processor: float
@@ -57,16 +63,22 @@ def write_source(folder: Path, model: ModelConfig) -> tuple[int, int]:
             save_file(shard, folder / file)
             weight_map |= dict.fromkeys(shard, file)
             shard = {}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     (folder / "config.json").write_text(json.dumps(WAN.write_config(model)))
-    return sum(f.stat().st_size for f in folder.iterdir()), 2 * max(mapped.shape.numel() for mapped in tensors)
+    return sum(f.stat().st_size for f in folder.iterdir()), 2 * max(
+        mapped.shape.numel() for mapped in tensors
+    )
 
 
 def of_size(gigabytes: float) -> ModelConfig:
     """Wan-1.3B with as many of its 30 layers as make this size in bf16."""
     model = replace(wan_1_3b(), depth=1)
     tensors = WAN.tensors(model, Mesh.alone(torch.device("cpu")))
-    outside, block = (sum(m.shape.numel() for m in tensors if ("blocks." in m.name) == inside) for inside in (False, True))
+    outside, block = (
+        sum(m.shape.numel() for m in tensors if ("blocks." in m.name) == inside) for inside in (False, True)
+    )
     return replace(model, depth=max(1, min(30, round((gigabytes * 1e9 / 2 - outside) / block))))
 
 
@@ -111,39 +123,69 @@ def one_round(root: Path, source: Path) -> dict[str, Run]:
     for name in NAMES:
         os.sync()
         runs[name] = measured(commands[name], report if name in ("import", "export") else None)
-        for done in {"cp": ["cp"], "flushed": ["flushed"], "import": [], "export": ["import", "export"]}[name]:
-            shutil.rmtree(root / done)  # so that none of them is the first to ask a virtual machine for this much memory
+        for done in {"cp": ["cp"], "flushed": ["flushed"], "import": [], "export": ["import", "export"]}[
+            name
+        ]:
+            # So that none of them is the first to ask a virtual machine for this much
+            # memory
+            shutil.rmtree(root / done)
     return runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=scripts.number(1e-3, 1e4), default=2.0)
     parser.add_argument("--rounds", type=scripts.whole(1), default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; otherwise where temporary files go")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure; otherwise where temporary files go"
+    )
     parser.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         root = Path(place)
         size, largest = write_source(root / "source", of_size(options.gigabytes))
-        write_source(root / "narrow", replace(wan_1_3b(), depth=1, width=48, heads=2, mlp_width=48, text_width=16))
+        write_source(
+            root / "narrow", replace(wan_1_3b(), depth=1, width=48, heads=2, mlp_width=48, text_width=16)
+        )
         idle = one_round(root, root / "narrow")
         rounds = [one_round(root, root / "source") for _ in range(options.rounds + 1)]
     print(f"{size / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, medians of {options.rounds}")
     result: dict = {"bytes": size, "largest": largest}
-    median = {name: {f.name: statistics.median(getattr(runs[name], f.name) for runs in rounds[1:]) for f in fields(Run)} for name in NAMES}
+    median = {
+        name: {
+            f.name: statistics.median(getattr(runs[name], f.name) for runs in rounds[1:]) for f in fields(Run)
+        }
+        for name in NAMES
+    }
     for name, row in median.items():
         result[name] = row
-        print(f"{name:8} whole {row['whole']:6.2f} s  alone {row['alone']:6.2f} s  processor {row['processor']:6.2f} s", end="")
+        print(
+            f"{name:8} whole {row['whole']:6.2f} s  alone {row['alone']:6.2f} s  processor "
+            f"{row['processor']:6.2f} s",
+            end="",
+        )
         if name in ("cp", "flushed"):
             print()
             continue
         for kind in ("whole", "alone"):
             row |= {f"{kind}_of_{other}": row[kind] / median[other]["whole"] for other in ("cp", "flushed")}
         most = max(runs[name].memory for runs in rounds)
-        row |= {"memory": most, "idle_memory": idle[name].memory, "memory_above_idle_of_largest": (most - idle[name].memory) / largest}
-        print("".join(f"  {kind} {row[f'{kind}_of_cp']:.1f} x cp, {row[f'{kind}_of_flushed']:.1f} x flushed" for kind in ("whole", "alone")))
-        above = f"{(most - idle[name].memory) / 1e6:.0f} MB above the program's {idle[name].memory / 1e6:.0f} MB"
+        row |= {
+            "memory": most,
+            "idle_memory": idle[name].memory,
+            "memory_above_idle_of_largest": (most - idle[name].memory) / largest,
+        }
+        print(
+            "".join(
+                f"  {kind} {row[f'{kind}_of_cp']:.1f} x cp, {row[f'{kind}_of_flushed']:.1f} x flushed"
+                for kind in ("whole", "alone")
+            )
+        )
+        above = (
+            f"{(most - idle[name].memory) / 1e6:.0f} MB above the program's {idle[name].memory / 1e6:.0f} MB"
+        )
         print(f"{'':8} memory {above}: {row['memory_above_idle_of_largest']:.1f} x the largest tensor")
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1))

@@ -1,6 +1,8 @@
-"""Frames per second of this package's decoding (DALI, with PyAV for what DALI's CPU build lacks) beside PyAV alone.
+"""Frames per second of this package's decoding (DALI, with PyAV for what DALI's CPU build
+lacks) beside PyAV alone.
 
-Both take the same frames of the same files and give (3, F, H, W) float32 of the same bucket: PyAV with its own scaler, then a centre crop in NumPy.
+Both take the same frames of the same files and give (3, F, H, W) float32 of the same
+bucket: PyAV with its own scaler, then a centre crop in NumPy.
 
     python tools/benchmarks/decode.py --json decode.json
     python tools/benchmarks/decode.py --file clip.mp4 --height 256 --width 256 --frames 33
@@ -39,13 +41,20 @@ class Args:
 
 def write_moving_noise(path: Path, codec: str, count: int, height: int = 360, width: int = 630) -> Path:
     """Random 8x8 squares that move: something for the codec to predict, but not for free."""
-    texture = np.random.default_rng(0).random((height // 8, width // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:, :width] * 255
+    texture = (
+        np.random.default_rng(0).random((height // 8, width // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:, :width]
+        * 255
+    )
     with av.open(str(path), "w") as container:
-        options = {"cpu-used": "8", "deadline": "realtime", "b": "2M"} if "vp" in codec else {"preset": "veryfast"}
+        options = (
+            {"cpu-used": "8", "deadline": "realtime", "b": "2M"} if "vp" in codec else {"preset": "veryfast"}
+        )
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for k in range(count):
-            frame = av.VideoFrame.from_ndarray(np.roll(texture, 3 * k, axis=1).astype(np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.roll(texture, 3 * k, axis=1).astype(np.uint8), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
@@ -61,7 +70,9 @@ def decode_pyav_alone(path: Path, height: int, width: int, frames: int) -> torch
         rows, columns = max(height, round(stream.height * scale)), max(width, round(stream.width * scale))
         top, left = (rows - height + 1) // 2, (columns - width + 1) // 2  # as DALI rounds
         for frame in container.decode(stream):
-            picture = frame.reformat(width=columns, height=rows, format="rgb24", interpolation="BILINEAR").to_ndarray()
+            picture = frame.reformat(
+                width=columns, height=rows, format="rgb24", interpolation="BILINEAR"
+            ).to_ndarray()
             pictures.append(picture[top : top + height, left : left + width])
             if len(pictures) == frames:
                 break
@@ -85,16 +96,34 @@ def main(args: Args) -> None:
         h264 = write_moving_noise(Path(folder) / "h264.mp4", "libx264", args.frames + 8)
         for path in (vp9, h264, *args.file):
             clip = Clip(path, args.height, args.width, args.frames, allow_upscale=True)
-            difference = (decode_clip(clip) - decode_pyav_alone(path, args.height, args.width, args.frames)).abs().mean().item()
+            difference = (
+                (decode_clip(clip) - decode_pyav_alone(path, args.height, args.width, args.frames))
+                .abs()
+                .mean()
+                .item()
+            )
             total = args.clips * args.frames
             ours = total / fastest(lambda clip=clip: decode_clips([clip] * args.clips), args.repeats)
-            alone = lambda path=path: [decode_pyav_alone(path, args.height, args.width, args.frames) for _ in range(args.clips)]  # noqa: E731
+            alone = lambda path=path: [
+                decode_pyav_alone(path, args.height, args.width, args.frames) for _ in range(args.clips)
+            ]
             pyav = total / fastest(alone, args.repeats)
-            results.append({"file": path.name, "ours_fps": ours, "pyav_fps": pyav, "ratio": ours / pyav, "mean_difference": difference})
+            results.append(
+                {
+                    "file": path.name,
+                    "ours_fps": ours,
+                    "pyav_fps": pyav,
+                    "ratio": ours / pyav,
+                    "mean_difference": difference,
+                }
+            )
             speeds = f"ours {ours:8.1f} frames/s   PyAV alone {pyav:8.1f} frames/s   ratio {ours / pyav:5.2f}"
             print(f"{path.name:24} {speeds}   mean difference {difference:.4f}")
     if args.json:
-        Path(args.json).write_text(json.dumps({"bucket": [args.frames, args.height, args.width], "results": results}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"bucket": [args.frames, args.height, args.width], "results": results}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

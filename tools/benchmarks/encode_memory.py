@@ -1,9 +1,11 @@
-"""Peak memory of `megatron-apt encode` on the worst files: each case is encoded by a process of its own, whose largest resident set is printed.
+"""Peak memory of `megatron-apt encode` on the worst files: each case is encoded by a
+process of its own, whose largest resident set is printed.
 
     python tools/benchmarks/encode_memory.py --json encode_memory.json
     python tools/benchmarks/encode_memory.py --only picture_rgba video_8k
 
-Exits with 1 if a case goes over the bound. Files are generated with PyAV and zlib; --scale makes sides and lengths smaller for a quick look.
+Exits with 1 if a case goes over the bound. Files are generated with PyAV and zlib;
+--scale makes sides and lengths smaller for a quick look.
 """
 
 import json
@@ -49,16 +51,25 @@ def manifest(folder: Path, rows: list[dict]) -> Path:
     return path
 
 
-def write_video(path: Path, codec: str, pix_fmt: str, height: int, width: int, count: int, options: dict, **context) -> Path:
+def write_video(
+    path: Path, codec: str, pix_fmt: str, height: int, width: int, count: int, options: dict, **context
+) -> Path:
     """Noise in blocks that move: little for the codec to predict, quick to make."""
-    texture = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8).repeat(8, 0).repeat(8, 1)[:height, :width]
+    texture = (
+        np.random.default_rng(0)
+        .integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+        .repeat(8, 0)
+        .repeat(8, 1)[:height, :width]
+    )
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         for field, value in context.items():
             setattr(stream.codec_context, field, value)
         for k in range(count):
-            frame = av.VideoFrame.from_ndarray(np.roll(texture, 8 * k, axis=1), format="rgb24").reformat(format=pix_fmt)
+            frame = av.VideoFrame.from_ndarray(np.roll(texture, 8 * k, axis=1), format="rgb24").reformat(
+                format=pix_fmt
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
@@ -71,8 +82,14 @@ def write_png(path: Path, height: int, width: int, channels: int, depth: int = 8
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
-        for name, data in ((b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), (b"IDAT", packed), (b"IEND", b"")):
-            file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)))
+        for name, data in (
+            (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)),
+            (b"IDAT", packed),
+            (b"IEND", b""),
+        ):
+            file.write(
+                struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            )
     return path
 
 
@@ -81,7 +98,17 @@ def clips_of_one(folder: Path, name: str, codec: str, pix_fmt: str, count: int, 
     return manifest(folder, [{"path": path.name, "start": k * (count - 25) / 25 / 40} for k in range(40)])
 
 
-def video(folder: Path, name: str, codec: str, pix_fmt: str, height: int, width: int, count: int, clips: int, **context) -> Path:
+def video(
+    folder: Path,
+    name: str,
+    codec: str,
+    pix_fmt: str,
+    height: int,
+    width: int,
+    count: int,
+    clips: int,
+    **context,
+) -> Path:
     options = {"preset": "ultrafast", **({"x265-params": "log-level=none"} if codec == "libx265" else {})}
     write_video(folder / name, codec, pix_fmt, height // 2 * 2, width // 2 * 2, count, options, **context)
     return manifest(folder, [{"path": name}] * clips)
@@ -113,13 +140,21 @@ def cases(scale: float) -> dict[str, tuple]:
     side, most = lambda pixels: max(128, int(pixels * scale)), math.isqrt(MOST_PIXELS)
     count = max(50, int(1500 * scale))
     return {
-        "mjpeg_40_clips": (lambda f: clips_of_one(f, "a.avi", "mjpeg", "yuvj420p", count, {"qscale": "2"}), 1),
+        "mjpeg_40_clips": (
+            lambda f: clips_of_one(f, "a.avi", "mjpeg", "yuvj420p", count, {"qscale": "2"}),
+            1,
+        ),
         "vp9_40_clips": (
             lambda f: clips_of_one(f, "a.webm", "libvpx-vp9", "yuv420p", count, {"cpu-used": "8", "b": "9M"}),
             1,
         ),
         "video_4k": (lambda f: video(f, "a.mp4", "libx264", "yuv420p", side(2160), side(3840), 17, 4), 17),
-        "video_4k_hdr": (lambda f: video(f, "a.mp4", "libx265", "yuv420p10le", side(2160), side(3840), 9, 2, color_trc=16, colorspace=9), 9),
+        "video_4k_hdr": (
+            lambda f: video(
+                f, "a.mp4", "libx265", "yuv420p10le", side(2160), side(3840), 9, 2, color_trc=16, colorspace=9
+            ),
+            9,
+        ),
         "video_8k": (lambda f: video(f, "a.mp4", "libx264", "yuv420p", side(4320), side(7680), 9, 2), 9),
         "picture_rgb": (lambda f: png(f, side(most), 3), 1),
         "picture_rgba": (lambda f: png(f, side(most), 4), 1),
@@ -141,7 +176,9 @@ def _turned() -> Image.Exif:
 def measure(source: Path, frames: int) -> int:
     """Peak of this process, in bytes, after encoding; what is rejected does not matter here."""
     with tempfile.TemporaryDirectory() as folder:
-        config = EncodeConfig(str(source), folder + "/out", 128, 128, frames, pixel_temporal=1, text_width=8, max_rejected=1.0)
+        config = EncodeConfig(
+            str(source), folder + "/out", 128, 128, frames, pixel_temporal=1, text_width=8, max_rejected=1.0
+        )
         encode(config, progress=False)
     # Not getrusage's maximum, which counts what the parent held as it forked.
     status = Path("/proc/self/status").read_text().split()
@@ -161,7 +198,16 @@ def main(args: Args) -> int:
         write, frames = known[name]
         with tempfile.TemporaryDirectory() as folder:
             source = write(Path(folder))
-            command = [sys.executable, "-W", "ignore", __file__, "--measure", str(source), "--frames", str(frames)]
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                __file__,
+                "--measure",
+                str(source),
+                "--frames",
+                str(frames),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name}: encoding failed\n{done.stderr[-2000:]}")
@@ -169,7 +215,9 @@ def main(args: Args) -> int:
         verdict = "" if results[name] <= args.bound * 2**30 else f"   above {args.bound:g} GiB"
         print(f"{name:24} {results[name] / 2**20:8.0f} MiB{verdict}", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({"bound_gib": args.bound, "scale": args.scale, "peak_bytes": results}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"bound_gib": args.bound, "scale": args.scale, "peak_bytes": results}, indent=1) + "\n"
+        )
     return int(any(peak > args.bound * 2**30 for peak in results.values()))
 
 

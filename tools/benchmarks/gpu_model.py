@@ -1,10 +1,13 @@
-"""One block and the whole of the 8B model at 46,800 visual tokens (1280x720, 2 s) on one GPU, in BF16 and FP8, beside diffusers' block with SDPA.
+"""One block and the whole of the 8B model at 46,800 visual tokens (1280x720, 2 s) on one
+GPU, in BF16 and FP8, beside diffusers' block with SDPA.
 
     python tools/benchmarks/gpu_model.py --json FILE [--calibration FILE] [--seconds S]
 
-MFU counts matrix products and attention of a forward pass once and of a backward pass twice, over the chip's dense BF16 peak, for FP8 too. The
-calibration file holds a block's forward, input-gradient and weight-gradient seconds, which `megatron-apt schedule`, `megatron-apt plan` and
-`--pipeline.calibration` read. Both files are written again after every figure; the exit code is 1 if the bf16 block or the bf16 model lacks one.
+MFU counts matrix products and attention of a forward pass once and of a backward pass
+twice, over the chip's dense BF16 peak, for FP8 too. The calibration file holds a block's
+forward, input-gradient and weight-gradient seconds, which `megatron-apt schedule`,
+`megatron-apt plan` and `--pipeline.calibration` read. Both files are written again after
+every figure; the exit code is 1 if the bf16 block or the bf16 model lacks one.
 """
 
 import argparse
@@ -36,9 +39,20 @@ from megatron_apt.parallel.mesh import Axis, Mesh
 from megatron_apt.parallel.startup import start
 from megatron_apt.schedule.calibration import block_flops
 
-GRID = (13, 45, 80)  # 49 frames of 720 x 1280 through a codec of 4 x 8 x 8 and patches of 1 x 2 x 2: 46,800 tokens
+# 49 frames of 720 x 1280 through a codec of 4 x 8 x 8 and patches of 1 x 2 x 2: 46,800
+# tokens
+GRID = (13, 45, 80)
 TEXT = 256
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "B100": 1750e12, "A100": 312e12}  # dense BF16
+# Dense BF16
+PEAKS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "A100": 312e12,
+}
 
 
 def seconds(function: Callable[[], object], repeats: int = 5, warm: int = 2) -> float:
@@ -124,7 +138,9 @@ class BlockProblem:
             return tuple(a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks))
 
         runs = [parts() for _ in range(7)][2:]
-        return dict(zip("FIW", (sorted(values)[len(values) // 2] for values in zip(*runs, strict=True)), strict=True))
+        return dict(
+            zip("FIW", (sorted(values)[len(values) // 2] for values in zip(*runs, strict=True)), strict=True)
+        )
 
 
 Figures = Iterator[dict[str, float]]  # a few at a time, so that what fails later costs none of them
@@ -138,7 +154,11 @@ def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
     yield {"forward_s": forward, "forward_mfu": flops / forward / peak, "tflop": flops / 1e12}
     torch.cuda.reset_peak_memory_stats()
     both = seconds(problem.both)
-    yield {"both_s": both, "train_mfu": 3 * flops / both / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    yield {
+        "both_s": both,
+        "train_mfu": 3 * flops / both / peak,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
     # Transformer Engine puts weight gradients off only in layers that were built for a pipeline.
     staged = BlockProblem(model, replace(mesh, pp=Axis(2, 0, mesh.pp.group)))
     for t in staged.inputs:
@@ -147,13 +167,21 @@ def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
 
 
 def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> Figures:
-    """diffusers' SD3 block, which has the same matrix products (no rotation), as its users run it: SDPA, and torch.compile."""
+    """diffusers' SD3 block, which has the same matrix products (no rotation), as its
+    users run it: SDPA, and torch.compile.
+    """
     from diffusers.models.attention import JointTransformerBlock
 
     flops = block_flops(model, GRID[0] * GRID[1] * GRID[2], TEXT)
-    block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(device, torch.bfloat16)
+    block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(
+        device, torch.bfloat16
+    )
     make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
-    x, text, c = make(1, GRID[0] * GRID[1] * GRID[2], model.width), make(1, TEXT, model.width), make(1, model.width)
+    x, text, c = (
+        make(1, GRID[0] * GRID[1] * GRID[2], model.width),
+        make(1, TEXT, model.width),
+        make(1, model.width),
+    )
     gradients = [torch.randn_like(t) for t in (text, x)]
     for name, call in (("", block), ("compiled_", torch.compile(block))):
         run = lambda call=call: call(hidden_states=x, encoder_hidden_states=text, temb=c)  # noqa: E731
@@ -174,7 +202,9 @@ def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> 
 
 
 def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
-    """The whole network on one sample: one step of the generator (no gradient), and a forward and backward pass with recomputation."""
+    """The whole network on one sample: one step of the generator (no gradient), and a
+    forward and backward pass with recomputation.
+    """
     network = build(model, mesh)
     layout: Layout = build_layout((GRID,), (TEXT,), mesh)
     x = torch.randn(len(layout.positions), model.patch_width, device=mesh.device, dtype=torch.bfloat16)
@@ -199,7 +229,11 @@ def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
 
     trained = seconds(both, repeats=1, warm=1)
     # What is computed again does not count.
-    yield {"both_s": trained, "train_mfu": 3 * flops / trained / peak, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    yield {
+        "both_s": trained,
+        "train_mfu": 3 * flops / trained / peak,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def fp8_recipes(device: torch.device) -> list[str]:
@@ -216,24 +250,40 @@ def fp8_recipes(device: torch.device) -> list[str]:
     return able
 
 
-HEAD = "| what | forward s | forward + backward s | train MFU | peak GiB | F/I/W s | |\n|---|---|---|---|---|---|---|"
+HEAD = (
+    "| what | forward s | forward + backward s | train MFU | peak GiB | F/I/W s | "
+    "|\n|---|---|---|---|---|---|---|"
+)
 
 
 def row(name: str, found: dict) -> str:
     cell = lambda key, digits: f"{found[key]:.{digits}f}" if key in found else ""  # noqa: E731
     cells = [cell("forward_s", 4), cell("both_s", 4), cell("train_mfu", 3), cell("peak_gib", 1)]
     cells.append("/".join(cell(key, 4) for key in "FIW") if "F" in found else "")
-    cells.append(f"failed: {found['error']}" if "error" in found else f"skipped: {found['skipped']}" if "skipped" in found else "")
+    cells.append(
+        f"failed: {found['error']}"
+        if "error" in found
+        else f"skipped: {found['skipped']}"
+        if "skipped" in found
+        else ""
+    )
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     parser.add_argument("--calibration", metavar="FILE", default="", type=scripts.output_file)
     parser.add_argument("--depth", type=scripts.whole(1), default=36, help="blocks of the whole model")
     parser.add_argument("--no-model", action="store_true", help="measure a block only")
-    parser.add_argument("--seconds", type=scripts.number(0, math.inf), default=math.inf, help="after these, begin no other measurement")
+    parser.add_argument(
+        "--seconds",
+        type=scripts.number(0, math.inf),
+        default=math.inf,
+        help="after these, begin no other measurement",
+    )
     options, begin = parser.parse_args(), time.monotonic()
     if not torch.cuda.is_available():
         print("No CUDA GPU here: nothing is measured.")
@@ -250,7 +300,11 @@ def main() -> int:
         if options.json:
             result = shape | {"torch": torch.__version__, "peak_flops": peak, "figures": found}
             Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
-        blocks = {key.removeprefix("block "): {kind: value[kind] for kind in "FIW"} for key, value in found.items() if "F" in value}
+        blocks = {
+            key.removeprefix("block "): {kind: value[kind] for kind in "FIW"}
+            for key, value in found.items()
+            if "F" in value
+        }
         if options.calibration and blocks:
             result = shape | {"width": model.width, "mlp_ratio": model.mlp_ratio, "blocks": blocks}
             Path(options.calibration).write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -270,7 +324,10 @@ def main() -> int:
         print(row(key, found[key]), flush=True)
         write()
 
-    print(f"{name}, torch {torch.__version__}, {tokens:,} visual and {TEXT} text tokens, peak taken as {peak / 1e12:.0f} TFLOP/s\n\n{HEAD}")
+    print(
+        f"{name}, torch {torch.__version__}, {tokens:,} visual and {TEXT} text tokens, peak taken as "
+        f"{peak / 1e12:.0f} TFLOP/s\n\n{HEAD}"
+    )
     block = lambda variant: lambda: measure_block(variant, mesh, peak)  # noqa: E731
     whole = lambda variant: lambda: measure_model(variant, mesh, peak)  # noqa: E731
     attempt("block bf16", block(model))
@@ -286,7 +343,10 @@ def main() -> int:
         attempt(f"model {best}", whole(eights[best]))
     attempt("block bf16 diffusers", lambda: measure_diffusers(model, mesh.device, peak))
     alone = model.depth * found["block bf16"].get("forward_s", math.nan)
-    print(f"\nA step of the generator is one forward pass of the model. Its {model.depth} blocks by themselves: {alone:.3f} s in bf16.")
+    print(
+        f"\nA step of the generator is one forward pass of the model. Its {model.depth} blocks by "
+        f"themselves: {alone:.3f} s in bf16."
+    )
     wanted = ["block bf16"] if options.no_model else ["block bf16", "model bf16"]
     return 1 if any("both_s" not in found[key] or "error" in found[key] for key in wanted) else 0
 

@@ -1,8 +1,11 @@
-"""One iteration of a method on Megatron-Core's own pipeline schedules, one branch of one phase after the other: what pipeline.py compares with.
+"""One iteration of a method on Megatron-Core's own pipeline schedules, one branch of one
+phase after the other: what pipeline.py compares with.
 
-A branch of one segment runs in forward_backward_pipelining_without_interleaving, a branch of two in ..._with_interleaving: model chunk 0 of a rank
-is its stage of the first network, chunk 1 its stage of the second. Those schedules pass one tensor of one shape from stage to stage, so our state is
-packed into one, padded to the largest; and they send a gradient back through every stage, so a network that takes none answers with zeros.
+A branch of one segment runs in forward_backward_pipelining_without_interleaving, a branch
+of two in ..._with_interleaving: model chunk 0 of a rank is its stage of the first
+network, chunk 1 its stage of the second. Those schedules pass one tensor of one shape
+from stage to stage, so our state is packed into one, padded to the largest; and they send
+a gradient back through every stage, so a network that takes none answers with zeros.
 """
 
 import contextlib
@@ -44,7 +47,8 @@ class _NoGradient(torch.autograd.Function):
 
 
 class _Chunk(nn.Module):
-    """This rank's stage of one segment as such a schedule wants it: one tensor in, one tensor out.
+    """This rank's stage of one segment as such a schedule wants it: one tensor in, one
+    tensor out.
 
     Attributes:
         size: numbers in that tensor.
@@ -53,9 +57,24 @@ class _Chunk(nn.Module):
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, config: TransformerConfig, networks: Mapping[str, Network], branch: Branch, number: int, stage: int, size: int):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        networks: Mapping[str, Network],
+        branch: Branch,
+        number: int,
+        stage: int,
+        size: int,
+    ):
         super().__init__()
-        self.config, self.networks, self.branch, self.number, self.stage, self.size = config, networks, branch, number, stage, size
+        self.config, self.networks, self.branch, self.number, self.stage, self.size = (
+            config,
+            networks,
+            branch,
+            number,
+            stage,
+            size,
+        )
         self.segment = branch.segments[number]
         self.network = networks[self.segment.role].module
         self.ends = stage == self.network.cut.stages - 1
@@ -64,7 +83,9 @@ class _Chunk(nn.Module):
         (self.arrived,) = tensors
 
     def forward(self, batch: Microbatch, outputs: dict[int, Tensor]) -> Tensor:
-        """What leaves this stage, packed; the branch's output as it is. `outputs` notes those of segments that end on this rank."""
+        """What leaves this stage, packed; the branch's output as it is. `outputs` notes
+        those of segments that end on this rank.
+        """
         arrived, segment = self.arrived, self.segment
         with torch.no_grad() if segment.grad == "none" else contextlib.nullcontext():
             condition = segment.condition(batch)
@@ -73,16 +94,26 @@ class _Chunk(nn.Module):
                 carried = self.network.carried(self.stage - 1, layout)
                 state = unpacked(arrived, {name: shape for name, (shape, _) in carried.items()})
                 # A frozen network takes no gradient on paths that lead to its weights alone.
-                state = {name: value if carried[name][1] or segment.grad == "full" else value.detach() for name, value in state.items()}
+                state = {
+                    name: value if carried[name][1] or segment.grad == "full" else value.detach()
+                    for name, value in state.items()
+                }
             else:
-                read = {r: unpacked(arrived, {"": output_shape(self.networks, self.branch.segments[r], batch)})[""] for r in segment.reads}
+                read = {
+                    r: unpacked(arrived, {"": output_shape(self.networks, self.branch.segments[r], batch)})[
+                        ""
+                    ]
+                    for r in segment.reads
+                }
                 state = self.network.enter(*segment.feed(batch, read), condition, layout)
             made = self.network.run_stage(self.stage, state, layout)
         if self.ends:
             outputs[self.number] = made.detach()
             if self.number == len(self.branch.segments) - 1:
                 return made
-        made = packed(made if isinstance(made, dict) else {"": made}, self.size).view(-1, 1, self.config.hidden_size)
+        made = packed(made if isinstance(made, dict) else {"": made}, self.size).view(
+            -1, 1, self.config.hidden_size
+        )
         return _NoGradient.apply(arrived, made) if segment.grad == "none" and arrived is not None else made
 
 
@@ -129,7 +160,11 @@ class MegatronSchedule:
 
             return made, loss
 
-        schedule = forward_backward_pipelining_with_interleaving if chunks > 1 else forward_backward_pipelining_without_interleaving
+        schedule = (
+            forward_backward_pipelining_with_interleaving
+            if chunks > 1
+            else forward_backward_pipelining_without_interleaving
+        )
         with contextlib.ExitStack() as stack:
             for segment in branch.segments:
                 if segment.grad == "input":
@@ -152,7 +187,8 @@ class MegatronSchedule:
             pipeline_model_parallel_size=self.mesh.pp.size,
             virtual_pipeline_model_parallel_size=chunks if several else None,
             pipeline_dtype=next(iter(self.networks.values())).module.dtype,
-            # Sends and receives beside the computation. Batched ones would meet the wrong partner where the next rank is the previous one too.
+            # Sends and receives beside the computation. Batched ones would meet the wrong
+            # partner where the next rank is the previous one too.
             overlap_p2p_comm=several,
             batch_p2p_comm=False,
             calculate_per_token_loss=True,  # losses are contributions: not to be averaged over microbatches

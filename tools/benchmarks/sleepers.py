@@ -1,4 +1,6 @@
-"""A network whose stages sleep for the time they would take: real schedules and messages for more ranks than a machine has cores."""
+"""A network whose stages sleep for the time they would take: real schedules and messages
+for more ranks than a machine has cores.
+"""
 
 import time
 from collections.abc import Callable
@@ -27,7 +29,9 @@ class _Stage(torch.autograd.Function):
     """x + weight, slowly."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, seconds: Sleep, weight_gradient: Callable[[Tensor], None] | None):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, seconds: Sleep, weight_gradient: Callable[[Tensor], None] | None
+    ):
         ctx.seconds, ctx.weight_gradient = seconds, weight_gradient
         time.sleep(seconds.F)
         return x + weight
@@ -43,18 +47,30 @@ class _Stage(torch.autograd.Function):
 
 
 class Sleeper(nn.Module):
-    """A network (see models/stages.py) whose blocks add a number to every token, and whose stages sleep.
+    """A network (see models/stages.py) whose blocks add a number to every token, and
+    whose stages sleep.
 
     Args:
         samples: of a microbatch; a stage takes longer for several versions of them.
-        logits: returns the sum of each sample's tokens, as a discriminator does, not the tokens.
+        logits: returns the sum of each sample's tokens, as a discriminator does, not the
+            tokens.
     """
 
-    dtype = torch.float64  # its few sums cancel almost wholly, and gradients of two schedules are compared at 1e-5
+    # Its few sums cancel almost wholly, and gradients of two schedules are compared at
+    # 1e-5
+    dtype = torch.float64
 
-    def __init__(self, cut: Cut, mesh: Mesh, depth: int, samples: int, sleep: Sleep, logits: bool, patch_width: int):
+    def __init__(
+        self, cut: Cut, mesh: Mesh, depth: int, samples: int, sleep: Sleep, logits: bool, patch_width: int
+    ):
         super().__init__()
-        self.cut, self.depth, self.samples, self.logits, self.patch_width = cut, depth, samples, logits, patch_width
+        self.cut, self.depth, self.samples, self.logits, self.patch_width = (
+            cut,
+            depth,
+            samples,
+            logits,
+            patch_width,
+        )
         self.share = mesh.pp.size / cut.stages  # of a rank's part in a stage
         self.sleep = sleep
         self.entry = self._number() if cut.first else None
@@ -82,7 +98,12 @@ class Sleeper(nn.Module):
                 time.sleep(seconds.W)
                 torch.autograd.backward(weight(), gradient)
 
-            h = _Stage.apply(state["h"], weight().detach(), seconds, lambda gradient: store.later(lambda: put_off(gradient)))
+            h = _Stage.apply(
+                state["h"],
+                weight().detach(),
+                seconds,
+                lambda gradient: store.later(lambda: put_off(gradient)),
+            )
         if stage < self.cut.stages - 1:
             return {"h": h}
         return layout.sample_sum(h) if self.logits else h

@@ -1,9 +1,11 @@
-"""Time of one training step: our MMDiT against diffusers' SD3Transformer2DModel of the same shape, in one run.
+"""Time of one training step: our MMDiT against diffusers' SD3Transformer2DModel of the
+same shape, in one run.
 
     python tools/benchmarks/step_time.py [--json FILE] [--threads 2] [--repeats 7]
 
-8 layers, 8 heads x 64, 1,024 visual and 77 text tokens, batch 1, QK RMSNorm on both sides. A step is forward, backward and the same AdamW
-over the same fp32 masters. Steps of the two models alternate, so that a busy machine slows both; the medians are compared.
+8 layers, 8 heads x 64, 1,024 visual and 77 text tokens, batch 1, QK RMSNorm on both
+sides. A step is forward, backward and the same AdamW over the same fp32 masters. Steps of
+the two models alternate, so that a busy machine slows both; the medians are compared.
 """
 
 import argparse
@@ -60,7 +62,14 @@ class Step:
 
 
 def ours(dtype: str, mesh) -> Step:
-    shape = ModelConfig(depth=LAYERS, width=HEADS * HEAD, heads=HEADS, latent_channels=CHANNELS, text_width=TEXT_WIDTH, dtype=dtype)
+    shape = ModelConfig(
+        depth=LAYERS,
+        width=HEADS * HEAD,
+        heads=HEADS,
+        latent_channels=CHANNELS,
+        text_width=TEXT_WIDTH,
+        dtype=dtype,
+    )
     model = MMDiT(shape, mesh)
     parameters.initialise(model, mesh, 0)
     layout = build_layout(((1, SIDE // 2, SIDE // 2),), (TEXT,), mesh)
@@ -88,18 +97,29 @@ def theirs(dtype: str, mesh) -> Step:
         qk_norm="rms_norm",
     ).to(DTYPES[dtype])
     x = torch.randn(1, CHANNELS, SIDE, SIDE, dtype=DTYPES[dtype])
-    text, pooled = torch.randn(1, TEXT, TEXT_WIDTH, dtype=DTYPES[dtype]), torch.randn(1, TEXT_WIDTH, dtype=DTYPES[dtype])
+    text, pooled = (
+        torch.randn(1, TEXT, TEXT_WIDTH, dtype=DTYPES[dtype]),
+        torch.randn(1, TEXT_WIDTH, dtype=DTYPES[dtype]),
+    )
     t = torch.tensor([500.0])
 
     def loss():
-        out = model(hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)[0]
+        out = model(
+            hidden_states=x,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=t,
+            return_dict=False,
+        )[0]
         return out.float().square().mean()
 
     return Step(model, loss, mesh)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     arguments.add_argument("--threads", type=scripts.whole(1), default=2)
     arguments.add_argument("--repeats", type=scripts.whole(1), default=7)
@@ -115,7 +135,10 @@ def main() -> None:
         results[dtype] = {name: step.medians() for name, step in steps.items()}
         results[dtype]["ratio"] = results[dtype]["ours"]["step"] / results[dtype]["diffusers"]["step"]
         for name in steps:
-            print(f"{dtype:9} {name:10} " + "  ".join(f"{part} {seconds:.3f} s" for part, seconds in results[dtype][name].items()))
+            print(
+                f"{dtype:9} {name:10} "
+                + "  ".join(f"{part} {seconds:.3f} s" for part, seconds in results[dtype][name].items())
+            )
         print(f"{dtype:9} ours / diffusers: {results[dtype]['ratio']:.2f}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -1,4 +1,6 @@
-"""Damaged and hostile inputs for every boundary of the package, and what becomes of each; see tools/fuzz.py."""
+"""Damaged and hostile inputs for every boundary of the package, and what becomes of each;
+see tools/fuzz.py.
+"""
 
 from fuzzing.boundary import Boundary
 from fuzzing.checkpoints import CHECKPOINTS
@@ -10,5 +12,18 @@ from fuzzing.pictures import PICTURES
 from fuzzing.records import RECORDS
 from fuzzing.videos import VIDEOS
 
-_ALL = (PICTURES, VIDEOS, FOLDERS, DATASETS, ENCODINGS, CHECKPOINTS, CONFIGS, WEIGHTS, TOKENIZERS, BASES, COMMANDS, RECORDS)
+_ALL = (
+    PICTURES,
+    VIDEOS,
+    FOLDERS,
+    DATASETS,
+    ENCODINGS,
+    CHECKPOINTS,
+    CONFIGS,
+    WEIGHTS,
+    TOKENIZERS,
+    BASES,
+    COMMANDS,
+    RECORDS,
+)
 BOUNDARIES: dict[str, Boundary] = {boundary.name: boundary for boundary in _ALL}

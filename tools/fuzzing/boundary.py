@@ -1,8 +1,10 @@
 """What a boundary is, how one input goes through it, and how what happened is judged.
 
-Good: `fine` (it worked), `named` (an expected error that names file or field and what to do), `skipped` (an input listed in rejected.jsonl).
-Faults: `crash` (any other exception), `unnamed` (an error that names nothing), `wrong` (accepted though it must be seen, or something else was
-lost), `ran` (code of the input was run), `noise` (a library wrote to the terminal), `hang`, `memory`, `died`.
+Good: `fine` (it worked), `named` (an expected error that names file or field and what to
+do), `skipped` (an input listed in rejected.jsonl). Faults: `crash` (any other exception),
+`unnamed` (an error that names nothing), `wrong` (accepted though it must be seen, or
+something else was lost), `ran` (code of the input was run), `noise` (a library wrote to
+the terminal), `hang`, `memory`, `died`.
 """
 
 import contextlib
@@ -19,7 +21,10 @@ from pathlib import Path
 
 GOOD = ("fine", "named", "skipped")
 LONGEST = 4000  # characters of an error: one that repeats a hostile value in full is no help
-_WORDS = "use|set|start|give|must|fetch|download|remove|correct|copy|needs?|known|at least|can be|there are|usage|required|expected|save|helptext"
+_WORDS = (
+    "use|set|start|give|must|fetch|download|remove|correct|copy|needs?|known|at least|can be|there "
+    "are|usage|required|expected|save|helptext"
+)
 _REMEDY = re.compile(rf";|\b({_WORDS})\b", re.I)
 
 
@@ -52,10 +57,14 @@ class Boundary:
 
     Attributes:
         share: of all inputs, relative to other boundaries.
-        prepare: writes valid inputs into a folder, once; boundaries with the same function share the folder.
-        make: (random numbers, folder of valid inputs, new folder) -> a damaged input in the new folder.
-        run: (input, folder of valid inputs, its folder) -> outcome; raises what the package raises.
-        warm: (folder of valid inputs, folder) puts valid inputs through, so that no input waits for imports.
+        prepare: writes valid inputs into a folder, once; boundaries with the same
+            function share the folder.
+        make: (random numbers, folder of valid inputs, new folder) -> a damaged input in
+            the new folder.
+        run: (input, folder of valid inputs, its folder) -> outcome; raises what the
+            package raises.
+        warm: (folder of valid inputs, folder) puts valid inputs through, so that no input
+            waits for imports.
         quiet: libraries may not write to the terminal, for an input is one of many files.
     """
 
@@ -153,6 +162,10 @@ def attempt(boundary: Boundary, number: int, seed: int, valid: Path, scratch: Pa
 
 def _last_frames(error: BaseException) -> str:
     """The exception, and where in the package it arose."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "megatron_apt" in f.filename and "/cli.py" not in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if "megatron_apt" in f.filename and "/cli.py" not in f.filename
+    ]
     places = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames[-4:]))
     return f"{type(error).__name__}: {str(error)[:400]} [{places}]"

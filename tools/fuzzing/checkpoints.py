@@ -1,4 +1,6 @@
-"""Damaged and hostile checkpoints: with their list of checksums as it was, which must show any damage, and with one that fits the damage."""
+"""Damaged and hostile checkpoints: with their list of checksums as it was, which must
+show any damage, and with one that fits the damage.
+"""
 
 import hashlib
 import json
@@ -21,18 +23,25 @@ def commits(run: Path) -> list[Path]:
 
 
 def sign(commit: Path, older: bool = False) -> None:
-    """Makes the list of checksums fit the files, and its seal the list, as somebody who plants them would.
+    """Makes the list of checksums fit the files, and its seal the list, as somebody who
+    plants them would.
 
     Args:
-        older: as commits were before they had an index and a seal of ours, whose pickled index is what counts.
+        older: as commits were before they had an index and a seal of ours, whose pickled
+            index is what counts.
     """
     if older:
         for name in (_INDEX, _SEAL):
             (commit / name).unlink(missing_ok=True)
     files = sorted(path for path in commit.rglob("*") if path.is_file() and path.name not in (_SUMS, _SEAL))
-    (commit / _SUMS).write_text(json.dumps({str(f.relative_to(commit)): _sum(f) for f in files}, indent=1, sort_keys=True), encoding="utf-8")
+    (commit / _SUMS).write_text(
+        json.dumps({str(f.relative_to(commit)): _sum(f) for f in files}, indent=1, sort_keys=True),
+        encoding="utf-8",
+    )
     if not older:
-        (commit / _SEAL).write_text(json.dumps({"checksums": _sum(commit / _SUMS)}, indent=1, sort_keys=True), encoding="utf-8")
+        (commit / _SEAL).write_text(
+            json.dumps({"checksums": _sum(commit / _SUMS)}, indent=1, sort_keys=True), encoding="utf-8"
+        )
 
 
 def _sum(file: Path) -> dict:
@@ -57,7 +66,14 @@ def _make(rng: random.Random, valid: Path, folder: Path) -> Input:
 def _plant(rng: random.Random, commit: Path, folder: Path) -> Input:
     """A hostile pickle where a file of the commit was, with checksums that fit."""
     canary = folder / "canary"
-    file = rng.choice((commit / ".metadata", commit / ".metadata", commit / "common.pt", next(iter(sorted(commit.glob("*.distcp"))))))
+    file = rng.choice(
+        (
+            commit / ".metadata",
+            commit / ".metadata",
+            commit / "common.pt",
+            next(iter(sorted(commit.glob("*.distcp")))),
+        )
+    )
     if not file.exists():
         file = commit / rng.choice((".metadata", "common.pt"))
     around = file.read_bytes() if file.name == ".metadata" and file.exists() else None
@@ -74,7 +90,12 @@ def _plant(rng: random.Random, commit: Path, folder: Path) -> Input:
         file.write_bytes(data)
     older = rng.random() < 0.6
     sign(commit, older)
-    return Input(f"{file.name} planted: {what}{', older' if older else ''}", (file.name, str(commit)), canary=canary, settings={"signed": True})
+    return Input(
+        f"{file.name} planted: {what}{', older' if older else ''}",
+        (file.name, str(commit)),
+        canary=canary,
+        settings={"signed": True},
+    )
 
 
 def _structure(rng: random.Random, run: Path, commit: Path) -> Input:
@@ -105,19 +126,36 @@ def _structure(rng: random.Random, run: Path, commit: Path) -> Input:
         "iteration-x": lambda: (run / "checkpoints" / "iteration-x").mkdir(),
         "checkpoints is a file": lambda: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
     }
-    for name in (".metadata", "common.pt", "metadata.json", "state.json", _SUMS, _SEAL, _INDEX, next(iter(commit.glob("*.distcp"))).name):
+    for name in (
+        ".metadata",
+        "common.pt",
+        "metadata.json",
+        "state.json",
+        _SUMS,
+        _SEAL,
+        _INDEX,
+        next(iter(commit.glob("*.distcp"))).name,
+    ):
         for kind in ("missing", "empty", "a folder", "a pipe", "/dev/zero", "a dangling link"):
             if (commit / name).exists():
                 made[f"{name} is {kind}"] = lambda name=name, kind=kind: replace(commit / name, kind)
     what = rng.choice(list(made))
     made[what]()
-    unseen = what.startswith(("latest", "the newest", "a half", "a vast", "iteration-x", "checkpoints", "a folder that"))
-    return Input(what, (what.split()[0], "checkpoints", str(commit)), must_see=not unseen, settings={"structure": True})
+    unseen = what.startswith(
+        ("latest", "the newest", "a half", "a vast", "iteration-x", "checkpoints", "a folder that")
+    )
+    return Input(
+        what, (what.split()[0], "checkpoints", str(commit)), must_see=not unseen, settings={"structure": True}
+    )
 
 
 def _leave_out(commit: Path) -> None:
     sums = json.loads((commit / _SUMS).read_text())
-    (commit / _SUMS).write_text(json.dumps({name: entry for name, entry in sums.items() if not name.endswith((".distcp", ".metadata"))}))
+    (commit / _SUMS).write_text(
+        json.dumps(
+            {name: entry for name, entry in sums.items() if not name.endswith((".distcp", ".metadata"))}
+        )
+    )
     file = next(iter(commit.glob("*.distcp")))
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -170,7 +208,8 @@ def _run(case: Input, valid: Path, folder: Path) -> Outcome:
         raise Wrong(f"verify: {verified.said[:300]}")
     load = rng.choice((_sample, _resume, _resume, _start_from, _reshard))
     loaded = load(run, valid, folder)
-    outcomes.append(judged(loaded, case, run, remedy="BadLoss" not in loaded.said))  # of weights that somebody signed
+    # Of weights that somebody signed
+    outcomes.append(judged(loaded, case, run, remedy="BadLoss" not in loaded.said))
     if case.must_see and loaded.code == 0:
         raise Wrong(f"{load.__name__} loaded it: {loaded.said[:300]}")
     if lost := whole - {path.name for path in commits(run)}:
@@ -188,7 +227,9 @@ def _check_log(before: Path, after: Path) -> None:
 
 
 def _sample(run: Path, valid: Path, folder: Path):
-    return command("sample", run, "--prompts", "picture 1", "--out", folder / "samples", "--dataset", valid / "data")
+    return command(
+        "sample", run, "--prompts", "picture 1", "--out", folder / "samples", "--dataset", valid / "data"
+    )
 
 
 def _resume(run: Path, valid: Path, folder: Path):
@@ -196,7 +237,9 @@ def _resume(run: Path, valid: Path, folder: Path):
 
 
 def _start_from(run: Path, valid: Path, folder: Path):
-    return command("train", recipe(folder / "recipe.py", valid / "data", folder / "other"), "--init.generator", run)
+    return command(
+        "train", recipe(folder / "recipe.py", valid / "data", folder / "other"), "--init.generator", run
+    )
 
 
 def _reshard(run: Path, valid: Path, folder: Path):

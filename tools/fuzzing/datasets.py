@@ -30,12 +30,17 @@ def run() -> RunConfig:
 
 def recipe(file: Path, dataset: Path, output: Path, method: str = "flow", batch: int = SAMPLES) -> str:
     """Writes FILE.py with a recipe that trains one iteration; returns FILE.py:run."""
-    file.write_text(_RECIPE.format(channels=12, dataset=str(dataset), output=str(output), method=method, batch=batch), encoding="utf-8")
+    file.write_text(
+        _RECIPE.format(channels=12, dataset=str(dataset), output=str(output), method=method, batch=batch),
+        encoding="utf-8",
+    )
     return f"{file}:run"
 
 
 def write_dataset(valid: Path) -> None:
-    """A dataset of two shards in valid/data, the files it was made of in valid/files, and one half done in valid/half."""
+    """A dataset of two shards in valid/data, the files it was made of in valid/files, and
+    one half done in valid/half.
+    """
     encoding.write_tokenizer(valid / "tokenizer.model")
     (valid / "files").mkdir()
     for i in range(SAMPLES):
@@ -55,10 +60,20 @@ def _undo(folder: Path) -> None:
     """As if the encoding had been killed after its first shard."""
     info = json.loads((folder / "dataset.json").read_text())
     lines = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
-    first = [{key: value for key, value in line.items() if key != "id"} for line in lines if line["shard"] == "shard-00000.tar"]
+    first = [
+        {key: value for key, value in line.items() if key != "id"}
+        for line in lines
+        if line["shard"] == "shard-00000.tar"
+    ]
     (folder / "shard-00000.done").write_text(json.dumps({"index": first, "rejected": []}) + "\n")
     (folder / "encode.json").write_text(json.dumps(info["settings"]) + "\n")
-    for name in ("dataset.json", "index.jsonl", "conditions.safetensors", "rejected.jsonl", "shard-00001.tar"):
+    for name in (
+        "dataset.json",
+        "index.jsonl",
+        "conditions.safetensors",
+        "rejected.jsonl",
+        "shard-00001.tar",
+    ):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -113,7 +128,9 @@ def _misplaced(rng: random.Random, line: dict) -> str:
         "shape": lambda: line.__setitem__("latent_shape", [12, 1, 99, 99]),
         "vast shape": lambda: line.__setitem__("latent_shape", [10**6, 10**6, 10**6, 10**6]),
         "text length": lambda: line.__setitem__("text_length", 10**9),
-        "shard elsewhere": lambda: line.__setitem__("shard", rng.choice(("../data/shard-00000.tar", "/dev/zero", "/etc/passwd", "", "nothere.tar"))),
+        "shard elsewhere": lambda: line.__setitem__(
+            "shard", rng.choice(("../data/shard-00000.tar", "/dev/zero", "/etc/passwd", "", "nothere.tar"))
+        ),
     }
     what = rng.choice(list(made))
     made[what]()
@@ -132,7 +149,11 @@ def _shard(rng: random.Random, data: Path) -> Input:
     file = data / f"shard-0000{rng.randrange(2)}.tar"
     content = bytearray(file.read_bytes())
     if rng.random() < 0.6:
-        line = next(line for line in map(json.loads, (data / "index.jsonl").read_text().splitlines()) if line["shard"] == file.name)
+        line = next(
+            line
+            for line in map(json.loads, (data / "index.jsonl").read_text().splitlines())
+            if line["shard"] == file.name
+        )
         start, size = line[rng.choice(("latent", "text"))]
         made, what = _hostile_array(rng, size)
         content[start : start + size] = made
@@ -160,7 +181,12 @@ def _hostile_array(rng: random.Random, size: int) -> tuple[bytes, str]:
     if what == "a pickle":
         return (b"\x80\x04cos\nsystem\nX\x05\0\0\0false\x85R." + bytes(size))[:size], what
     header = headers[what].encode()
-    return (b"\x93NUMPY\x01\0" + struct.pack("<H", min(len(header), 65_535)) + header + np.zeros(size // 4 + 1, "<f4").tobytes())[:size], what
+    return (
+        b"\x93NUMPY\x01\0"
+        + struct.pack("<H", min(len(header), 65_535))
+        + header
+        + np.zeros(size // 4 + 1, "<f4").tobytes()
+    )[:size], what
 
 
 def _tar_header(rng: random.Random, content: bytearray) -> tuple[bytes, str]:
@@ -192,7 +218,9 @@ def _tokenizer(rng: random.Random, data: Path) -> Input:
 
 def _files(rng: random.Random, data: Path) -> Input:
     """A file missing, empty, or of another kind."""
-    file = data / rng.choice(("dataset.json", "index.jsonl", "conditions.safetensors", "shard-00000.tar", "tokenizer.model"))
+    file = data / rng.choice(
+        ("dataset.json", "index.jsonl", "conditions.safetensors", "shard-00000.tar", "tokenizer.model")
+    )
     how = rng.choice(("missing", "empty", "a folder", "a pipe", "/dev/zero", "a dangling link", "no samples"))
     if how == "no samples":
         info = json.loads((data / "dataset.json").read_text())
@@ -201,7 +229,10 @@ def _files(rng: random.Random, data: Path) -> Input:
         return Input("a dataset of no samples", ("index.jsonl", "dataset.json", "data"), must_see=True)
     replace(file, how)
     return Input(
-        f"{file.name}: {how}", (file.name,), must_see=file.name not in ("tokenizer.model",), settings={"sample": file.name == "tokenizer.model"}
+        f"{file.name}: {how}",
+        (file.name,),
+        must_see=file.name not in ("tokenizer.model",),
+        settings={"sample": file.name == "tokenizer.model"},
     )
 
 
@@ -223,7 +254,16 @@ def replace(file: Path, how: str) -> None:
 def _run(case: Input, valid: Path, folder: Path) -> Outcome:
     """One iteration of training over every sample; for the tokenizer a prompt is sampled."""
     if case.settings.get("sample"):
-        command_line = ("sample", valid / "run", "--dataset", folder / "data", "--prompts", "picture 1", "--out", folder / "samples")
+        command_line = (
+            "sample",
+            valid / "run",
+            "--dataset",
+            folder / "data",
+            "--prompts",
+            "picture 1",
+            "--out",
+            folder / "samples",
+        )
     else:
         command_line = ("train", recipe(folder / "recipe.py", folder / "data", folder / "run"))
     found = judged(command(*command_line), case, folder / "data")
@@ -241,7 +281,10 @@ def write_run(valid: Path) -> None:
 
 
 def warm_run(valid: Path, folder: Path) -> None:
-    for done in (command("train", recipe(folder / "recipe.py", valid / "data", folder / "run")), command("checkpoint", "inspect", valid / "run")):
+    for done in (
+        command("train", recipe(folder / "recipe.py", valid / "data", folder / "run")),
+        command("checkpoint", "inspect", valid / "run"),
+    ):
         assert done.code == 0, done.said
 
 
@@ -256,7 +299,9 @@ def _make_half(rng: random.Random, valid: Path, folder: Path) -> Input:
     shutil.copytree(valid / "half", half)
     if rng.random() < 0.1:
         return _lock(rng, half)
-    file = half / rng.choice(("encode.json", "shard-00000.done", "shard-00000.done", "shard-00000.tar", "tokenizer.model"))
+    file = half / rng.choice(
+        ("encode.json", "shard-00000.done", "shard-00000.done", "shard-00000.tar", "tokenizer.model")
+    )
     if rng.random() < 0.25:
         how = rng.choice(("missing", "empty", "a folder", "a pipe", "a dangling link"))
         replace(file, how)
@@ -286,7 +331,9 @@ def _run_half(case: Input, valid: Path, folder: Path) -> Outcome:
     lines = (folder / "half" / "index.jsonl").read_text().splitlines()
     if len(lines) != SAMPLES:
         raise Wrong(f"the dataset that was gone on with has {len(lines)} of {SAMPLES} samples")
-    trained = judged(command("train", recipe(folder / "recipe.py", folder / "half", folder / "run")), case, folder / "half")
+    trained = judged(
+        command("train", recipe(folder / "recipe.py", folder / "half", folder / "run")), case, folder / "half"
+    )
     return trained
 
 

@@ -88,7 +88,11 @@ def _manifest(rng: random.Random, valid: Path, folder: Path) -> Input:
         data, what = bytes_damage(rng, _written(rows, kind))
         control = False
     (source / f"list{kind}").write_bytes(data)
-    return Input(f"list{kind}: {what}", (f"list{kind}",), settings={"source": f"list{kind}", "control": control, "inputs": None})
+    return Input(
+        f"list{kind}: {what}",
+        (f"list{kind}",),
+        settings={"source": f"list{kind}", "control": control, "inputs": None},
+    )
 
 
 def _written(rows: list[dict], kind: str) -> bytes:
@@ -137,13 +141,17 @@ def _caption(rng: random.Random, valid: Path, folder: Path) -> Input:
     text = source / "x.txt"
     made = {
         "random bytes": lambda: text.write_bytes(rng.randbytes(rng.choice((1, 100, 100_000)))),
-        "UTF-16": lambda: text.write_bytes("a caption".encode(rng.choice(("utf-16", "utf-16-le", "utf-16-be", "utf-32")))),
+        "UTF-16": lambda: text.write_bytes(
+            "a caption".encode(rng.choice(("utf-16", "utf-16-le", "utf-16-be", "utf-32")))
+        ),
         "cp1252": lambda: text.write_bytes("café “x”".encode("cp1252")),
         "a mark": lambda: text.write_bytes(b"\xef\xbb\xbfa caption"),
         "an odd text": lambda: text.write_bytes(rng.choice(_TEXTS).encode("utf-8", errors="surrogatepass")),
         "40 MB": lambda: text.write_bytes(b"abcdefg " * 5_000_000),
         "70,000 bytes without a space": lambda: text.write_bytes(b"a" * 70_000),
-        "1.5 MB of other letters": lambda: text.write_bytes("".join(chr(c) for c in range(0x4E00, 0x9E00)).encode() * 25),
+        "1.5 MB of other letters": lambda: text.write_bytes(
+            "".join(chr(c) for c in range(0x4E00, 0x9E00)).encode() * 25
+        ),
         "a folder": lambda: text.mkdir(),
         "a pipe": lambda: os.mkfifo(text),
         "/dev/zero": lambda: text.symlink_to("/dev/zero"),
@@ -151,7 +159,9 @@ def _caption(rng: random.Random, valid: Path, folder: Path) -> Input:
     }
     what = rng.choice(list(made))
     made[what]()
-    return Input(f"a caption of {what}", ("x.txt", "x.png"), settings={"source": ".", "control": True, "inputs": 2})
+    return Input(
+        f"a caption of {what}", ("x.txt", "x.png"), settings={"source": ".", "control": True, "inputs": 2}
+    )
 
 
 # --- what lies in a folder
@@ -172,7 +182,9 @@ def _odd_file(rng: random.Random, valid: Path, folder: Path) -> Input:
         "a link to the root": lambda: (source / "again").symlink_to(folder),
         "an empty file": lambda: path.touch(),
         "a text": lambda: path.write_text("not a picture"),
-        "of a name that is no UTF-8": lambda: _picture(valid, Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9.png"))),
+        "of a name that is no UTF-8": lambda: _picture(
+            valid, Path(os.fsdecode(os.fsencode(source) + b"/caf\xe9.png"))
+        ),
         "of a long name": lambda: _picture(valid, source / ("é" * 125 + ".png")),
         "of a name with a newline": lambda: _picture(valid, source / "a\nb.png"),
         "of macOS": lambda: (source / "._x.png").write_bytes(b"\0\5\x16\7" + bytes(100)),
@@ -185,7 +197,9 @@ def _odd_file(rng: random.Random, valid: Path, folder: Path) -> Input:
     made[what]()
     if rng.random() < 0.8 and not what.startswith(("of", "a link", "deep")):
         path.with_suffix(".txt").write_text("odd")
-    return Input(f"{path.name} is {what}", (path.name,), settings={"source": ".", "control": True, "inputs": None})
+    return Input(
+        f"{path.name} is {what}", (path.name,), settings={"source": ".", "control": True, "inputs": None}
+    )
 
 
 def _socket(path: Path) -> None:

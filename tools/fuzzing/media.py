@@ -16,7 +16,11 @@ PICTURES = {
     "plain.jpg": ("RGB", "JPEG", {}),
     "progressive.jpg": ("RGB", "JPEG", {"progressive": True, "quality": 95}),
     "cmyk.jpg": ("CMYK", "JPEG", {}),
-    "exif.jpg": ("RGB", "JPEG", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"}),
+    "exif.jpg": (
+        "RGB",
+        "JPEG",
+        {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"},
+    ),
     "plain.webp": ("RGB", "WEBP", {}),
     "lossless.webp": ("RGBA", "WEBP", {"lossless": True}),
     "plain.bmp": ("RGB", "BMP", {}),
@@ -82,7 +86,9 @@ def write_clip(path: Path, codec: str, pixels: str, frames: int = FRAMES) -> Pat
         stream.pix_fmt = pixels
         stream.codec_context.gop_size = 6
         for k in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.roll(base, 2 * k, axis=1), format="rgb24").reformat(format=pixels)
+            frame = av.VideoFrame.from_ndarray(np.roll(base, 2 * k, axis=1), format="rgb24").reformat(
+                format=pixels
+            )
             frame.pts = k
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -101,12 +107,20 @@ def write_clips(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def png(width: int, height: int, data: bytes, depth: int = 8, colour: int = 2, chunks: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
+def png(
+    width: int,
+    height: int,
+    data: bytes,
+    depth: int = 8,
+    colour: int = 2,
+    chunks: tuple[tuple[bytes, bytes], ...] = (),
+) -> bytes:
     """A PNG file whose header says what one likes; data is compressed already."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = ((b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
     )
 
 

@@ -87,7 +87,9 @@ def _delete(rng, data, other):
 
 def _repeat(rng, data, other):
     start, size = _span(rng, data)
-    return data[: start + size] * 1 + data[start : start + size] * 20 + data[start + size :], f"{size} bytes at {start} repeated"
+    return data[: start + size] * 1 + data[start : start + size] * 20 + data[
+        start + size :
+    ], f"{size} bytes at {start} repeated"
 
 
 def _field(rng, data, other):
@@ -112,19 +114,26 @@ def _span(rng: random.Random, data: bytes) -> tuple[int, int]:
     return rng.randrange(max(1, len(data) - size + 1)), size
 
 
-def beside_marker(rng: random.Random, data: bytes, markers: Sequence[bytes], reach: int = 48) -> tuple[bytes, str]:
-    """An extreme number a few bytes before or after one of the markers that occur (box names, chunk names)."""
+def beside_marker(
+    rng: random.Random, data: bytes, markers: Sequence[bytes], reach: int = 48
+) -> tuple[bytes, str]:
+    """An extreme number a few bytes before or after one of the markers that occur (box
+    names, chunk names).
+    """
     found = [(marker, place) for marker in markers if (place := data.find(marker)) >= 0]
     if not found:
         return bytes_damage(rng, data)
     marker, place = rng.choice(found)
     start = max(0, place + rng.randrange(-4, reach))
     value = rng.choice(_EXTREMES)
-    return data[:start] + struct.pack(rng.choice("<>") + "I", value) + data[start + 4 :], f"{value:#x} at {start - place} from {marker!r}"
+    return data[:start] + struct.pack(rng.choice("<>") + "I", value) + data[
+        start + 4 :
+    ], f"{value:#x} at {start - place} from {marker!r}"
 
 
 def json_damage(rng: random.Random, value: object, least: int = 0) -> tuple[bytes, str, str]:
-    """(text, description, name of the field) of a JSON value with one thing wrong in its structure.
+    """(text, description, name of the field) of a JSON value with one thing wrong in its
+    structure.
 
     Args:
         least: depth below which fields are changed (0: also the whole value).
@@ -148,7 +157,11 @@ def json_damage(rng: random.Random, value: object, least: int = 0) -> tuple[byte
         return _text_damage(rng, json.dumps(value), name)
     if how < 0.55:
         described, raw = rng.choice(list(_RAW.items()))
-        return json.dumps(_replaced(value, path, "")).replace('""', raw, 1).encode(), f"{shown} is {described}", name
+        return (
+            json.dumps(_replaced(value, path, "")).replace('""', raw, 1).encode(),
+            f"{shown} is {described}",
+            name,
+        )
     new = rng.choice(_VALUES)
     return json.dumps(_replaced(value, path, new)).encode(), f"{shown} is {json.dumps(new)[:40]}", name
 
@@ -171,7 +184,9 @@ def _text_damage(rng: random.Random, text: str, name: str) -> tuple[bytes, str, 
 
 def _places(value: object, path: tuple = ()) -> list[tuple]:
     """Every path in the value, the whole first."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
+    inner = (
+        value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
+    )
     return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
 
 

@@ -1,4 +1,6 @@
-"""Files that the package writes and reads again beside checkpoints and datasets: logs, results, progress, calibrations, figures of an evaluation."""
+"""Files that the package writes and reads again beside checkpoints and datasets: logs,
+results, progress, calibrations, figures of an evaluation.
+"""
 
 import json
 import random
@@ -33,15 +35,33 @@ def write_records(valid: Path) -> None:
     demo = valid / "demo"
     files = digits.write_digit_images(demo / "data" / "images-files", count=40)
     pixels = ("--pixel-channels", 1, "--pixel-temporal", 1, "--frames", 1, "--text-width", 8)
-    done = command("encode", "--source", files, "--output", demo / "data" / "images", "--height", 8, "--width", 8, *pixels)
+    done = command(
+        "encode",
+        "--source",
+        files,
+        "--output",
+        demo / "data" / "images",
+        "--height",
+        8,
+        "--width",
+        8,
+        *pixels,
+    )
     assert done.code == 0, done.said
     folder = demo / "evaluation" / "images"
     folder.mkdir(parents=True)
     (folder / "diffusion_25.json").write_text(json.dumps(_NUMBERS))
-    captions = [json.loads(line)["caption"] for line in (demo / "data" / "images" / "index.jsonl").read_text().splitlines()]
+    captions = [
+        json.loads(line)["caption"]
+        for line in (demo / "data" / "images" / "index.jsonl").read_text().splitlines()
+    ]
     shown = sum(min(2, captions.count(caption)) for caption in set(captions))
     save_file({"latents": torch.zeros(shown, 1, 1, 8, 8)}, folder / "diffusion_25.safetensors")
-    (demo / "progress.json").write_text(json.dumps({"quick": False, "done": ["images/encode", "images/flow"], "seconds": {"images/flow": 1.0}}))
+    (demo / "progress.json").write_text(
+        json.dumps(
+            {"quick": False, "done": ["images/encode", "images/flow"], "seconds": {"images/flow": 1.0}}
+        )
+    )
     (demo / "images" / "flow").mkdir(parents=True)
     shutil.copy(valid / "run" / "log.jsonl", demo / "images" / "flow" / "log.jsonl")
     done = command("report", "--root", demo)
@@ -56,7 +76,19 @@ def _calibration(rng: random.Random, valid: Path, folder: Path) -> Input:
     file = folder / "calibration.json"
     text, what, name = json_damage(rng, _CALIBRATION)
     file.write_bytes(text)
-    line = ["schedule", "--ranks", "2", "--microbatches", "2", "--iterations", "1", "--evaluations", "0", "--calibration", str(file)]
+    line = [
+        "schedule",
+        "--ranks",
+        "2",
+        "--microbatches",
+        "2",
+        "--iterations",
+        "1",
+        "--evaluations",
+        "0",
+        "--calibration",
+        str(file),
+    ]
     return Input(f"calibration: {what}", (file.name, name or file.name), settings={"line": line})
 
 
@@ -75,16 +107,34 @@ def _log(rng: random.Random, valid: Path, folder: Path) -> Input:
         file.write_bytes(data)
     else:
         text, what, _ = json_damage(rng, json.loads(lines[place]))
-        file.write_bytes(b"\n".join([*(line.encode() for line in lines[:place]), text, *(line.encode() for line in lines[place + 1 :])]) + b"\n")
+        file.write_bytes(
+            b"\n".join(
+                [
+                    *(line.encode() for line in lines[:place]),
+                    text,
+                    *(line.encode() for line in lines[place + 1 :]),
+                ]
+            )
+            + b"\n"
+        )
     spec = recipe(folder / "recipe.py", valid / "data", run)
     intact = set(lines) & set(file.read_bytes().decode(errors="replace").split("\n")) if how >= 0.3 else set()
-    return Input(f"log.jsonl: {what}", ("log.jsonl",), settings={"line": ["train", spec, "--iterations", "3"], "intact": intact})
+    return Input(
+        f"log.jsonl: {what}",
+        ("log.jsonl",),
+        settings={"line": ["train", spec, "--iterations", "3"], "intact": intact},
+    )
 
 
 def _demo(rng: random.Random, valid: Path, folder: Path) -> Input:
     demo = folder / "demo"
     shutil.copytree(valid / "demo", demo)
-    files = ("progress.json", "evaluation/images/diffusion_25.json", "evaluation/images/diffusion_25.safetensors", "images/flow/log.jsonl")
+    files = (
+        "progress.json",
+        "evaluation/images/diffusion_25.json",
+        "evaluation/images/diffusion_25.safetensors",
+        "images/flow/log.jsonl",
+    )
     file = demo / rng.choice((*files, "data/images/dataset.json", "report.html", "results.json"))
     before = file.read_bytes()
     if rng.random() < 0.2:
@@ -100,7 +150,11 @@ def _demo(rng: random.Random, valid: Path, folder: Path) -> Input:
     else:
         data, what = (header_damage if file.suffix == ".safetensors" else bytes_damage)(rng, before)
         file.write_bytes(data)
-    return Input(f"demo/{file.relative_to(demo)}: {what}", (file.name,), settings={"line": ["report", "--root", str(demo)]})
+    return Input(
+        f"demo/{file.relative_to(demo)}: {what}",
+        (file.name,),
+        settings={"line": ["report", "--root", str(demo)]},
+    )
 
 
 def _run(case: Input, valid: Path, folder: Path) -> Outcome:

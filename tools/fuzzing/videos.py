@@ -9,16 +9,78 @@ from fuzzing.media import write_clips
 from fuzzing.mutate import beside_marker, bytes_damage
 
 _BOXES = (
-    *(b"ftyp", b"moov", b"mvhd", b"trak", b"tkhd", b"edts", b"elst", b"mdia", b"mdhd", b"hdlr", b"minf", b"stbl", b"mdat", b"pasp", b"colr"),
-    *(b"stsd", b"stts", b"ctts", b"stss", b"stsc", b"stsz", b"stco", b"avc1", b"mp4v", b"jpeg", b"avcC", b"esds"),
+    *(
+        b"ftyp",
+        b"moov",
+        b"mvhd",
+        b"trak",
+        b"tkhd",
+        b"edts",
+        b"elst",
+        b"mdia",
+        b"mdhd",
+        b"hdlr",
+        b"minf",
+        b"stbl",
+        b"mdat",
+        b"pasp",
+        b"colr",
+    ),
+    *(
+        b"stsd",
+        b"stts",
+        b"ctts",
+        b"stss",
+        b"stsc",
+        b"stsz",
+        b"stco",
+        b"avc1",
+        b"mp4v",
+        b"jpeg",
+        b"avcC",
+        b"esds",
+    ),
 )
 _CHUNKS = (
-    *(b"RIFF", b"AVI ", b"hdrl", b"avih", b"strl", b"strh", b"strf", b"movi", b"00dc", b"idx1", b"FLV", b"GIF89a", b"NETSCAPE2.0"),
+    *(
+        b"RIFF",
+        b"AVI ",
+        b"hdrl",
+        b"avih",
+        b"strl",
+        b"strh",
+        b"strf",
+        b"movi",
+        b"00dc",
+        b"idx1",
+        b"FLV",
+        b"GIF89a",
+        b"NETSCAPE2.0",
+    ),
     # EBML: header, segment, info, tracks, cluster, cues, video, width
-    *(b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67", b"\x15\x49\xa9\x66", b"\x16\x54\xae\x6b", b"\x1f\x43\xb6\x75", b"\x1c\x53\xbb\x6b"),
+    *(
+        b"\x1a\x45\xdf\xa3",
+        b"\x18\x53\x80\x67",
+        b"\x15\x49\xa9\x66",
+        b"\x16\x54\xae\x6b",
+        b"\x1f\x43\xb6\x75",
+        b"\x1c\x53\xbb\x6b",
+    ),
     *(b"\xe0", b"\xb0"),
 )
-_CODECS = (b"avc1", b"mp4v", b"jpeg", b"V_MPEG4/ISO/AVC", b"V_FFV1", b"V_VP9", b"V_VP8", b"FMP4", b"MJPG", b"WMV2", b"h264")
+_CODECS = (
+    b"avc1",
+    b"mp4v",
+    b"jpeg",
+    b"V_MPEG4/ISO/AVC",
+    b"V_FFV1",
+    b"V_VP9",
+    b"V_VP8",
+    b"FMP4",
+    b"MJPG",
+    b"WMV2",
+    b"h264",
+)
 
 
 def _prepare(valid: Path) -> None:

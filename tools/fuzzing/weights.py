@@ -31,24 +31,50 @@ def header_damage(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         length = rng.choice((0, 1, 7, 10**6, 10**8 + 1, 2**40, 2**63, 2**64 - 1))
         return joined(header, numbers, length), f"a header of {length} bytes, it says"
     if how < 0.2:
-        return joined({("x." + key if key == name else key): value for key, value in header.items()}, numbers), f"{name} under another name"
+        return joined(
+            {("x." + key if key == name else key): value for key, value in header.items()}, numbers
+        ), f"{name} under another name"
     if how < 0.3:
         entry["dtype"] = rng.choice(_DTYPES)
         return joined(header, numbers), f"{name}: dtype {entry['dtype']}"
     if how < 0.45:
         entry["shape"] = rng.choice(
-            ([], [0], [-1], [2**31, 2**31], [2**62, 4], [1] * 3000, [*entry["shape"], 1], entry["shape"][::-1], [1.5], ["1"], None)
+            (
+                [],
+                [0],
+                [-1],
+                [2**31, 2**31],
+                [2**62, 4],
+                [1] * 3000,
+                [*entry["shape"], 1],
+                entry["shape"][::-1],
+                [1.5],
+                ["1"],
+                None,
+            )
         )
         return joined(header, numbers), f"{name}: shape {str(entry['shape'])[:60]}"
     if how < 0.65:
         start, end = entry["data_offsets"]
         entry["data_offsets"] = rng.choice(
-            ([end, start], [0, 2**63], [-8, 0], [start + 1, end + 1], [0, end - start], [2**64, 2**64], [start], [], "x")
+            (
+                [end, start],
+                [0, 2**63],
+                [-8, 0],
+                [start + 1, end + 1],
+                [0, end - start],
+                [2**64, 2**64],
+                [start],
+                [],
+                "x",
+            )
         )
         return joined(header, numbers), f"{name}: data_offsets {entry['data_offsets']}"
     if how < 0.75:
         cut = rng.choice((0, 1, len(numbers) // 2))
-        return joined(header, numbers[:cut] if rng.random() < 0.7 else numbers + bytes(64)), f"numbers cut to {cut}, or too many"
+        return joined(
+            header, numbers[:cut] if rng.random() < 0.7 else numbers + bytes(64)
+        ), f"numbers cut to {cut}, or too many"
     if how < 0.8:
         del header[name]
         return joined(header, numbers), f"{name} taken out of the header"

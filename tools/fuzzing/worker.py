@@ -1,6 +1,7 @@
 """A process that takes inputs one by one, and the watch over it: time, memory and death.
 
-The process imports the package once. It is started again after a fault that it cannot outlive.
+The process imports the package once. It is started again after a fault that it cannot
+outlive.
 """
 
 import contextlib
@@ -63,13 +64,18 @@ class Worker:
         answer, fault = self._ask({"boundary": boundary, "number": number}, self.limit)
         seconds = time.monotonic() - began
         if fault:
-            what = self._ask({"describe": boundary, "number": number}, _READY)[0].get("what", "cannot be made again")
+            what = self._ask({"describe": boundary, "number": number}, _READY)[0].get(
+                "what", "cannot be made again"
+            )
             return Result(boundary, number, what, fault[0], fault[1], seconds, fault[2])
         kind, message = answer["kind"], answer["message"]
         if kind in ("fine", "named", "skipped") and answer["peak_mib"] > MOST_MIB:
             kind, message = "memory", f"{answer['peak_mib']} MiB; {kind}: {message}"
         if answer["quiet"] and kind in ("fine", "named", "skipped") and self.log.stat().st_size > noise:
-            kind, message = "noise", f"{self.log.read_bytes()[noise:].decode(errors='replace')[:300]!r}; {kind}: {message}"
+            kind, message = (
+                "noise",
+                f"{self.log.read_bytes()[noise:].decode(errors='replace')[:300]!r}; {kind}: {message}",
+            )
         return Result(boundary, number, answer["what"], kind, message, answer["seconds"], answer["peak_mib"])
 
     def stop(self) -> None:
@@ -83,7 +89,15 @@ class Worker:
     def _start(self) -> None:
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fuzzing.worker", str(self.root), str(self.scratch), str(self.seed), str(self.limit)],
+                [
+                    sys.executable,
+                    "-m",
+                    "fuzzing.worker",
+                    str(self.root),
+                    str(self.scratch),
+                    str(self.seed),
+                    str(self.limit),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -117,13 +131,21 @@ class Worker:
 
 def _paths() -> str:
     tools = Path(__file__).parents[1]
-    return os.pathsep.join((str(tools), str(tools.parent), str(tools.parent / "tests"), os.environ.get("PYTHONPATH", "")))
+    return os.pathsep.join(
+        (str(tools), str(tools.parent), str(tools.parent / "tests"), os.environ.get("PYTHONPATH", ""))
+    )
 
 
 def _stack(log: Path) -> str:
     """Where the process was: the end of what faulthandler wrote."""
-    last = re.split(r"Timeout \(|Fatal Python error|Traceback \(", log.read_bytes()[-30_000:].decode(errors="replace"))[-1]
-    lines = last.partition("Thread 0x")[2].rpartition("Thread 0x")[2].splitlines() if "Thread 0x" in last else last.splitlines()
+    last = re.split(
+        r"Timeout \(|Fatal Python error|Traceback \(", log.read_bytes()[-30_000:].decode(errors="replace")
+    )[-1]
+    lines = (
+        last.partition("Thread 0x")[2].rpartition("Thread 0x")[2].splitlines()
+        if "Thread 0x" in last
+        else last.splitlines()
+    )
     frames = [line.strip() for line in lines if line.strip().startswith("File ")]
     ours = [line for line in frames if "megatron_apt" in line and "cli.py" not in line] or frames
     return " < ".join(line.split("/")[-1].replace('"', "") for line in ours[:4])
@@ -178,7 +200,13 @@ def _answer(request: dict, root: Path, scratch: Path, seed: int, limit: float) -
     seconds = time.monotonic() - began
     faulthandler.cancel_dump_traceback_later()
     sys.stderr.flush()
-    return {"what": case.what, **asdict(outcome), "seconds": seconds, "peak_mib": _peak_mib(), "quiet": boundary.quiet}
+    return {
+        "what": case.what,
+        **asdict(outcome),
+        "seconds": seconds,
+        "peak_mib": _peak_mib(),
+        "quiet": boundary.quiet,
+    }
 
 
 _LOG = os.fdopen(os.dup(2), "w")  # of this process, even where the package sends descriptor 2 elsewhere
