@@ -1,5 +1,4 @@
-"""Counter-based random numbers: any slice of any sample's noise is a pure function of its
-key.
+"""Counter-based random numbers: any slice of any sample's noise follows from its key.
 
 Philox 4x32 with 10 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3"). The key is 64 bits derived from (seed, iteration, phase, purpose); the counter is
@@ -9,7 +8,8 @@ order, batch nor mesh.
 A sample's noise is its stream in latent order: number ((c F + f) H + y) W + x belongs to
 latent (c, f, y, x). Kernels draw it in one of two orders:
     stream order   each program makes whole blocks of four numbers; e bytes written a number
-    token order    exactly the tokens given, (T, C pf ph pw) as the model takes them, and on request a x + b n in the same pass: 2 e bytes a number
+    token order    exactly the tokens given, (T, C pf ph pw) as the model takes them, and on
+                   request a x + b n in the same pass: 2 e bytes a number
 
 Neighbours in a token are not neighbours in the stream, so in token order every number
 makes its own block and drops three words. That is about 160 instructions a number: for

@@ -1,16 +1,23 @@
-"""Attention of learned queries over the tokens of each sample: few queries per head
-(mostly one), no matter how many tokens.
+"""Attention of learned queries over the tokens of each sample.
 
-For sample i and head h, with n_t = k_t / sqrt(mean(k_t^2) + eps) and scores s_t = (q_h .
-n_t k_scale) / sqrt(K) over the sample's tokens t:
-    max = max_t s_t     sum = sum_t e^(s_t - max)     acc = sum_t e^(s_t - max) v_t     output = acc / sum
+There are few queries per head, mostly one, however many tokens. For sample i and head h,
+with n_t = k_t / sqrt(mean(k_t^2) + eps), over the sample's tokens t:
+    s_t    = (q_h . n_t k_scale) / sqrt(K)     scores
+    max    = max_t s_t
+    sum    = sum_t e^(s_t - max)
+    acc    = sum_t e^(s_t - max) v_t
+    output = acc / sum
 The triple (max, sum, acc) of any partition of the tokens merges exactly (log-sum-exp): so
 do the blocks of a kernel, and context-parallel ranks.
 
 Backward, with w_t = e^(s_t - max), g = q k_scale / sqrt(K) and max a constant (it cancels
 in acc / sum):
-    dv_t = w_t dacc     ds_t = w_t (dsum + dacc . v_t)     dk_t = (ds_t g - n_t ds_t s_t / K) / rms_t     p_h = sum_t ds_t n_t
-    dq_h = p_h k_scale / sqrt(K)     dk_scale = sum_h p_h q_h / sqrt(K)
+    dv_t     = w_t dacc
+    ds_t     = w_t (dsum + dacc . v_t)
+    dk_t     = (ds_t g - n_t ds_t s_t / K) / rms_t
+    p_h      = sum_t ds_t n_t
+    dq_h     = p_h k_scale / sqrt(K)
+    dk_scale = sum_h p_h q_h / sqrt(K)
 since mean(ds g n) = ds s / K: the norm costs the backward no reduction of its own.
 
 Letters: n samples, T tokens, H heads, K head size, Q queries per head. Bytes at e bytes a

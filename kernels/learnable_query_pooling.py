@@ -1,10 +1,13 @@
-"""Attention of one learned query per head that pools the head's input x instead of
-values: no token needs a value projection.
+"""Attention of one learned query per head that pools the head's input, not values.
 
-With w_t,h = e^(s_t,h - max_h) and the scores of learnable_query_attention:
-    acc_h = sum_t w_t,h x_t  (D,)     and the caller projects once per sample:     output_h = (Wv_h acc_h + sum_h bv_h) / sum_h
+So no token needs a value projection. With w_t,h = e^(s_t,h - max_h) and the scores of
+learnable_query_attention:
+    acc_h = sum_t w_t,h x_t                          (D,)
+    output_h = (Wv_h acc_h + sum_h bv_h) / sum_h     projected by the caller, once per sample
 Backward:
-    dx_t = sum_h w_t,h dacc_h     ds_t,h = w_t,h (dsum_h + x_t . dacc_h)     and dk, dq, dk_scale from ds as in learnable_query_attention.
+    dx_t = sum_h w_t,h dacc_h
+    ds_t,h = w_t,h (dsum_h + x_t . dacc_h)
+and dk, dq, dk_scale follow from ds as in learnable_query_attention.
 
 Letters: n samples, T tokens, H heads, K head size, D width, e bytes a number. Scores lie
 as (H, T), in fp32.

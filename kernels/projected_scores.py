@@ -1,7 +1,10 @@
-"""learnable_query_pooling whose keys are projected, normalised and multiplied by the
-query in one kernel: keys never reach memory.
+"""learnable_query_pooling whose keys never reach memory.
 
-    k_t,h = Wk_h x_t + bk_h     s_t,h = (norm(k_t,h) k_scale . q_h) / sqrt(K)     then pooling as in learnable_query_pooling
+One kernel projects the keys, normalises them and multiplies them by the query:
+    k_t,h = Wk_h x_t + bk_h
+    s_t,h = (norm(k_t,h) k_scale . q_h) / sqrt(K)
+Then it pools as learnable_query_pooling does.
+
 Forward: a tiled matrix product over x (T, D) and Wk (H K, D) whose epilogue holds whole
 heads and leaves one number of each: 2 T D H K flops, T D e bytes of x (its other reads
 come from L2) and T H fp32 scores, where a separate projection writes and reads T H K e

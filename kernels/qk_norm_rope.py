@@ -87,7 +87,9 @@ def _rotated(y, cos, sin, ROWS: tl.constexpr, TILE: tl.constexpr):
 @jit
 def _forward(
     x_at, weight_at, table_at, q_at, k_at, v_at,
-    q_sample, q_token, q_group, q_head, k_sample, k_token, k_group, k_head, v_sample, v_token, v_group, v_head,
+    q_sample, q_token, q_group, q_head,
+    k_sample, k_token, k_group, k_head,
+    v_sample, v_token, v_group, v_head,
     length, period, heads, group, each,
     NORM: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +138,9 @@ def _norm_backward(x, weight, h, K: tl.constexpr):
 @jit
 def _backward(
     x_at, weight_at, table_at, dq_at, dk_at, dv_at, dx_at, dweight_at,
-    q_sample, q_token, q_group, q_head, k_sample, k_token, k_group, k_head, v_sample, v_token, v_group, v_head,
+    q_sample, q_token, q_group, q_head,
+    k_sample, k_token, k_group, k_head,
+    v_sample, v_token, v_group, v_head,
     length, period, heads, group, each,
     NORM: tl.constexpr, ROTARY: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip

@@ -1,9 +1,11 @@
 """One writer to a folder: a lock file that says who writes there, proves that it lives,
 and loses the folder when it does not.
 
-    with FolderLock(output, "training") as lock:      # refuses by name if another process writes there
+    # Refuses, naming the other, if another process writes there
+    with FolderLock(output, "training") as lock:
         ...
-        lock.check()                                  # before each commit: raises LockLost if another has taken the folder over
+        # Before each commit: raises LockLost if another has taken the folder over
+        lock.check()
 
 `.lock` is made with link(), which is atomic on NFS and Lustre too, and holds host,
 process, job and a count that a thread raises every few seconds. Whether the holder lives

@@ -48,7 +48,8 @@ def meshes(world: int) -> dict[str, ParallelConfig]:
                 continue
             for sp in (False, True) if tp > 1 else (False,):
                 for method in ("ulysses", "all_gather") if cp > 1 else ("ulysses",):
-                    name = f"tp{tp}{'-sp' if sp else ''}-cp{cp}{f'-{method}' if cp > 1 else ''}-dp{world // (tp * cp)}"
+                    name = f"tp{tp}{'-sp' if sp else ''}-cp{cp}{f'-{method}' if cp > 1 else ''}"
+                    name += f"-dp{world // (tp * cp)}"
                     found[name] = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sp, context_parallel=method)
     return found
 

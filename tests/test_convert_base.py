@@ -297,7 +297,8 @@ def test_parts_without_whole_safetensors_are_refused(wan, mesh, runs, tmp_path):
     vae = "vae/diffusion_pytorch_model.safetensors"
     attempt(
         pickled,
-        r"text_encoder: only pytorch_model\.bin, a pickle.* save it with save_pretrained\(safe_serialization=True\)",
+        r"text_encoder: only pytorch_model\.bin, a pickle.* "
+        r"save it with save_pretrained\(safe_serialization=True\)",
     )
     attempt(
         lambda base: (base / vae).unlink(),
@@ -349,7 +350,8 @@ def test_a_run_whose_origin_is_gone_does_not_guess(wan, mesh, runs, tmp_path):
     family = family_of_model(checkpoint.model, "")
     with pytest.raises(
         ConvertError,
-        match=r"started from gone:raw, which is not there any more, .* transformer or transformer_2; say --part",
+        match=r"started from gone:raw, which is not there any more, .* "
+        "transformer or transformer_2; say --part",
     ):
         export_pipeline(lost, family, tmp_path / "out", mesh, base=str(wan))
     export_pipeline(lost, family, tmp_path / "out", mesh, base=str(wan), part="transformer_2")

@@ -133,7 +133,8 @@ def test_other_parts_in_one_file_are_left_out_and_a_second_model_is_not(wan, tmp
     }
     with pytest.raises(
         ConvertError,
-        match=r"has \S+ more than once, as ema\.\S+ and student\.\S+: a file of several models.*; keep the one you mean",
+        match=r"has \S+ more than once, as ema\.\S+ and student\.\S+: "
+        "a file of several models.*; keep the one you mean",
     ):
         opened(both, folder, tmp_path / "x.safetensors")
 
@@ -237,7 +238,8 @@ def test_the_remedy_is_for_the_files_own_family(wan, tmp_path):
     folder, _ = wan
     with pytest.raises(
         ConvertError,
-        match=r"config\.json is of a WanTransformer3DModel: `diffusers\.FluxTransformer2DModel\.from_single_file",
+        match=r"config\.json is of a WanTransformer3DModel: "
+        r"`diffusers\.FluxTransformer2DModel\.from_single_file",
     ):
         opened({"double_blocks.0.img_attn.qkv.weight": torch.ones(1)}, folder, tmp_path / "x.safetensors")
     with pytest.raises(ConvertError, match="it is a LoRA"):  # without a config.json, too
@@ -339,7 +341,8 @@ def test_a_dtype_that_is_no_weights_is_named(wan, tmp_path):
         (tmp_path / "x.safetensors").write_bytes(header({"blocks.0.a": one(dtype, (1,), (0, size))}, size))
         with pytest.raises(
             ConvertError,
-            match=rf"blocks\.0\.a has dtype {printable(dtype)[:4]}\S*; weights are F64, F32.*quantised ones must be expanded",
+            match=rf"blocks\.0\.a has dtype {printable(dtype)[:4]}\S*; "
+            "weights are F64, F32.*quantised ones must be expanded",
         ):
             open_source(tmp_path / "x.safetensors", config=str(folder / "config.json"))
 

@@ -98,10 +98,8 @@ def test_the_report_is_what_was_measured_and_escapes_captions(demo):
 @pytest.mark.parametrize("name", ["nothere", "a/b/c", "file", "."])
 def test_a_folder_without_a_demo_is_told_from_one(tmp_path, name):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(
-        ValueError,
-        match=rf"root={re.escape(str(tmp_path / name))}: .*run `megatron-apt demo --root {re.escape(str(tmp_path / name))}` first",
-    ):
+    root = re.escape(str(tmp_path / name))
+    with pytest.raises(ValueError, match=rf"root={root}: .*run `megatron-apt demo --root {root}` first"):
         report(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

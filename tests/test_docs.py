@@ -35,7 +35,8 @@ def shown() -> list[tuple[str, str]]:
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
             command = re.match(
-                r"(?:    |\$ )(?:(?:srun|torchrun|mpirun)\b.*?)?(?:-m megatron_apt|megatron-apt) +(?!\b(?:train\.sbatch)\b)(.*)",
+                r"(?:    |\$ )(?:(?:srun|torchrun|mpirun)\b.*?)?"
+                r"(?:-m megatron_apt|megatron-apt) +(?!\b(?:train\.sbatch)\b)(.*)",
                 line,
             )
             if command and command[1].split()[0] in cli.COMMANDS:

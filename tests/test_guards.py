@@ -159,7 +159,10 @@ from megatron_apt.training.train import train
 from test_train import config
 
 mesh = startup.start(PARALLEL)
-run = config(Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, save_async=False, guards=GuardConfig(rank_timeout=6.0))
+guards = GuardConfig(rank_timeout=6.0)
+run = config(
+    Path(sys.argv[1]), sys.argv[2], "flow", iterations=10_000, save_every=2, save_async=False, guards=guards
+)
 original = Executor.run
 def at_iteration_3(act):
     def wrapped(self, program, batches, step):

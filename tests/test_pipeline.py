@@ -186,7 +186,8 @@ def stopped(mesh, run, where):
         ("loss", r"BadLoss: loss of phase ., branch \w+, microbatch 0 on rank 1 is .*; its samples: "),
         (
             "gradient",
-            r"BadGradient: the gradient of discriminator\.backbone\.blocks\.3\.visual\.linear_fc1\.bias .*is not finite in phase d on rank 1",
+            r"BadGradient: the gradient of discriminator\.backbone\.blocks\.3\.visual\.linear_fc1\.bias "
+            ".*is not finite in phase d on rank 1",
         ),
     ],
 )
@@ -217,7 +218,8 @@ train(run, mesh)
 """
     outputs = ends(start(tmp_path, datasets, script, parallel=PP2), within=90)
     assert re.search(
-        r"rank 0: rank 1 .* stopped: out of memory: no memory left; .* in action I discriminator\.2 i1 d/real\.0 m1 on",
+        r"rank 0: rank 1 .* stopped: out of memory: no memory left; "
+        r".* in action I discriminator\.2 i1 d/real\.0 m1 on",
         outputs[0],
     )
     assert "in action I discriminator.2 i1 d/real.0 m1 on rank 1" in outputs[1]

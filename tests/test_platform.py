@@ -98,7 +98,8 @@ def test_backends_are_chosen_by_machine(monkeypatch):
 def test_the_rings_of_transformer_engine_are_refused_without_it(mesh):
     with pytest.raises(
         ValueError,
-        match=r"context_parallel='p2p' is Transformer Engine's, on CUDA; there is none: use ulysses or all_gather",
+        match=r"context_parallel='p2p' is Transformer Engine's, on CUDA; "
+        "there is none: use ulysses or all_gather",
     ):
         start(ParallelConfig(context_parallel="p2p"))
     with pytest.raises(
@@ -109,7 +110,8 @@ def test_the_rings_of_transformer_engine_are_refused_without_it(mesh):
         ParallelConfig(cp=4, context_parallel_inner=2)
     with pytest.raises(
         ValueError,
-        match=r"leaves 4 heads, which do not split over the 3 ranks that trade them \(parallel\.context_parallel=ulysses\)",
+        match=r"leaves 4 heads, which do not split over the 3 ranks that trade them "
+        r"\(parallel\.context_parallel=ulysses\)",
     ):
         check_fits(RunConfig(parallel=ParallelConfig(cp=3)))
     ring = RunConfig(

@@ -187,7 +187,8 @@ def test_the_same_data_goes_on_under_another_path_and_other_data_under_the_same_
     )
     with pytest.raises(
         CheckpointError,
-        match=r"data\.shards\[0\]: .*moved/images holds other data .*than the dataset the checkpoint was trained on",
+        match=r"data\.shards\[0\]: .*moved/images holds other data "
+        ".*than the dataset the checkpoint was trained on",
     ):
         train(replace(run, iterations=5), mesh)
 

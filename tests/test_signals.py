@@ -16,9 +16,14 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "slurm" / "train.sbatch"
 
 def started(code: str) -> subprocess.Popen:
     """A program that begins like a training run, then runs this."""
-    beginning = "import importlib.util, sys, time, threading\n"
-    beginning += f"spec = importlib.util.spec_from_file_location('signals', {signals.__file__!r})\n"
-    beginning += "signals = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(signals)\nsignals._PATIENCE = 0.2\nsignals.stand()\n"
+    beginning = f"""
+import importlib.util, sys, time, threading
+spec = importlib.util.spec_from_file_location('signals', {signals.__file__!r})
+signals = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(signals)
+signals._PATIENCE = 0.2
+signals.stand()
+"""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
     process = subprocess.Popen(
         [sys.executable, "-S", "-c", beginning + code],

@@ -368,7 +368,8 @@ def test_a_bad_gradient_names_the_parameter(mesh, datasets, tmp_path):
     network.module.x_embed.weight.register_hook(lambda g: g * float("inf"))
     with pytest.raises(
         BadGradient,
-        match=r"generator\.x_embed\.weight is not finite in phase g, microbatch 0 on rank 0; its samples: \d+",
+        match=r"generator\.x_embed\.weight is not finite in phase g, microbatch 0 on rank 0; "
+        r"its samples: \d+",
     ):
         trainer.step()
 
@@ -395,7 +396,8 @@ def test_a_global_batch_that_cannot_be_dealt_is_refused(mesh, datasets, tmp_path
         Batches(run.data, run.model, eight, 0, 7, 2)
     with pytest.raises(
         ValueError,
-        match=r"global_batch=9 in microbatches of micro_batch=4 .* leaves one of 1; this method needs 2 in each",
+        match=r"global_batch=9 in microbatches of micro_batch=4 .* leaves one of 1; "
+        "this method needs 2 in each",
     ):
         Trainer(replace(run, global_batch=9, apt=AptConfig(unmatched_conditions=True)), mesh)
 

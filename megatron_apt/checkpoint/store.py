@@ -1,14 +1,16 @@
 """Checkpoint folders: one commit each, loadable on another tensor-, context- or
 data-parallel size.
 
-    OUTPUT/checkpoints/iteration-00000100/                  a commit
-        *.distcp                                            tensors, each as torch.save writes it
-        index.json                                          which tensors, and where in those files their numbers lie (index.py)
-        state.json                                          iteration, configuration, counters
-        .metadata metadata.json common.pt                   what Megatron-Core and torch.distributed.checkpoint need to load it, too
-        checksums.json                                      size and SHA-256 of every file above (sums.py)
-        commit.json                                         SHA-256 of checksums.json
-    OUTPUT/checkpoints/latest                               name of the newest whole one
+    OUTPUT/checkpoints/iteration-00000100/     a commit
+        *.distcp                               tensors, each as torch.save writes it
+        index.json                             which tensors, and where their numbers lie
+                                               in those files (index.py)
+        state.json                             iteration, configuration, counters
+        .metadata metadata.json common.pt      what Megatron-Core and
+                                               torch.distributed.checkpoint need to load it
+        checksums.json                         size and SHA-256 of every file above (sums.py)
+        commit.json                            SHA-256 of checksums.json
+    OUTPUT/checkpoints/latest                  name of the newest whole one
 
 A save (save.py) writes to a temporary name, flushes to disk, renames, then moves
 `latest`: a crash at any instant leaves the previous commit whole. A checkpoint may come

@@ -1,12 +1,15 @@
-"""One of our checkpoints into a folder that diffusers' pipelines load, one tensor at a
-time.
+"""Writes one of our checkpoints as a folder that diffusers' pipelines load.
 
     TARGET/transformer/       the generator: config.json, *.safetensors and their index
-    TARGET/scheduler/         flow-matching Euler, whose one step from sigma 1 to 0 is x = z - v: our one-step sample
-    TARGET/discriminator/     if asked for: backbone and heads under our names, for those who continue training
+    TARGET/scheduler/         flow-matching Euler, whose one step from sigma 1 to 0 is
+                              x = z - v: our one-step sample
+    TARGET/discriminator/     if asked for: backbone and heads under our names, for those
+                              who continue training
     TARGET/README.md          model card
-    TARGET/...                what else the pipeline needs (VAE, text encoders, tokenizers), copied from a base pipeline if one is given
+    TARGET/...                what else the pipeline needs (VAE, text encoders,
+                              tokenizers), copied from a base pipeline if one is given
 
+One tensor at a time is in memory.
 Everything is written under another name and renamed at the end. Files that a killed
 export has finished are kept by the next one.
 """

@@ -1,18 +1,24 @@
 """Latent shards: the encoded dataset on disk, its writer and its reader.
 
-    dataset.json            what was encoded and how; written last, so a folder without it is unfinished
-    index.jsonl             one line per sample: id, key, shard, [offset, size] of each member, latent shape, text length, caption,
-                            CRC-32 of the arrays in the order of ARRAYS
-    shard-00000.tar         WebDataset: {key}.latent.npy (C, F, H, W) and {key}.text.npy (L, E), both float32, and {key}.json
-                            with format 2 also {key}.pooled.npy (P,) float32, the text
-                            encoder's vector for the whole caption for image-to-video also
-                            {key}.given.npy (C', F, H, W), the mask and the latents of the
-                            first frame, and, if there was an image encoder,
-                            {key}.image.npy (L', E'), its tokens of that frame;
-                            dataset.json has "first_frame" then
-    conditions.safetensors  text embeddings "null" (empty caption) and "negative" (the fixed negative prompt),
-                            with format 2 also "null_pooled" and "negative_pooled"
-    tokenizer.model         sentencepiece model of the built-in text encoder, so that new prompts can be encoded
+    dataset.json            what was encoded and how; written last, so that a folder
+                            without it is unfinished
+    index.jsonl             one line per sample: id, key, shard, [offset, size] of each
+                            member, latent shape, text length, caption, CRC-32 of the
+                            arrays in the order of ARRAYS
+    shard-00000.tar         WebDataset, all numbers in float32; for each sample
+        {key}.json
+        {key}.latent.npy    (C, F, H, W)
+        {key}.text.npy      (L, E)
+        {key}.pooled.npy    (P,), format 2: the text encoder's vector of the whole caption
+        {key}.given.npy     (C', F, H, W), image-to-video: the mask and the latents of the
+                            first frame; dataset.json has "first_frame" then
+        {key}.image.npy     (L', E'), if there was an image encoder: its tokens of that
+                            frame
+    conditions.safetensors  text embeddings "null" (empty caption) and "negative" (the
+                            fixed negative prompt); with format 2 also "null_pooled" and
+                            "negative_pooled"
+    tokenizer.model         sentencepiece model of the built-in text encoder, so that new
+                            prompts can be encoded
     rejected.jsonl          inputs that did not become samples: file, field, value, remedy
     notes.jsonl             only if there are any: what is worth knowing of inputs that did: file, note
 

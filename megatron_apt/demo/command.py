@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -70,9 +71,7 @@ def stages(config: DemoConfig) -> list[Stage]:
             name = run.output.removeprefix(here.root + "/")
             rows = tuple(row for row in suite.SUITES[section] if row.run == name)
             result.append(Stage(name, lambda mesh, run=run, name=name: _train(run, mesh, name)))
-            measure = lambda mesh, section=section, rows=rows: suite.evaluate(
-                here, section, rows, mesh, config.quick
-            )
+            measure = partial(suite.evaluate, here, section, rows, quick=config.quick)
             result.append(Stage(f"{name}/evaluation", measure, rows))
     return result
 

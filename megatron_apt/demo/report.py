@@ -31,8 +31,9 @@ FLOOR = "real against real"
 
 _CELL = 132  # CSS pixels for all samples of one prompt by one method
 _LARGEST = 320  # stored pixels of a sample's longer side; larger ones are averaged down
-_LEAD = """A diffusion model needs dozens of network evaluations for one sample. Adversarial post-training turns it into a generator that needs
-one: in every row below, all columns start from the same prompt and, where they start from noise, from the same noise."""
+_LEAD = """A diffusion model needs dozens of network evaluations for one sample. Adversarial
+post-training turns it into a generator that needs one: in every row below, all columns
+start from the same prompt and, where they start from noise, from the same noise."""
 _HOW = (
     (
         "Stage 0 · Diffusion",
@@ -56,9 +57,11 @@ _HOW = (
         "the discriminator wins outright, its loss falls to zero and the generator learns nothing more.",
     ),
 )
-_TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's, lower is better; “real against real” is the floor that
-random halves of the data reach. Class accuracy: share of samples in which a classifier trained on real data sees what the prompt says. Diversity:
-mean distance between pairs of samples, near zero after a collapse. NFE: network evaluations per sample."""
+_TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's,
+lower is better; “real against real” is the floor that random halves of the data reach.
+Class accuracy: share of samples in which a classifier trained on real data sees what the
+prompt says. Diversity: mean distance between pairs of samples, near zero after a
+collapse. NFE: network evaluations per sample."""
 _SAMPLES_CAPTION = "Samples of one row and place share prompt and seed; “real” shows data with that caption."
 
 
@@ -146,9 +149,8 @@ def _stages(report: Report) -> str:
         for name, seconds in report.seconds.items()
     ]
     if items:
-        items.append(
-            f'<li class="total"><span>Total</span><span></span><time>{_duration(sum(report.seconds.values()))}</time></li>'
-        )
+        total = _duration(sum(report.seconds.values()))
+        items.append(f'<li class="total"><span>Total</span><span></span><time>{total}</time></li>')
     items += [
         f'<li class="pending"><span>{escape(name)}</span><span class="bar"></span><time>still to '
         "come</time></li>"
@@ -261,9 +263,10 @@ def _table(table: tuple[Row, ...]) -> str:
         )
         reference = ' class="reference"' if row.name in (REAL, FLOOR) else ""
         lines.append(
-            f"<tr{reference}><th>{escape(row.name)}</th><td "
-            f'class="fd"><span>{_number(row.frechet)}</span>{bar}</td><td>{_number(row.accuracy)}</td>'
-            f"<td>{_number(row.diversity)}</td><td>{_number(row.nfe, 0)}</td><td>{_per_sample(row.seconds_per_sample)}</td></tr>"
+            f"<tr{reference}><th>{escape(row.name)}</th>"
+            f'<td class="fd"><span>{_number(row.frechet)}</span>{bar}</td>'
+            f"<td>{_number(row.accuracy)}</td><td>{_number(row.diversity)}</td>"
+            f"<td>{_number(row.nfe, 0)}</td><td>{_per_sample(row.seconds_per_sample)}</td></tr>"
         )
     head = (
         '<th>method</th><th class="fd">Fréchet distance ↓</th><th>class accuracy '

@@ -199,12 +199,12 @@ def _decode_group(
         for route in ("pyav", "pillow")
     }
     for route, decode in (("pyav", _pyav_picture), ("pillow", _pillow_picture)):
-        # Both release the interpreter lock
-        with ThreadPoolExecutor(min(len(routes[route]), os.cpu_count() or 1) or 1) as pool:
-            work = partial(_or_rejected, decode, device=device, notes=notes)
-            for i, picture in zip(
-                routes[route], pool.map(lambda i: work(clips[i], plans[i]), routes[route]), strict=True
-            ):
+        places = routes[route]
+        work = partial(_or_rejected, decode, device=device, notes=notes)
+        # Threads help: both decoders release the interpreter lock
+        with ThreadPoolExecutor(min(len(places), os.cpu_count() or 1) or 1) as pool:
+            decoded = pool.map(work, [clips[i] for i in places], [plans[i] for i in places])
+            for i, picture in zip(places, decoded, strict=True):
                 found[i] = picture
     images = [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == "image"]
     jobs = [np.fromfile(clips[i].path, np.uint8) for i in images]

@@ -1,10 +1,12 @@
 """Stage 2: adversarial post-training (APT paper, sections 3.3-3.5).
 
-    L_D = mean f(D(x), real) + mean f(D(x_hat), fake) + lambda mean (D(x) - D(x + sigma n))^2        L_G = mean g(D(x_hat)),   x_hat = z - v(z, c, 1)
+    x_hat = z - v(z, c, 1)
+    L_G = mean g(D(x_hat))
+    L_D = mean f(D(x), real) + mean f(D(x_hat), fake) + lambda mean (D(x) - D(x + sigma n))^2
 
-    G phase   fake   G(full) -> D(input)                                          updates generator
+    G phase   fake   G(full) -> D(input)                              updates generator
     D phase   real   D(full) on x and x + sigma n, one microbatch
-              fake   G(none) -> D(full)                                           updates discriminator
+              fake   G(none) -> D(full)                               updates discriminator
 
 D sees clean samples and a timestep label t ~ shift(U(0, 1), s), one per sample; a sample
 and its perturbation share label, condition, dropout and packing. A relativistic loss

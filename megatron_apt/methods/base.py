@@ -1,7 +1,9 @@
 """What a method is: roles, and phases made of branches made of segments.
 
-Segment(role, grad, ...)      one pass through one network; grad full | input (its weights are frozen here) | none (no gradient at all)
-Branch(name, segments, loss)  a chain of segments that ends in a loss; runs once per microbatch
+Segment(role, grad, ...)         one pass through one network; grad is full, input (its
+                                 weights are frozen here) or none (no gradient at all)
+Branch(name, segments, loss)     a chain of segments that ends in a loss; runs once per
+                                 microbatch
 Phase(name, branches, updates)   the optimiser step of one role closes it
 """
 

@@ -1,9 +1,11 @@
-"""Stage 1: discrete-time consistency distillation with guidance folded in (Song et al.
-2023; APT paper, section 3.2).
+"""Stage 1: discrete-time consistency distillation with guidance folded in.
 
-With f(x_t, t) = x_t - t v(x_t, t), so that f(x, 0) = x by construction:
-    E || f_student(x_t, t) - sg f_student(x_s, s) ||^2,   x_s = x_t + (s - t) v_cfg(x_t, t) one Euler step of the teacher,
-    v_cfg = v(negative) + w (v(c) - v(negative)),   t -> s neighbours on a shifted grid.
+Song et al. 2023; APT paper, section 3.2. With f(x_t, t) = x_t - t v(x_t, t), so that
+f(x, 0) = x by construction:
+    L     = E || f_student(x_t, t) - sg f_student(x_s, s) ||^2
+    x_s   = x_t + (s - t) v_cfg(x_t, t)               one Euler step of the teacher
+    v_cfg = v(negative) + w (v(c) - v(negative))
+    t -> s are neighbours on a shifted grid.
 """
 
 import torch

@@ -1,9 +1,12 @@
 """What a parameter's shards are, how they start, and which gradients are partial.
 
 Every parameter carries three facts set where it is built:
-    sharded_dim   the dimension split over tensor parallelism, or None when every rank holds it whole
-    tp_partial    True when each tensor-parallel rank sees only a part of the tokens or heads, so its gradient is a part of the sum
-    fixed         True for a table that belongs to checkpoints but is never trained, and so has no average either
+    sharded_dim   the dimension split over tensor parallelism, or None when every rank
+                  holds it whole
+    tp_partial    True when each tensor-parallel rank sees only a part of the tokens or
+                  heads, so that its gradient is a part of the sum
+    fixed         True for a table that belongs to checkpoints but is never trained, and
+                  so has no average either
 """
 
 import contextlib

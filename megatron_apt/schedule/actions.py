@@ -1,12 +1,20 @@
 """The words of a schedule. Each rank has one list of them; the same lists are printed,
 parsed, drawn, simulated, checked and run.
 
-F generator.2 i0 d/fake.0 m3            forward of stage 2 of the generator on microbatch 3, in segment 0 of branch `fake` of phase `d`, iteration 0
+F generator.2 i0 d/fake.0 m3            forward of stage 2 of the generator on microbatch
+                                        3, in segment 0 of branch `fake` of phase `d`,
+                                        iteration 0
 I discriminator.1 i0 d/real.0 m3        its input gradient, which the stage before needs
-W discriminator.1 i0 d/real.0 m3        its weight gradient, which nothing needs before the step
-SEND 3 F generator.2 i0 d/fake.0 m3     sends the result of an action to rank 3, RECV 2 ... receives that of an action of rank 2
-REDUCE generator.2 i0 g                 sums the gradients of phase `g` over data-parallel ranks; of a REDUCE and a STEP the number is the rank,
-STEP generator.2 i0 g                   whose stages of the role they concern together
+W discriminator.1 i0 d/real.0 m3        its weight gradient, which nothing needs before
+                                        the step
+SEND 3 F generator.2 i0 d/fake.0 m3     sends the result of an action to rank 3
+RECV 2 F generator.1 i0 d/fake.0 m3     receives that of an action of rank 2
+REDUCE generator.2 i0 g                 sums the gradients of phase `g` over data-parallel
+                                        ranks
+STEP generator.2 i0 g                   updates the weights
+
+Of a REDUCE and a STEP the number is a rank: they concern together all stages of the role
+that it holds.
 """
 
 from typing import NamedTuple

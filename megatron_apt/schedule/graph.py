@@ -1,11 +1,12 @@
-"""What a window of iterations must compute, and in which order at the latest: the tasks
-of a method's phases over pipeline stages.
+"""What a window of iterations must compute, and what must come before what.
 
-A task is one action on one microbatch and one stage: F forward, I input gradient, W
-weight gradient, or the STEP of the stages of a role that one rank holds. Edges are of
-three kinds:
-    data      F after the F of the stage before it, or of the segments it reads; I after the I behind it and after its own F; W after its own I
-    version   a task that reads a role's weights comes after the STEP that plain alternation of the phases would give it,
+The nodes are the tasks of a method's phases over pipeline stages. A task is one action
+on one microbatch and one stage: F forward, I input gradient, W weight gradient, or the
+STEP of the stages of a role that one rank holds. Edges are of three kinds:
+    data      F after the F of the stage before it, or of the segments it reads;
+              I after the I behind it and after its own F; W after its own I
+    version   a task that reads a role's weights comes after the STEP that plain
+              alternation of the phases would give it,
     reuse     and before the next STEP of that role on its rank, which overwrites them.
 Any order that keeps them computes what plain alternation computes, gradient for gradient.
 In particular D's real branch may run beside the G phase, and the next iteration's G

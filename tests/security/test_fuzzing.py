@@ -117,7 +117,8 @@ class Fakes(dict):
         return Boundary(name, 1, prepare, lambda rng, valid, folder: Input(name), harm(name))
 
 package = types.ModuleType("fuzzing")
-package.__path__ = [p for p in (os.path.join(p, "fuzzing") for p in os.environ["PYTHONPATH"].split(os.pathsep)) if os.path.isdir(p)]
+places = [os.path.join(p, "fuzzing") for p in os.environ["PYTHONPATH"].split(os.pathsep)]
+package.__path__ = [p for p in places if os.path.isdir(p)]
 package.BOUNDARIES = Fakes()
 sys.modules["fuzzing"] = package
 """

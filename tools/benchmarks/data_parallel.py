@@ -5,13 +5,15 @@ axis against the least possible.
 
 Bytes are counted in one APT iteration (megatron_apt/parallel/traffic.py). The least
 possible follows from what must cross:
-    dp   every gradient summed once (reduce-scatter) and every updated weight spread once (all-gather), for each network
-    tp   tokens x width: each block gathers a stream's tokens before two linear layers and scatters them after two, forward and for the gradient
-         of its input; a query head gathers once; gradients are gathered at the entry.
-         What comes on top is another gather of inputs for each weight gradient (the price
-         of not keeping them), and vectors of each sample, which count here because its 16
-         tokens are so few.
-    cp   Ulysses: q, k, v and the output to and fro, forward and backward; on top come the heads' three small sums
+    dp   every gradient summed once (reduce-scatter) and every updated weight spread once
+         (all-gather), for each network
+    tp   tokens x width: each block gathers a stream's tokens before two linear layers and
+         scatters them after two, forward and for the gradient of its input; a query head
+         gathers once; gradients are gathered at the entry. What comes on top is another
+         gather of inputs for each weight gradient (the price of not keeping them), and
+         vectors of each sample, which count here because its 16 tokens are so few.
+    cp   Ulysses: q, k, v and the output to and fro, forward and backward; on top come the
+         heads' three small sums
 """
 
 import argparse

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -88,6 +89,11 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def repeated(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
 def main(args: Args) -> None:
     outputs.check("json", args.json)
     results = []
@@ -96,18 +102,11 @@ def main(args: Args) -> None:
         h264 = write_moving_noise(Path(folder) / "h264.mp4", "libx264", args.frames + 8)
         for path in (vp9, h264, *args.file):
             clip = Clip(path, args.height, args.width, args.frames, allow_upscale=True)
-            difference = (
-                (decode_clip(clip) - decode_pyav_alone(path, args.height, args.width, args.frames))
-                .abs()
-                .mean()
-                .item()
-            )
+            alone = partial(decode_pyav_alone, path, args.height, args.width, args.frames)
+            difference = (decode_clip(clip) - alone()).abs().mean().item()
             total = args.clips * args.frames
-            ours = total / fastest(lambda clip=clip: decode_clips([clip] * args.clips), args.repeats)
-            alone = lambda path=path: [
-                decode_pyav_alone(path, args.height, args.width, args.frames) for _ in range(args.clips)
-            ]
-            pyav = total / fastest(alone, args.repeats)
+            ours = total / fastest(partial(decode_clips, [clip] * args.clips), args.repeats)
+            pyav = total / fastest(partial(repeated, alone, args.clips), args.repeats)
             results.append(
                 {
                     "file": path.name,

@@ -2,11 +2,10 @@
 Megatron-Core's, and what the simulator predicts.
 
     python tools/benchmarks/pipeline.py [--width 192] [--depth 8] [--microbatches 8]
-    [--repeats 3] [--unit 0.008]
-        [--patience 30] [--part 1|2] [--json FILE]
+        [--repeats 3] [--unit 0.008] [--patience 30] [--part 1|2] [--json FILE]
 
 1. Two ranks, real networks, fp32. Before anything is timed, the gradients of every
-  schedule are compared with those of Megatron-Core's.
+   schedule are compared with those of Megatron-Core's.
 2. Four ranks, the same programs and messages, but stages that sleep for the time they
    would take: nothing else lets four ranks run at once on two cores. What is measured is
    the order and the messages, not arithmetic. Two ratios of costs.
@@ -16,10 +15,15 @@ other processes disturb is repeated. A prediction is simulate() of the program t
 with the median time of each kind of action and of a message in that run: whether actions,
 messages and waiting add up as the simulator says.
 
-    / Megatron, / 1F1B   the median over repeats of a run's seconds against those of the same repeat
-    error                prediction / measurement - 1, of the seconds and of the ratio to 1F1B
-    bubble, message      idle share of the predicted timeline; from the end of an action to its result on a rank that waits for it
-    asleep               what sleeping alone would take: the rest is the executor's own work
+    / Megatron, / 1F1B   the median over repeats of a run's seconds against those of the
+                         same repeat
+    error                prediction / measurement - 1, of the seconds and of the ratio to
+                         1F1B
+    bubble               idle share of the predicted timeline
+    message              from the end of an action to its result on a rank that waits for
+                         it
+    asleep               what sleeping alone would take: the rest is the executor's own
+                         work
 """
 
 import argparse
@@ -429,7 +433,7 @@ def report(found: dict) -> None:
     print(heading)
     for name, one in schedules.items():
         to_megatron, ratio = (
-            statistics.median(a / b for a, b in zip(one["all"], other["all"]))
+            statistics.median(a / b for a, b in zip(one["all"], other["all"], strict=True))
             for other in (schedules[MEGATRON], apart)
         )
         one |= {"to_megatron": to_megatron, "to_1f1b": ratio}

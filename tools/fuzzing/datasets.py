@@ -16,6 +16,8 @@ from fuzzing.weights import header_damage
 
 SAMPLES = 8
 _RECIPE = """
+from dataclasses import replace
+
 from megatron_apt.config import DataConfig, OptimizerConfig, RunConfig
 from megatron_apt.models.config import ModelConfig
 
@@ -24,7 +26,8 @@ def run() -> RunConfig:
     model = ModelConfig(depth=3, width=24, heads=2, latent_channels={channels}, text_width=8)
     data = DataConfig(shards=({dataset!r},), text_length=4)
     optimizer = OptimizerConfig(kind="adamw", lr=1e-3, ema=0.9)
-    return RunConfig("{method}", {output!r}, 0, 1, {batch}, {batch}, model, data=data, optimizer=optimizer, tensorboard=False)
+    run = RunConfig("{method}", {output!r}, 0, 1, {batch}, {batch}, model, data=data, optimizer=optimizer)
+    return replace(run, tensorboard=False)
 """
 
 
