@@ -98,6 +98,12 @@ def _schedule(argv: list[str]) -> None:
     schedule(_parsed(ScheduleConfig, argv, "schedule"))
 
 
+def _examples(argv: list[str]) -> None:
+    from megatron_apt.copy_examples import ExamplesConfig, copy_examples
+
+    copy_examples(_parsed(ExamplesConfig, argv, "examples"))
+
+
 def _recipe(argv: list[str], command: str, kind: type) -> tuple[str, list[str]]:
     """The recipe and what follows it. Help is given without running the recipe, which may
     encode data first.
@@ -158,6 +164,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "schedule": Command(
         _schedule, "what a pipeline of two networks costs: bubbles and memory, interleaved and phase by phase"
+    ),
+    "examples": Command(
+        _examples,
+        "copy the recipes, the batch script and the tools into a folder: examples [FOLDER]",
+        "remove the files that it wrote, and start it again",
     ),
     "report": Command(_report, "write the demo's report again from its results"),
 }

@@ -81,7 +81,10 @@ def _neighbours(file: Path) -> str:
     if file.with_name(file.name + ".py").is_file():
         return f"; there is {file}.py"
     if not file.parent.is_dir():
-        return f", nor a folder {file.parent}"
+        hint = (
+            "; `megatron-apt examples` writes those of the package" if file.parent.name == "examples" else ""
+        )
+        return f", nor a folder {file.parent}{hint}"
     names = sorted(path.name for path in file.parent.glob("*.py"))
     close = difflib.get_close_matches(file.name, names, 3) or [
         name for name in names if name.lower() == file.name.lower()
