@@ -1,8 +1,10 @@
-"""FLUX.1 dev (12B) into a one-step generator of pictures, on 64 GPUs. Not run at this
-size; tests build the recipes and run a tiny Flux.
+"""FLUX.1 dev (12B) into a one-step generator of pictures, on 64 GPUs.
 
-    megatron-apt convert import FLUX.1-dev runs/flux/pretrained megatron-apt encode
-    --source pictures/ --output data/images --height 1024 --width 1024 \\
+Not run at this size; tests build the recipes and run a tiny Flux.
+
+    megatron-apt convert import FLUX.1-dev runs/flux/pretrained
+    megatron-apt encode --source pictures/ --output data/images \\
+        --height 1024 --width 1024 \\
         --codec kl --codec-path FLUX.1-dev/vae --text FLUX.1-dev
     srun megatron-apt train examples/flux.py:consistency
     srun megatron-apt train examples/flux.py:apt

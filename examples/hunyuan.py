@@ -1,8 +1,10 @@
-"""HunyuanVideo (13B) into a one-step generator, on 256 GPUs. Not run at this size; tests
-build the recipes and run a tiny HunyuanVideo.
+"""HunyuanVideo (13B) into a one-step generator, on 256 GPUs.
 
-    megatron-apt convert import HunyuanVideo runs/hunyuan/pretrained megatron-apt encode
-    --source clips/ --output data/videos --frames 49 --height 544 --width 960 --fps 24 \\
+Not run at this size; tests build the recipes and run a tiny HunyuanVideo.
+
+    megatron-apt convert import HunyuanVideo runs/hunyuan/pretrained
+    megatron-apt encode --source clips/ --output data/videos \\
+        --frames 49 --height 544 --width 960 --fps 24 \\
         --codec hunyuan --codec-path HunyuanVideo/vae --text HunyuanVideo
     srun megatron-apt train examples/hunyuan.py:consistency
     srun megatron-apt train examples/hunyuan.py:image

@@ -1,14 +1,16 @@
-"""Stable Diffusion 3.5 into a one-step generator of pictures: medium on 16 GPUs, large on
-64. Not run at this size; tests build the recipes.
+"""Stable Diffusion 3.5 into a one-step generator: medium on 16 GPUs, large on 64.
+
+Not run at this size; tests build the recipes.
 
     megatron-apt convert import stable-diffusion-3.5-medium runs/sd35/pretrained
-    megatron-apt encode --source pictures/ --output data/images --height 1024 --width 1024
-    \\
-        --codec kl --codec-path stable-diffusion-3.5-medium/vae --text
-        stable-diffusion-3.5-medium
-    srun megatron-apt train examples/sd35.py:consistency srun megatron-apt train
-    examples/sd35.py:apt megatron-apt convert export runs/sd35/apt sd35-one-step --base
-    stable-diffusion-3.5-medium
+    megatron-apt encode --source pictures/ --output data/images \\
+        --height 1024 --width 1024 \\
+        --codec kl --codec-path stable-diffusion-3.5-medium/vae \\
+        --text stable-diffusion-3.5-medium
+    srun megatron-apt train examples/sd35.py:consistency
+    srun megatron-apt train examples/sd35.py:apt
+    megatron-apt convert export runs/sd35/apt sd35-one-step \\
+        --base stable-diffusion-3.5-medium
 
 Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's for
 images; batches are smaller (see examples/wan.py).

@@ -1,8 +1,7 @@
-"""The demo's runs, for `megatron-apt train examples/tiny.py:NAME` on a CPU, in one
-process or several.
+"""The demo's runs, for `megatron-apt train examples/tiny.py:NAME` on a CPU.
 
-    megatron-apt train examples/tiny.py:image torchrun --nproc-per-node 2 -m megatron_apt
-    train examples/tiny.py:image --parallel.tp 2
+    megatron-apt train examples/tiny.py:image
+    torchrun --nproc-per-node 2 -m megatron_apt train examples/tiny.py:image --parallel.tp 2
 
 The digits are written and encoded on first use. Later stages start from the demo's
 checkpoints where there are some (`make demo`), and otherwise from weights drawn from the

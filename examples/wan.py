@@ -1,41 +1,46 @@
-"""A pretrained Wan into a one-step generator: 1.3B and 5B on 32 GPUs, 14B on 256. Not run
-at this size; tests build the recipes and run a tiny Wan.
+"""A pretrained Wan into a one-step generator: 1.3B and 5B on 32 GPUs, 14B on 256.
 
-    megatron-apt convert import Wan2.1-T2V-1.3B-Diffusers runs/wan/pretrained megatron-apt
-    encode --source clips/ --output data/videos --frames 49 --height 480 --width 832 --fps
-    16 \\
-        --codec wan --codec-path Wan2.1-T2V-1.3B-Diffusers/vae --text
-        Wan2.1-T2V-1.3B-Diffusers
-    srun megatron-apt train examples/wan.py:consistency srun megatron-apt train
-    examples/wan.py:image srun megatron-apt train examples/wan.py:video megatron-apt
-    convert export runs/wan/video wan-one-step --base Wan2.1-T2V-1.3B-Diffusers
+Not run at this size; tests build the recipes and run a tiny Wan.
+
+    megatron-apt convert import Wan2.1-T2V-1.3B-Diffusers runs/wan/pretrained
+    megatron-apt encode --source clips/ --output data/videos \\
+        --frames 49 --height 480 --width 832 --fps 16 \\
+        --codec wan --codec-path Wan2.1-T2V-1.3B-Diffusers/vae \\
+        --text Wan2.1-T2V-1.3B-Diffusers
+    srun megatron-apt train examples/wan.py:consistency
+    srun megatron-apt train examples/wan.py:image
+    srun megatron-apt train examples/wan.py:video
+    megatron-apt convert export runs/wan/video wan-one-step --base Wan2.1-T2V-1.3B-Diffusers
 
 Image to video with Wan2.1's 14B (one consistency and one APT stage, both on clips; a
 sample continues a given first frame):
 
     megatron-apt convert import Wan2.1-I2V-14B-480P-Diffusers runs/wan/pretrained-i2v
-    megatron-apt encode --source clips/ --output data/videos-i2v --frames 49 --height 480
-    --width 832 --fps 16 --image-to-video \\
-        --codec wan --codec-path Wan2.1-I2V-14B-480P-Diffusers/vae --text
-        Wan2.1-I2V-14B-480P-Diffusers
-    srun megatron-apt train examples/wan.py:consistency_i2v_14b srun megatron-apt train
-    examples/wan.py:video_i2v_14b megatron-apt sample runs/wan/video-i2v-14b --image
-    first.png --prompts "the boat leaves the harbour" --format mp4 --fps 16 megatron-apt
-    convert export runs/wan/video-i2v-14b wan-i2v-one-step --base
-    Wan2.1-I2V-14B-480P-Diffusers
+    megatron-apt encode --source clips/ --output data/videos-i2v \\
+        --frames 49 --height 480 --width 832 --fps 16 --image-to-video \\
+        --codec wan --codec-path Wan2.1-I2V-14B-480P-Diffusers/vae \\
+        --text Wan2.1-I2V-14B-480P-Diffusers
+    srun megatron-apt train examples/wan.py:consistency_i2v_14b
+    srun megatron-apt train examples/wan.py:video_i2v_14b
+    megatron-apt sample runs/wan/video-i2v-14b --image first.png \\
+        --prompts "the boat leaves the harbour" --format mp4 --fps 16
+    megatron-apt convert export runs/wan/video-i2v-14b wan-i2v-one-step \\
+        --base Wan2.1-I2V-14B-480P-Diffusers
 
 With Wan2.2's 5B, whose weights and datasets are those of text to video (which
 `--model.wan.no-first-frame` trains instead):
 
-    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b
-    --first-frame megatron-apt encode --source clips/ --output data/videos-5b --frames 49
-    --height 704 --width 1280 --fps 24 \\
-        --codec wan --codec-path Wan2.2-TI2V-5B-Diffusers/vae --text
-        Wan2.2-TI2V-5B-Diffusers
-    srun megatron-apt train examples/wan.py:consistency_i2v_5b srun megatron-apt train
-    examples/wan.py:video_i2v_5b megatron-apt sample runs/wan/video-i2v-5b --image
-    first.png --prompts "the boat leaves the harbour" --format mp4 --fps 24 megatron-apt
-    convert export runs/wan/video-i2v-5b wan-i2v-one-step --base Wan2.2-TI2V-5B-Diffusers
+    megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b --first-frame
+    megatron-apt encode --source clips/ --output data/videos-5b \\
+        --frames 49 --height 704 --width 1280 --fps 24 \\
+        --codec wan --codec-path Wan2.2-TI2V-5B-Diffusers/vae \\
+        --text Wan2.2-TI2V-5B-Diffusers
+    srun megatron-apt train examples/wan.py:consistency_i2v_5b
+    srun megatron-apt train examples/wan.py:video_i2v_5b
+    megatron-apt sample runs/wan/video-i2v-5b --image first.png \\
+        --prompts "the boat leaves the harbour" --format mp4 --fps 24
+    megatron-apt convert export runs/wan/video-i2v-5b wan-i2v-one-step \\
+        --base Wan2.2-TI2V-5B-Diffusers
 
 Losses, learning rates, sigma, s, averages and numbers of updates are the APT paper's.
 Batches are not: it had 1,024 GPUs. RMSProp's steps hardly depend on the size of a

@@ -1,5 +1,6 @@
-"""Every kernel with inputs, and what it moves and computes, for the benchmark and the
-compile check.
+"""Every kernel with inputs, and what it moves and computes.
+
+For the benchmark and the compile check.
 
 Shapes are those of the 8B model at 1280x720, 2 s: 46,800 visual tokens of width 3,072 in
 24 heads of 128.

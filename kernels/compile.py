@@ -1,5 +1,4 @@
-"""Compiles recorded launches for a GPU that need not be there, and reads what they would
-occupy on it.
+"""Compiles recorded launches for a GPU that need not be there.
 
 Not in a process that has TRITON_INTERPRET set: kernels are then no compiler's input.
 """
@@ -42,9 +41,7 @@ class Resources:
 
     @property
     def blocks(self) -> int:
-        """Blocks on a multiprocessor at once, by registers (given out in eights), shared
-        memory and threads.
-        """
+        """How many fit on a multiprocessor at once: by registers, memory and threads."""
         by_registers = _REGISTERS // (max(-(-self.registers // 8) * 8, 8) * 32 * self.warps)
         return min(by_registers, SHARED_LIMIT // max(self.shared, 1), 2048 // (32 * self.warps), 32)
 

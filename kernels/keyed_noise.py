@@ -186,8 +186,7 @@ def _signed(key: int) -> int:
 def keyed_uniform(
     key: int, sample_ids: Tensor, count: int, start: int = 0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Uniform numbers in (0, 1): entries start .. start + count of each sample's stream,
-    (n, count).
+    """Uniform numbers in (0, 1) of each sample's stream: start .. start + count, (n, count).
 
     They have 23 random bits, so that no rounding to fp32 reaches 0 or 1.
     """
@@ -299,8 +298,7 @@ def _token_order(
 
 
 def token_noise(key: int, sample_ids: Tensor, tokens: Tokens, like: Tensor) -> Tensor:
-    """keyed_normal's numbers of these tokens in the order of `patchify`, for tensors that
-    take kernels (`use_kernels`).
+    """keyed_normal's numbers of these tokens, in the order of `patchify`, by a kernel.
 
     The reference, which draws whole latents and selects tokens, is `Microbatch.noise`.
 

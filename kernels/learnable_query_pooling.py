@@ -370,8 +370,7 @@ class _Pooling(torch.autograd.Function):
 
 
 def learnable_query_pooling(q: Tensor, k: Tensor, x: Tensor, k_scale: Tensor, rows: Rows) -> Triple:
-    """Softmax-weighted sums of x over each sample's tokens, not yet divided by the sum of
-    the weights.
+    """Sums of x over each sample's tokens, weighted but not yet divided by the weights' sum.
 
     Args:
         q: (H, K), one learned query per head.

@@ -297,8 +297,7 @@ def joint_qkv(
     form: Form = "apart",
     ranks: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Normalised and rotated queries and keys, and values, of text and visual tokens
-    together.
+    """Queries and keys, normalised and rotated, and values of text and visual tokens.
 
     Args:
         text, visual: (a, b, H, 3, K) projections to q, k and v. Without `tokens`: (n,

@@ -1,5 +1,6 @@
-"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * w, statistics in at
-least fp32.
+"""RMSNorm over the last dimension: y = x / sqrt(mean(x^2) + eps) * w.
+
+Statistics are at least fp32.
 
 With n = x / rms and h = dy w:   dx = (h - n mean(h n)) / rms,   dw = sum(dy n).
 Written with its own backward because autograd's takes twice the passes over memory, which

@@ -1,5 +1,4 @@
-"""RMSProp on a shard in one pass, from the gradient to the weights a network reads and
-the moving average.
+"""RMSProp on a shard in one pass, from the gradient to weights and moving average.
 
     s <- alpha s + (1 - alpha) g^2
     w <- w - lr lr_scale g / (sqrt(s) + eps)

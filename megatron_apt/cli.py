@@ -105,8 +105,9 @@ def _examples(argv: list[str]) -> None:
 
 
 def _recipe(argv: list[str], command: str, kind: type) -> tuple[str, list[str]]:
-    """The recipe and what follows it. Help is given without running the recipe, which may
-    encode data first.
+    """The recipe and what follows it.
+
+    Help is given without running the recipe, which may encode data first.
 
     Raises:
         ValueError: the first argument is no recipe.
@@ -205,9 +206,7 @@ def _print_anything() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Hides notices that megatron.core and torch print on every machine without CUDA;
-    everything else stays.
-    """
+    """Hides notices that megatron.core and torch print on every machine without CUDA."""
     for message in (
         "Transformer Engine and Apex are not installed",
         "full scope is deprecated",

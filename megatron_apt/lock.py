@@ -93,8 +93,7 @@ class Holder:
 
 
 class FolderLock:
-    """Holds a folder, which is made if it is not there; a context manager, to be entered
-    once.
+    """Holds a folder (made if it is not there): a context manager, entered once.
 
     Args:
         what: what is done there, for the message another process gets.
@@ -142,8 +141,7 @@ class FolderLock:
         self._close()
 
     def check(self) -> None:
-        """To be called before anything is committed. Does nothing on ranks other than the
-        main one.
+        """To be called before anything is committed. Does nothing but on the main rank.
 
         Raises:
             LockLost: naming who holds the folder now.

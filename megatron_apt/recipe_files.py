@@ -98,8 +98,9 @@ def _neighbours(file: Path) -> str:
 
 
 def _functions(spec: str, file: Path) -> tuple[list[str], bool]:
-    """Names of functions that need no argument, and whether others cannot come from
-    elsewhere (imports, assignments).
+    """Names of functions that need no argument, and whether there can be no others.
+
+    Others may come by imports and assignments.
     """
     try:
         tree = ast.parse(file.read_bytes(), str(file))

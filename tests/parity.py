@@ -75,9 +75,7 @@ def pipelines(world: int) -> dict[str, ParallelConfig]:
 
 
 def deep(method: str = "apt", **changes) -> RunConfig:
-    """Four blocks in each network and three microbatches, of two, two and two samples on
-    one data-parallel rank.
-    """
+    """Four blocks in each network, and three microbatches of two on one data-parallel rank."""
     config = problem(method, **changes)
     return replace(config, model=replace(config.model, depth=4), micro_batch=2)
 

@@ -283,9 +283,7 @@ def hunyuan_vae(**changes) -> torch.nn.Module:
 
 
 def save_flux(folder: Path) -> Path:
-    """FluxPipeline: the T5's text 16 wide, CLIP's pooled text 20 wide, guidance embedded,
-    scheduler as published.
-    """
+    """FluxPipeline: T5 text 16 wide, CLIP's pooled text 20 wide, guidance embedded."""
     import transformers
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 

@@ -1,6 +1,4 @@
-"""Checkpoints: whole or not at all, on any mesh, for as long as asked, and readable
-without running anything.
-"""
+"""Checkpoints: whole or not at all, on any mesh, readable without running anything."""
 
 import json
 import os

@@ -176,8 +176,9 @@ def test_transformer_reads_no_padding(hunyuan):
 
 
 def test_tokenizer_is_what_its_file_says(hunyuan, tmp_path):
-    """The published index names a class that, since transformers 5, loses the spaces of
-    Llama 3's tokenizer.json.
+    """The published index names a class that loses the spaces of Llama 3's tokenizer.json.
+
+    It does so since transformers 5.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -181,9 +181,7 @@ def test_a_changed_array_is_noticed(folder):
 
 
 def replaced(folder: Path, array: bytes, sums: bool) -> None:
-    """The first latent's bytes replaced by others of the same number, the index told or
-    not knowing better.
-    """
+    """The first latent's bytes replaced by as many others, the index told or not."""
     lines = lines_of(folder)
     offset, size = lines[0]["latent"]
     assert len(array) <= size

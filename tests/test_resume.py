@@ -204,16 +204,19 @@ def test_differences_are_shown_short(tmp_path):
 
 
 def test_a_second_interrupt_ends_at_once():
-    code = (
-        "import os, signal, time\nfrom megatron_apt import guards\nguards._ONE_PRESS = 0.1\nwith "
-        "guards.Signals() as signals:\n"
-    )
-    # As torchrun repeats what the terminal sent
-    code += "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n"
-    code += (
-        "    print(signals.received, flush=True)\n    time.sleep(0.2)\n    os.kill(os.getpid(), "
-        "signal.SIGINT)\n    print('still here')"
-    )
+    # The second SIGINT comes at once, as torchrun repeats what the terminal sent
+    code = """
+import os, signal, time
+from megatron_apt.training import guards
+guards._ONE_PRESS = 0.1
+with guards.Signals() as signals:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(signals.received, flush=True)
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    print('still here')
+"""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
     )

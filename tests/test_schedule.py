@@ -1,5 +1,4 @@
-"""Schedules: what they must keep, that the checker proves it, and that the builders keep
-it.
+"""Schedules: what they must keep; that checker and builders keep it.
 
 The judge is a symbolic machine that knows nothing of edges or versions: every rank runs
 its list, a value is a hash of all that went into it, weights change at STEP by what W has

@@ -1,6 +1,4 @@
-"""Training end to end on a few real digits: resume, chains of stages, accumulation,
-data-parallel ranks, guards.
-"""
+"""Training end to end on a few real digits: resume, stages, accumulation, ranks, guards."""
 
 import json
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""`megatron-apt convert` from a source tree: Hugging Face checkpoints in, diffusers
-pipelines out.
+"""`megatron-apt convert` from a source tree.
 
 python tools/convert_checkpoint.py import | export | verify ...
 """

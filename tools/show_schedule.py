@@ -1,8 +1,8 @@
 """Checks, prices and draws action lists, side by side.
 
-    megatron-apt schedule --ranks 4 --microbatches 8 --dump a.txt python
-    tools/show_schedule.py a.txt b.txt [--cost F=1,I=1.8,W=0.3] [--message 0.1] [--picture
-    schedules.png] [--json FILE]
+    megatron-apt schedule --ranks 4 --microbatches 8 --dump a.txt
+    python tools/show_schedule.py a.txt b.txt [--cost F=1,I=1.8,W=0.3] [--message 0.1]
+        [--picture schedules.png] [--json FILE]
 
 Each file is what `megatron-apt schedule --dump` writes. A list that could not run is
 refused, naming the action that is wrong.

@@ -1,5 +1,4 @@
-"""Which tensors a commit holds and where: index.json, and torch_dist's own index beside
-it.
+"""Which tensors a commit holds and where: index.json, beside torch_dist's own index.
 
 index.json is ours and the one that is read. `.metadata`, a pickle, is written for others
 (Megatron-Core, torch.distributed.checkpoint). Commits from before index.json have
@@ -112,8 +111,9 @@ Index = dict[str, Stored]
 
 
 def read(folder: Path) -> Index:
-    """The index of a commit, checked against itself and the sizes of the files, by name
-    of the tensor.
+    """The index of a commit, by name of the tensor.
+
+    It is checked against itself and against the sizes of the files.
 
     Raises:
         CheckpointError: missing, damaged, or asking for anything but tensors in files of
@@ -205,8 +205,9 @@ def _overlap(chunks: list[Chunk]) -> bool:
 
 
 def _check_files(folder: Path, index: Index) -> None:
-    """Every record lies in its file, and no two share a byte: the tensors are no larger
-    than the files.
+    """Every record lies in its file, and no two share a byte.
+
+    So the tensors are no larger than the files.
 
     Raises:
         CheckpointError: naming file and tensor.

@@ -186,8 +186,7 @@ def _dtype(key: object, more: list) -> str:
 
 
 def fill(descriptor: int, chunk: Chunk, tensor: Stored, region: Region, room: Tensor) -> None:
-    """Reads a region of a chunk into `room`, which has its shape and any strides and
-    dtype.
+    """Reads a region of a chunk into `room`, of its shape and of any strides and dtype.
 
     Raises:
         Unreadable: the record is damaged or not of this tensor.

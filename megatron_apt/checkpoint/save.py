@@ -121,8 +121,7 @@ class Checkpoints:
         return self._pending is not None and self._pending.thread.is_alive()
 
     def commit(self) -> Path | None:
-        """Waits for the pending save, if there is one, and commits it; returns its
-        folder.
+        """Waits for the pending save, if any, and commits it; returns its folder.
 
         Raises:
             CheckpointError: on every rank, if any could not write.

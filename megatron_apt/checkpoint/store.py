@@ -1,5 +1,4 @@
-"""Checkpoint folders: one commit each, loadable on another tensor-, context- or
-data-parallel size.
+"""Checkpoint folders: one commit each, loadable on a mesh of another size.
 
     OUTPUT/checkpoints/iteration-00000100/     a commit
         *.distcp                               tensors, each as torch.save writes it
@@ -41,8 +40,9 @@ if TYPE_CHECKING:
 
 
 def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, replica: int) -> "ShardedTensor":
-    """A tensor laid out like a parameter (its weight, average or optimiser state), as
-    dist_checkpointing sees it.
+    """A tensor laid out like a parameter, as dist_checkpointing sees it.
+
+    The parameter's weight, average or optimiser state.
 
     Args:
         replica: 0 on the data x context rank that writes it, any other number on further
@@ -130,8 +130,7 @@ def _unfit(folder: Path) -> str:
 
 
 def resolve(path: str) -> Path:
-    """A checkpoint folder from what a user may give: the folder itself, or a run's output
-    folder (its latest).
+    """A checkpoint folder from what a user may give: itself, or a run's output folder.
 
     Raises:
         CheckpointError: nothing there.
@@ -159,8 +158,9 @@ def index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 class Stored:
-    """The tensors of a commit, read without a model or other processes. Threads may read
-    beside each other.
+    """The tensors of a commit, read without a model or other processes.
+
+    Threads may read beside each other.
 
     Attributes:
         index: shape and dtype of every tensor, in order of names.
@@ -226,17 +226,16 @@ def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> reco
 
 
 def read_tensors(folder: Path, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a commit one after the other, in the order of `keys` (None: all, by
-    name). As Stored.read.
-    """
+    """Tensors of a commit, in the order of `keys` (None: all, by name). As Stored.read."""
     stored = Stored(folder)
     for key in stored.index if keys is None else keys:
         yield key, stored.read(key)
 
 
 def load(source: Path | Stored, wanted: "Mapping[str, ShardedTensor]") -> dict[str, Tensor]:
-    """Fills the data of these tensors, each rank its part, and returns it. Ranks need not
-    call this together.
+    """Fills the data of these tensors, each rank its part, and returns it.
+
+    Ranks need not call this together.
 
     Raises:
         CheckpointError: a tensor that the checkpoint lacks or holds in another shape, or

@@ -19,8 +19,7 @@ def permutation(seed: int, source: int, epoch: int, size: int) -> np.ndarray:
 
 
 class SampleOrder:
-    """An endless stream of (dataset, index), cut into blocks that come from one dataset
-    each.
+    """An endless stream of (dataset, index), in blocks that come from one dataset each.
 
     Args:
         sizes: samples of each dataset.

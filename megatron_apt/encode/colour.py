@@ -1,5 +1,4 @@
-"""From decoded frames, however their colours are coded, to 8-bit RGB as FFmpeg's own
-tools convert them.
+"""From decoded frames of any colour coding to 8-bit RGB, as FFmpeg's own tools do.
 
 Matrix, range, chroma subsampling and depth are the frame's (which the decoder took from
 the bitstream, or from the container where that is silent); what is tagged nowhere is

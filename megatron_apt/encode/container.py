@@ -1,5 +1,4 @@
-"""Video files opened by FFmpeg: only as containers of video, and never reading on without
-end.
+"""Video files opened by FFmpeg: only containers of video, and with an end.
 
 FFmpeg goes by what a file holds, not by its name: a picture, a text, a playlist or a list
 of other files called .mp4 would be opened as such.

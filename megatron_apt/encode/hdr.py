@@ -1,5 +1,4 @@
-"""High dynamic range to standard: PQ and HLG pictures (ITU-R BT.2100) as BT.709 video
-shows them.
+"""High dynamic range to standard: PQ and HLG (ITU-R BT.2100) as BT.709 shows them.
 
 Signal -> light in cd/m2 -> BT.709's primaries -> roll-off of highlights -> signal of a
 BT.1886 display. Diffuse white is 203 cd/m2 (ITU-R BT.2408). What lies below KNEE of it

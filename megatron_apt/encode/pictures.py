@@ -105,8 +105,7 @@ def inspect(path: Path, policy: PixelPolicy) -> Head | None:
 
 
 def load(path: Path, policy: PixelPolicy, notes: Notes, least: int = 1 << 30) -> np.ndarray:
-    """(H, W, 3) uint8 as a viewer shows it: turned upright, in sRGB, composed over the
-    background.
+    """(H, W, 3) uint8 as a viewer shows it: upright, sRGB, composed over the background.
 
     least: pixels that both sides must keep. Pictures above LARGE are reduced by whole
     factors (means of blocks) as far as that allows.

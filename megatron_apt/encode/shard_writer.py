@@ -30,8 +30,7 @@ class EncodeStopped(ValueError):
 
 
 class ShardWriter:
-    """Writes a dataset shard by shard, so that an interrupted encoding continues where it
-    was.
+    """Writes a dataset by shards, so that an interrupted encoding continues.
 
     Args:
         settings: what the bytes depend on, as JSON values. A folder begun with other
@@ -74,8 +73,7 @@ class ShardWriter:
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator["OpenShard"]:
-        """Opens a shard; leaving the block commits it, an exception leaves nothing
-        behind.
+        """Opens a shard: leaving the block commits it, an exception leaves nothing.
 
         Raises:
             EncodeStopped: it cannot be written.

@@ -32,8 +32,9 @@ class _Open(Exception):
 
 
 def read_csv(source: Path) -> Iterator[Row | RejectedInput]:
-    """Rows by the names of the first line, in the file's order; a line that is no row
-    gives its RejectedInput.
+    """Rows by the names of the first line, in the file's order.
+
+    A line that is no row gives its RejectedInput.
 
     Raises:
         ValueError: no readable first line, or one without path, with a name twice, or

@@ -188,8 +188,9 @@ def _probe(path: Path, size: int, _modified: int) -> VideoInfo:
 
 
 def default_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
-    """The video that players show: the one marked default, then the largest; never a
-    cover or thumbnails.
+    """The video that players show: the one marked default, or the largest.
+
+    Never a cover or thumbnails.
 
     Raises:
         RejectedInput: there is none, or none that this FFmpeg decodes.

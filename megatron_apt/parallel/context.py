@@ -1,5 +1,4 @@
-"""Joint attention of a packed microbatch, on one rank or split over context-parallel
-ranks.
+"""Joint attention of a packed microbatch, on one rank or over context-parallel ranks.
 
 Ulysses trades tokens for heads by an all-to-all on either side of a local attention;
 all_gather keeps queries local and collects every rank's keys and values. Both give every
@@ -106,8 +105,7 @@ def cross_attention(
 
 
 def whole_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], attention) -> Tensor:
-    """Attention of each sample's tokens among themselves, where they are whole on every
-    rank.
+    """Attention of each sample's tokens among themselves, all on every rank.
 
     Args:
         q, k, v: (sum of lengths, H, K) packed, this rank's heads.

@@ -54,9 +54,7 @@ def current() -> WeightGradients | None:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b with the communication of Megatron-Core's column-parallel layer, and the
-    weight's gradient parked.
-    """
+    """x W^T + b as Megatron-Core's column-parallel layer, the weight's gradient parked."""
 
     @staticmethod
     def forward(ctx, x, parameters, store, reduce_input_gradient, gather, group):

@@ -17,8 +17,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """tensor (tp), context (cp), pipeline (pp) and data (dp) parallel axes of this
-    process.
+    """Tensor (tp), context (cp), pipeline (pp) and data (dp) parallel axes.
 
     `dp_cp` joins dp and cp: weights are replicated over it, so gradients are summed over
     it. `stage` is every rank that holds the same pipeline stages as this one, `world`

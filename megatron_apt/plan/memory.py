@@ -1,5 +1,4 @@
-"""megatron-apt plan: what a recipe's networks need on each rank, before a cluster is
-booked.
+"""megatron-apt plan: what a recipe's networks need on each rank.
 
 Counted from the model's own parameters, built without memory: what each rank holds of
 them under tensor parallelism, and of fp32 masters, optimiser states and average under
@@ -98,8 +97,9 @@ def role_memory(
 
 
 def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[RoleMemory]:
-    """Memory of each role on the one of `ranks` ranks that holds most; `optimizer` counts
-    another one's states.
+    """Memory of each role on the one of `ranks` ranks that holds most.
+
+    `optimizer` counts another one's states.
 
     Raises:
         ValueError: ranks that the recipe's tp x cp x pp does not divide, or heads that

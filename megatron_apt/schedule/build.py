@@ -1,5 +1,4 @@
-"""Builds schedules: list scheduling of a window's tasks, with the wishes of each branch
-found by search.
+"""Builds schedules: list scheduling of a window's tasks, its wishes found by search.
 
 A policy says of each branch when its microbatches want to enter the pipeline and how fast
 they want to go through it; that makes every task due at some time. Going through time, a

@@ -76,8 +76,7 @@ class _Stored(TypedDict):
 
 
 def read(source: str) -> Calibration:
-    """From `FILE` or `FILE:FORMAT` (bf16 if it is left out, or for example `FILE:fp8
-    current`).
+    """From `FILE` or `FILE:FORMAT`, for example `FILE:fp8 current`; bf16 if left out.
 
     Raises:
         ValueError: naming the file, the field and what is wrong with it.

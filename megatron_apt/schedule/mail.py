@@ -46,8 +46,7 @@ class Mail:
         self._written.setdefault((task, rank), []).extend(tensors)
 
     def post(self, actions: Sequence[Action]) -> None:
-        """Starts neighbouring sends and receives together, and lets go of what has been
-        sent.
+        """Starts neighbouring sends and receives together; lets go of what is sent.
 
         With NCCL a `take` then waits for all of them. Ranks cannot lock by that: the
         checker has each one wait for its counterpart alone and in turn.

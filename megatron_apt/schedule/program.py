@@ -1,5 +1,4 @@
-"""From an order of computation to what each rank runs: adds sends, receives and gradient
-reductions.
+"""From an order of computation to what each rank runs, messages and reductions included.
 
 Each message goes into both lists at one moment of the simulated time, the end of the
 action that made it. As the lists of all ranks are then cuts of one sequence, they run to

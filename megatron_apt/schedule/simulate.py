@@ -33,8 +33,9 @@ class Timeline:
 
 
 def simulate(graph: Graph, order: Order) -> Timeline:
-    """Runs the lists: a rank takes its next task as soon as it is free and the task's
-    inputs are there.
+    """Runs the lists: a rank takes its next task as soon as it can.
+
+    That is when the rank is free and the inputs of the task are there.
 
     Raises:
         Stuck: naming the first task that never starts on each rank.

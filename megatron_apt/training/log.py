@@ -29,8 +29,7 @@ class LogError(ValueError):
 
 
 class RunLog:
-    """Writes one row per iteration to OUTPUT/log.jsonl, and scalars to
-    OUTPUT/tensorboard.
+    """Writes a row per iteration to OUTPUT/log.jsonl, scalars to OUTPUT/tensorboard.
 
     Args:
         start: iteration the run starts or resumes at; later rows of an interrupted run,
@@ -186,8 +185,7 @@ def correlations(rows: list[dict[str, float]], pairs: Sequence[tuple[str, str]])
 
 
 def read_rows(path: str | Path) -> list[dict[str, float]]:
-    """Rows of a log.jsonl, oldest first. Lines that are no rows are left out, with a
-    warning.
+    """Rows of a log.jsonl, oldest first; what is no row is left out, with a warning.
 
     Raises:
         LogError: the file cannot be read.

@@ -1,6 +1,4 @@
-"""The networks of a run with their optimisers and averages, and how their state enters
-and leaves checkpoints.
-"""
+"""The networks of a run with optimisers and averages, and their state in checkpoints."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,6 +1,4 @@
-"""What a person sees while a run trains: a progress bar with time left on a terminal,
-plain lines otherwise.
-"""
+"""What a person sees while a run trains: on a terminal a progress bar, else lines."""
 
 import contextlib
 from collections.abc import Iterator

@@ -47,8 +47,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 class _Chunk(nn.Module):
-    """This rank's stage of one segment as such a schedule wants it: one tensor in, one
-    tensor out.
+    """This rank's stage of one segment as such a schedule wants it: tensor in, tensor out.
 
     Attributes:
         size: numbers in that tensor.

@@ -306,9 +306,7 @@ class Contest:
         return max(0.0, float(most[1] - ours) / (os.cpu_count() * seconds)), seconds, notes
 
     def quietest(self, name: str, patience: float) -> tuple[tuple[float, float, Notes | None], float]:
-        """The least disturbed of as many runs as patience allows until one is quiet, and
-        the patience left.
-        """
+        """The least disturbed of the runs until one is quiet; and the patience left."""
         tries = [self.timed(name)]
         while tries[-1][0] > QUIET and patience > 0:
             patience -= tries[-1][1]

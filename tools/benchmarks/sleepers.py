@@ -47,8 +47,7 @@ class _Stage(torch.autograd.Function):
 
 
 class Sleeper(nn.Module):
-    """A network (see models/stages.py) whose blocks add a number to every token, and
-    whose stages sleep.
+    """A network (models/stages.py) that adds a number per block, and whose stages sleep.
 
     Args:
         samples: of a microbatch; a stage takes longer for several versions of them.

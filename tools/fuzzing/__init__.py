@@ -1,5 +1,6 @@
-"""Damaged and hostile inputs for every boundary of the package, and what becomes of each;
-see tools/fuzz.py.
+"""Damaged and hostile inputs for every boundary, and what becomes of each.
+
+See tools/fuzz.py.
 """
 
 from fuzzing.boundary import Boundary

@@ -23,8 +23,7 @@ def commits(run: Path) -> list[Path]:
 
 
 def sign(commit: Path, older: bool = False) -> None:
-    """Makes the list of checksums fit the files, and its seal the list, as somebody who
-    plants them would.
+    """Makes checksums fit the files, and the seal fit the checksums, as an attacker would.
 
     Args:
         older: as commits were before they had an index and a seal of ours, whose pickled

@@ -117,9 +117,7 @@ def _span(rng: random.Random, data: bytes) -> tuple[int, int]:
 def beside_marker(
     rng: random.Random, data: bytes, markers: Sequence[bytes], reach: int = 48
 ) -> tuple[bytes, str]:
-    """An extreme number a few bytes before or after one of the markers that occur (box
-    names, chunk names).
-    """
+    """An extreme number a few bytes from one of the markers (names of boxes or chunks)."""
     found = [(marker, place) for marker in markers if (place := data.find(marker)) >= 0]
     if not found:
         return bytes_damage(rng, data)
@@ -132,8 +130,7 @@ def beside_marker(
 
 
 def json_damage(rng: random.Random, value: object, least: int = 0) -> tuple[bytes, str, str]:
-    """(text, description, name of the field) of a JSON value with one thing wrong in its
-    structure.
+    """(text, description, name of the field): JSON with one thing wrong in its structure.
 
     Args:
         least: depth below which fields are changed (0: also the whole value).

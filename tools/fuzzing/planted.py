@@ -1,5 +1,4 @@
-"""Pickles that would run code or eat the machine if anything unpickled them without
-looking.
+"""Pickles that would run code or eat the machine, if anything unpickled them.
 
 Code is harmless: it makes one empty file, the canary. Bombs are sized so that a machine
 outlives one that goes off.
@@ -201,8 +200,7 @@ def bombs() -> dict[str, bytes]:
 
 
 def planted(rng: random.Random, canary: Path, around: bytes | None = None) -> tuple[bytes, str]:
-    """A hostile pickle; with `around`, a valid one that does something hostile before it
-    goes on.
+    """A hostile pickle; with `around`, inside a valid one.
 
     Returns:
         bytes and description.
