@@ -19,7 +19,7 @@ BESIDE = {
 REQUIRES = [
     "torch>=2.11,<2.14",
     "megatron-core>=0.16.1,<0.17",
-    # There are no wheels for other systems; PyAV, Pillow and torch then do its work.
+    # There are no wheels for other systems, where PyAV and Pillow do its work.
     'nvidia-dali-cuda130>=2.4,<3; platform_system == "Linux"',
     "av>=14,<19",
     "diffusers>=0.35,<0.43",

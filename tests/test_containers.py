@@ -13,7 +13,7 @@ from megatron_apt.encode.decode import Clip, decode_clip
 from megatron_apt.encode.rejected import RejectedInput
 
 
-@pytest.mark.parametrize("device", decode.DALI_CODECS)
+@pytest.mark.parametrize("device", decode.DEVICES)
 @pytest.mark.parametrize("name, route", [("a.avi", "pyav"), ("a.mkv", "video"), ("a.mov", "video")])
 def test_no_avi_is_given_to_dali(tmp_path, device, name, route):
     path = write_video(tmp_path / name, numbered_frames(4), "mjpeg", {"q": "2"})

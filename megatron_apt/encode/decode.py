@@ -1,12 +1,13 @@
-"""Video and image decoding with DALI: files to float32 pixels of one bucket.
+"""Video and image decoding: files to float32 pixels of one bucket.
 
-DALI decodes, resizes (mode not_smaller), crops the centre and normalises. What this build
+DALI (with_dali.py) decodes, resizes (mode not_smaller), crops the centre and normalises. What this build
 of DALI does not decode, or would not show as players and viewers do (other matrices than
 BT.601, HDR, turned or interlaced pictures, pixels that are not square, transparency,
 colour profiles), PyAV or Pillow decodes, and the same DALI operators do the rest. Frames
 are chosen from the container's own timestamps (encode/video.py), because DALI pads
 silently when it is asked for frames that are not there. What no decoder can notice is
-damage inside a frame's payload: VP9 has no checksums.
+damage inside a frame's payload: VP9 has no checksums. Where there is no DALI, as on
+macOS, PyAV and Pillow do all of it (without_dali.py).
 
 device="gpu" lets NVDEC decode, by the same rules; it needs a CUDA machine and has been
 written from DALI's documentation, without one.
@@ -21,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import nvidia.dali.experimental.dynamic as ndd
 import torch
 from torch import Tensor
 
@@ -33,10 +33,14 @@ from megatron_apt.encode.policy import PixelPolicy
 from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.video import VideoInfo, choose_frames, file_size, probe
 
-DALI_CODECS = {
-    "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
-    "gpu": frozenset({"vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4"}),
-}
+try:
+    from megatron_apt.encode import with_dali as backend
+except ModuleNotFoundError as missing:
+    if not (missing.name or "").startswith("nvidia"):
+        raise
+    from megatron_apt.encode import without_dali as backend
+
+DEVICES = ("cpu", "gpu")
 # An AVI whose index is damaged makes DALI end the whole program (SIGSEGV)
 DALI_CONTAINERS = frozenset({"matroska", "mov"})
 BATCH_BYTES = 256 << 20  # decoded frames held at once
@@ -98,8 +102,13 @@ def decode_clips(
     """
     if device == "gpu" and not torch.cuda.is_available():
         raise ValueError("decode device='gpu': no CUDA device is visible; use device='cpu'")
-    if device not in DALI_CODECS:
+    if device not in DEVICES:
         raise ValueError(f"decode device={device!r} is unknown; use 'cpu' or 'gpu'")
+    if device not in backend.CODECS:
+        raise ValueError(
+            f"decode device={device!r} is DALI's, which is not installed; use device='cpu', or "
+            "pip install nvidia-dali-cuda130"
+        )
     notes = Notes() if notes is None else notes
     plans = [_plan(clip, device) for clip in clips]
     results: list[Tensor | RejectedInput] = []
@@ -127,7 +136,7 @@ class _Plan:
 class _Picture:
     """Decoded pixels, uint8 "HWC" or "FHWC", and their (height, width) in square pixels."""
 
-    pixels: ndd.Tensor
+    pixels: backend.Pixels
     shown: tuple[float, float]
 
 
@@ -147,12 +156,13 @@ def _plan(clip: Clip, device: str) -> _Plan | RejectedInput:
                 clip.frames,
                 "an image gives one frame; encode images with frames=1 in a dataset of their own",
             )
-        if head.by_dali:
+        by_dali = head.by_dali and backend.DECODES_PICTURES
+        if by_dali:
             pictures.check_whole(path)
     except RejectedInput as rejected:
         return rejected
     decoded = head.height * head.width
-    return _Plan("image", 6 * decoded + size) if head.by_dali else _Plan("pillow", 10 * decoded)
+    return _Plan("image", 6 * decoded + size) if by_dali else _Plan("pillow", 10 * decoded)
 
 
 def _video_plan(clip: Clip, path: Path, device: str) -> _Plan:
@@ -160,7 +170,7 @@ def _video_plan(clip: Clip, path: Path, device: str) -> _Plan:
     indices = choose_frames(info, clip.frames, clip.stride, clip.fps, clip.start)
     nbytes = len(indices) * info.frame_bytes
     small = nbytes <= BATCH_BYTES and info.size <= DALI_VIDEO_BYTES
-    known = info.container in DALI_CONTAINERS and info.codec in DALI_CODECS[device]
+    known = info.container in DALI_CONTAINERS and info.codec in backend.CODECS[device]
     by_dali = (
         known
         and small
@@ -207,12 +217,18 @@ def _decode_group(
             for i, picture in zip(places, decoded, strict=True):
                 found[i] = picture
     images = [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == "image"]
-    jobs = [np.fromfile(clips[i].path, np.uint8) for i in images]
-    for i, pixels in zip(images, _decode_jobs(jobs, _dali_images, device), strict=True):
-        refused = RejectedInput(clips[i].path, "payload", "does not decode", pictures.DAMAGED)
-        found[i] = refused if pixels is None else _Picture(pixels, pixels.shape[:2])
+    if images:
+        _decode_dali_pictures(clips, images, found, device)
     _decode_dali_videos(clips, plans, found, device, notes)
     return _fit(clips, found)
+
+
+def _decode_dali_pictures(clips, images: list[int], found: list, device: str) -> None:
+    """Fills in the clips of route "image"."""
+    files = [np.fromfile(clips[i].path, np.uint8) for i in images]
+    for i, pixels in zip(images, backend.pictures(files, device), strict=True):
+        refused = RejectedInput(clips[i].path, "payload", "does not decode", pictures.DAMAGED)
+        found[i] = refused if pixels is None else _Picture(pixels, pixels.shape[:2])
 
 
 def _or_rejected(decode, clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Picture | RejectedInput:
@@ -224,17 +240,12 @@ def _or_rejected(decode, clip: Clip, plan: _Plan, device: str, notes: Notes) -> 
 
 def _pyav_picture(clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Picture:
     taken = list(shots(plan.info, plan.indices, clip.policy, notes))
-    return _Picture(_on(device, np.stack([shot.pixels for shot in taken]), "FHWC"), taken[0].shown)
+    return _Picture(backend.as_pixels(np.stack([shot.pixels for shot in taken]), device), taken[0].shown)
 
 
 def _pillow_picture(clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Picture:
     pixels = pictures.load(Path(clip.path), clip.policy, notes, 2 * max(clip.height, clip.width))
-    return _Picture(_on(device, pixels, "HWC"), pixels.shape[:2])
-
-
-def _on(device: str, pixels: np.ndarray, layout: str) -> ndd.Tensor:
-    tensor = ndd.as_tensor(pixels, layout=layout)
-    return tensor.gpu() if device == "gpu" else tensor
+    return _Picture(backend.as_pixels(pixels, device), pixels.shape[:2])
 
 
 def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Tensor | RejectedInput:
@@ -249,7 +260,7 @@ def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Ten
             if len(held) < step and done + len(held) < len(plan.indices):
                 continue
             pixels = held[0].pixels[None] if len(held) == 1 else np.stack([s.pixels for s in held])
-            (fitted,) = _fit([clip], [_Picture(_on(device, pixels, "FHWC"), shot.shown)])
+            (fitted,) = _fit([clip], [_Picture(backend.as_pixels(pixels, device), shot.shown)])
             if isinstance(fitted, RejectedInput):
                 return fitted
             if len(held) == len(plan.indices):
@@ -276,51 +287,26 @@ def _decode_dali_videos(clips, plans, found: list, device: str, notes: Notes) ->
     if device == "gpu":
         members = {(path, i): [i] for path, numbers in members.items() for i in numbers}
     files = list(members.values())
+    if not files:
+        return
     indices = [sorted({index for i in file for index in plans[i].indices}) for file in files]
     jobs = [
         (np.fromfile(clips[file[0]].path, np.uint8), chosen)
         for file, chosen in zip(files, indices, strict=True)
     ]
-    for file, chosen, frames in zip(files, indices, _decode_jobs(jobs, _dali_videos, device), strict=True):
+    for file, chosen, frames in zip(files, indices, backend.videos(jobs, device), strict=True):
         for i in file:
             if frames is None:
                 found[i] = _or_rejected(_pyav_picture, clips[i], plans[i], device, notes)
                 continue
             own = frames
             if plans[i].indices != chosen:
-                own = ndd.as_tensor(
-                    np.asarray(frames)[np.searchsorted(chosen, plans[i].indices)], layout="FHWC"
-                )
+                own = backend.some_frames(frames, np.searchsorted(chosen, plans[i].indices))
             found[i] = _Picture(own, own.shape[1:3])
 
 
-def _dali_images(jobs: list[np.ndarray], device: str) -> ndd.Batch:
-    return ndd.decoders.image(ndd.batch([ndd.as_tensor(data) for data in jobs]), device=device)
-
-
-def _dali_videos(jobs: list[tuple], device: str) -> ndd.Batch:
-    frames = ndd.batch([ndd.tensor(np.array(indices, np.int32)) for _, indices in jobs])
-    return ndd.decoders.video(
-        ndd.batch([ndd.as_tensor(data) for data, _ in jobs]), frames=frames, device=device
-    )
-
-
-def _decode_jobs(jobs: list, decode, device: str) -> list[ndd.Tensor | None]:
-    """Decodes all jobs in one call. DALI fails the whole call for one bad file, so then
-    each is tried alone; None marks the bad ones.
-    """
-    if not jobs:
-        return []
-    try:
-        return list(decode(jobs, device).evaluate().tensors)
-    except RuntimeError:
-        if len(jobs) == 1:
-            return [None]
-        return [_decode_jobs([job], decode, device)[0] for job in jobs]
-
-
 def _fit(clips: Sequence[Clip], found: Sequence[_Picture | RejectedInput]) -> list[Tensor | RejectedInput]:
-    """Scales, crops and normalises the pictures; all that are treated alike go through DALI together."""
+    """Scales, crops and normalises the pictures; all that are treated alike together."""
     results: list = list(found)
     calls: dict[tuple, list[int]] = {}
     for i, (clip, picture) in enumerate(zip(clips, found, strict=True)):
@@ -335,42 +321,12 @@ def _fit(clips: Sequence[Clip], found: Sequence[_Picture | RejectedInput]) -> li
             )
             results[i] = RejectedInput(clip.path, "size", f"{round(width)}x{round(height)}", remedy)
             continue
-        pixels = tuple(picture.pixels.shape[-3:-1])
-        how = "" if scale == 1 else "square"
-        if pixels != tuple(picture.shown):
-            how = (pixels, picture.shown)
-        calls.setdefault((clip.height, clip.width, picture.pixels.layout, how), []).append(i)
-    for (height, width, layout, how), members in calls.items():
-        batch = ndd.batch([found[i].pixels for i in members])
-        # With the crop in one operator, which computes a third of what scaling the whole
-        # picture would
-        if how == "square":
-            batch = ndd.resize_crop_mirror(
-                batch, size=[height, width], mode="not_smaller", crop=(height, width)
-            )
-        elif how:
-            batch = _stretch(batch, height, width, *how)
-        channels_first = "C" + layout.replace("C", "")
-        normalized = ndd.crop_mirror_normalize(
-            batch, crop=(height, width), mean=[127.5] * 3, std=[127.5] * 3, output_layout=channels_first
-        )
-        for i, pixels in zip(members, normalized.evaluate().cpu().tensors, strict=True):
-            pixels = torch.from_dlpack(pixels).clone()  # DALI reuses its buffer
-            results[i] = pixels if "F" in layout else pixels[:, None]
+        shape = tuple(picture.pixels.shape)
+        stretched = (shape, picture.shown) if shape[-3:-1] != tuple(picture.shown) else None
+        calls.setdefault((clip.height, clip.width, len(shape), scale != 1, stretched), []).append(i)
+    for (height, width, dimensions, scaled, stretched), members in calls.items():
+        shown = stretched[1] if stretched else None
+        pixels = backend.fitted([found[i].pixels for i in members], height, width, scaled, shown)
+        for i, fitted in zip(members, pixels, strict=True):
+            results[i] = fitted if dimensions == 4 else fitted[:, None]
     return results
-
-
-def _stretch(
-    batch: ndd.Batch, height: int, width: int, pixels: tuple[int, int], shown: tuple[float, float]
-) -> ndd.Batch:
-    """Pictures whose pixels are not square: the centre that the bucket shows, scaled by
-    each axis' own factor.
-    """
-    scale = max(height / shown[0], width / shown[1])
-    spans = [
-        bucket / scale * own / square
-        for bucket, own, square in zip((height, width), pixels, shown, strict=True)
-    ]
-    begin = [(own - span) / 2 for own, span in zip(pixels, spans, strict=True)]
-    end = [own - start for own, start in zip(pixels, begin, strict=True)]
-    return ndd.resize(batch, size=[height, width], mode="stretch", roi_start=begin, roi_end=end)
