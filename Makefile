@@ -2,6 +2,7 @@
 # make test                            the tests (CPU, several processes over gloo)
 # make test-dist                       all parallel ones: every mesh x method x precision x kind of data
 # make lint
+# make docs                            the documentation as a site: site/index.html
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,8 +16,9 @@ INDEX_OPTION := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1)
 comma := ,
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test test-dist lint install clean
+.PHONY: demo test test-dist lint docs install clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -51,5 +53,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+# Offline, and every warning is an error. The variable silences an advertisement.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build site *.egg-info runs

@@ -65,6 +65,7 @@ setup(
             "scikit-video>=1.1.11,<2",
             "scipy>=1.14,<1.19",
         ],
+        "docs": ["mkdocs-material>=9.7,<10", "mkdocstrings-python>=2,<3"],
         "wandb": ["wandb>=0.18,<1"],
     },
     entry_points={"console_scripts": ["megatron-apt=megatron_apt.cli:main"]},
