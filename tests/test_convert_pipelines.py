@@ -155,7 +155,9 @@ def test_wan_from_pipeline_to_pipeline(wan, mesh, tmp_path):
     assert (
         card.startswith('---\nlicense: "apache-2.0"\n')
         and "method `apt`, 2 iterations of 4 samples" in card
-        and "`videos`" in card
+        and "- `videos`: clips of 5 frames (all of their sources' frames), 32 pixels high, 32 wide" in card
+        and "- prompts padded or cut to 512 tokens" in card
+        and "guidance_scale=1, num_frames=5, height=32, width=32)" in card
     )
     discriminator = load_file(out / "discriminator/model.safetensors")
     assert {name.split(".")[0] for name in discriminator} == {
@@ -294,7 +296,8 @@ def test_hunyuan_from_pipeline_to_pipeline(mesh, tmp_path):
     assert convert(mesh, "verify", final, out) == 0
     pipeline = DiffusionPipeline.from_pretrained(out)
     assert isinstance(pipeline, HunyuanVideoPipeline) and pipeline.scheduler.config.shift == 1.0
-    assert "pipeline(prompt, num_inference_steps=1, guidance_scale=6)" in (out / "README.md").read_text()
+    called = "pipeline(prompt, num_inference_steps=1, guidance_scale=6, num_frames=5, height=32, width=32)"
+    assert called in (out / "README.md").read_text()
     z, options = (
         torch.randn(4, 2, 4, 4),
         {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 6.0},

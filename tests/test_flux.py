@@ -97,7 +97,7 @@ def test_from_pipeline_to_pipeline(flux, mesh, tmp_path):
     card = (out / "README.md").read_text()
     assert (
         "pipeline_tag: text-to-image" in card
-        and "pipeline(prompt, num_inference_steps=1, guidance_scale=3.5)" in card
+        and "pipeline(prompt, num_inference_steps=1, guidance_scale=3.5, height=32, width=32)" in card
     )
     z, options = (
         torch.randn(4, 1, 8, 12),

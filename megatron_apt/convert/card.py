@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+from megatron_apt import schema
 from megatron_apt.checkpoint.command import from_dict
+from megatron_apt.checkpoint.store import CheckpointError
 from megatron_apt.convert.family import Family
+from megatron_apt.data.identity import Identity, Shape, shape_of
+from megatron_apt.data.index import read_info
 from megatron_apt.models.config import ModelConfig
 
 
@@ -57,7 +61,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
             "```python",
             "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
             f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, "
-            f"guidance_scale={guidance or 1:g})",
+            f"guidance_scale={guidance or 1:g}{_shape_arguments(state, task)})",
             "```",
             "",
         ]
@@ -84,11 +88,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         "",
         "## Data",
         "",
-        *(
-            [f"- `{_name(folder)}`" for folder in config["data"]["shards"]]
-            if trained
-            else ["Not trained further."]
-        ),
+        *(_datasets(state) if trained else ["Not trained further."]),
     ]
     if state.get("values"):
         lines += [
@@ -100,6 +100,65 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
             "```",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _datasets(state: dict) -> list[str]:
+    """A line for each dataset with what its samples were, and one for the prompts."""
+    data = state["config"]["data"]
+    lines = [
+        f"- `{_name(folder)}`{f': {_shape_in_words(shape)}' if shape else ''}"
+        for folder, shape in zip(data["shards"], _trained_shapes(state), strict=True)
+    ]
+    length = data["text_length"]
+    prompts = f"padded or cut to {length} tokens" if length else "of their own length, without padding"
+    return [*lines, f"- prompts {prompts}"]
+
+
+def _shape_arguments(state: dict, task: str) -> str:
+    """Of the pipeline's call, those that ask for samples as the generator was trained on, of the first
+    dataset; empty where nothing says what they were.
+    """
+    shape = next(iter(_trained_shapes(state)), None)
+    if shape is None:
+        return ""
+    frames = f", num_frames={shape.frames}" if task.endswith("video") else ""
+    return f"{frames}, height={shape.height}, width={shape.width}"
+
+
+def _shape_in_words(shape: Shape) -> str:
+    size = f"{shape.height} pixels high, {shape.width} wide"
+    if shape.frames == 1:
+        return f"pictures, {size}"
+    if shape.fps:
+        return f"clips of {shape.frames} frames at {shape.fps:g} a second, {size}"
+    taken = "all" if shape.stride == 1 else f"one in {shape.stride}"
+    return f"clips of {shape.frames} frames ({taken} of their sources' frames), {size}"
+
+
+def _trained_shapes(state: dict) -> list[Shape | None]:
+    """Of each dataset in order: as the checkpoint has it, or, where that is older than this
+    record, as the dataset itself says if it is still where it was.
+
+    Raises:
+        CheckpointError: the checkpoint's record is damaged.
+    """
+    known = schema.convert(
+        state.get("data", []),
+        list[Identity],
+        "state.json: data",
+        remedy="use an older checkpoint",
+        error=CheckpointError,
+    )
+    folders = state["config"]["data"]["shards"]
+    shapes = [dataset.shape for dataset in known] + [None] * len(folders)
+    return [shape or _found_shape(Path(folder)) for shape, folder in zip(shapes, folders, strict=False)]
+
+
+def _found_shape(folder: Path) -> Shape | None:
+    try:
+        return shape_of(read_info(folder), folder)
+    except (OSError, ValueError):
+        return None  # gone, or another's: the card is then shorter
 
 
 def _name(path: str) -> str:
