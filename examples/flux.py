@@ -19,8 +19,6 @@ updates are the APT paper's for images; batches are smaller (see examples/wan.py
 from dataclasses import replace
 
 from megatron_apt.config import (
-    AptConfig,
-    ConsistencyConfig,
     DataConfig,
     InitConfig,
     OptimizerConfig,
@@ -28,6 +26,8 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.models.config import flux_dev
 
 PRETRAINED = "runs/flux/pretrained"

@@ -21,8 +21,6 @@ examples/wan.py).
 from dataclasses import replace
 
 from megatron_apt.config import (
-    AptConfig,
-    ConsistencyConfig,
     DataConfig,
     InitConfig,
     OptimizerConfig,
@@ -30,6 +28,8 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.models.config import hunyuan_video
 
 PRETRAINED = "runs/hunyuan/pretrained"

@@ -9,14 +9,9 @@ from dataclasses import replace
 
 import image
 
-from megatron_apt.config import (
-    AptConfig,
-    ConsistencyConfig,
-    DataConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RunConfig,
-)
+from megatron_apt.config import DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
 
 PARALLEL = ParallelConfig(tp=4, cp=2)
 

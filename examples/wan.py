@@ -50,8 +50,6 @@ gradient, so smaller batches keep the learning rate and take noisier steps.
 from dataclasses import replace
 
 from megatron_apt.config import (
-    AptConfig,
-    ConsistencyConfig,
     DataConfig,
     InitConfig,
     OptimizerConfig,
@@ -59,6 +57,8 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.models.config import wan_1_3b, wan_5b_i2v, wan_14b, wan_14b_i2v
 
 PRETRAINED = "runs/wan/pretrained"

@@ -6,13 +6,9 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Literal
 
+from megatron_apt.errors import require
+from megatron_apt.methods.registry import MethodConfigs
 from megatron_apt.models.config import ModelConfig
-
-
-def _check(condition: bool, field_name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"{field_name}={value!r}: {remedy}")
-
 
 _MOST_MINUTES = 366 * 24 * 60
 
@@ -47,9 +43,10 @@ class ParallelConfig:
 
     def __post_init__(self):
         for name in ("tp", "cp", "pp", "row_multiple"):
-            _check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name}", value, "must be at least 1")
         minutes = self.timeout_minutes
-        _check(
+        require(
             0 < minutes <= _MOST_MINUTES,
             "parallel.timeout_minutes",
             minutes,
@@ -57,7 +54,7 @@ class ParallelConfig:
         )
         inner, nested = self.context_parallel_inner, self.context_parallel == "a2a+p2p"
         fits = 1 < inner < self.cp and self.cp % inner == 0 if nested else inner == 0
-        _check(
+        require(
             fits,
             "parallel.context_parallel_inner",
             inner,
@@ -103,11 +100,13 @@ class PipelineConfig:
     """
 
     def __post_init__(self):
-        _check(self.window >= 1, "pipeline.window", self.window, "must be at least 1")
+        require(self.window >= 1, "pipeline.window", self.window, "must be at least 1")
         for name in ("forward", "input_gradient", "weight_gradient"):
-            _check(getattr(self, name) > 0, f"pipeline.{name}", getattr(self, name), "must be positive")
+            value = getattr(self, name)
+            require(value > 0, f"pipeline.{name}", value, "must be positive")
         for name in ("cap", "message", "evaluations"):
-            _check(getattr(self, name) >= 0, f"pipeline.{name}", getattr(self, name), "must not be negative")
+            value = getattr(self, name)
+            require(value >= 0, f"pipeline.{name}", value, "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -125,20 +124,20 @@ class DataConfig:
 
     def __post_init__(self):
         weights = self.weights or (1,) * len(self.shards)
-        _check(
+        require(
             len(weights) == len(self.shards),
             "data.weights",
             self.weights,
             f"give one weight for each of the {len(self.shards)} folders",
         )
-        _check(
+        require(
             self.text_length >= 0,
             "data.text_length",
             self.text_length,
             "must not be negative; 0 keeps each caption's length",
         )
-        _check(self.block >= 1, "data.block", self.block, "must be at least 1")
-        _check(
+        require(self.block >= 1, "data.block", self.block, "must be at least 1")
+        require(
             all(w >= 1 for w in weights),
             "data.weights",
             self.weights,
@@ -170,137 +169,21 @@ class OptimizerConfig:
     """Weights of one bucket; None: 40 million, or a million for each data-parallel rank if that is more."""
 
     def __post_init__(self):
-        _check(
+        require(
             self.bucket_size is None or self.bucket_size > 0,
             "optimizer.bucket_size",
             self.bucket_size,
             "must be positive",
         )
-        _check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
+        require(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
         for name in ("ema", "alpha"):
-            _check(
+            require(
                 0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)"
             )
-        _check(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "must be in [0, 1)")
+        require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "must be in [0, 1)")
         for name in ("eps", "weight_decay", "warmup"):
-            _check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """Stage 0: flow matching."""
-
-    condition_dropout: float = 0.1
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    shift: float = 1.0
-    """Shift of the logit-normal t towards noise (method: shift(t, s))."""
-
-    def __post_init__(self):
-        _check(
-            0 <= self.condition_dropout <= 1,
-            "flow.condition_dropout",
-            self.condition_dropout,
-            "is a probability",
-        )
-        _check(self.logit_std >= 0, "flow.logit_std", self.logit_std, "must not be negative")
-        _check(self.shift > 0, "flow.shift", self.shift, "must be positive; 1 leaves t as it is")
-
-
-@dataclass(frozen=True)
-class ConsistencyConfig:
-    """Stage 1: discrete-time consistency distillation with guidance folded in."""
-
-    steps: int = 32
-    shift: float = 24.0
-    guidance_scale: float = 7.5
-
-    def __post_init__(self):
-        _check(self.shift > 0, "consistency.shift", self.shift, "must be positive; 1 leaves the grid uniform")
-        _check(
-            self.guidance_scale >= 0,
-            "consistency.guidance_scale",
-            self.guidance_scale,
-            "must not be negative; 1 is no guidance",
-        )
-        _check(self.steps >= 1, "consistency.steps", self.steps, "must be at least 1")
-
-
-@dataclass(frozen=True)
-class AptConfig:
-    """Stage 2: adversarial post-training. Every ablation of the paper is a change of one field."""
-
-    loss: Literal["non_saturating", "hinge", "relativistic"] = "non_saturating"
-    ar1_lambda: float = 100.0
-    ar1_sigma: float = 0.01
-    """In units of the scaled latent: 0.01 for images, 0.1 for videos."""
-    ar2_lambda: float = 0.0
-    ar2_sigma: float = 0.01
-    timestep_shift: float = 1.0
-    """s of the discriminator's t ~ shift(U(0, 1), s): 1 for images, 12 for videos."""
-    timestep_fixed: float = -1.0
-    """>= 0 gives the discriminator this t always; t = 0 is the collapse case of the paper."""
-    discriminator_depth: float = 1.0
-    """Share of the backbone's layers the discriminator keeps."""
-    head_layers: tuple[float, ...] = (16 / 36, 26 / 36, 1.0)
-    """Depths of the query heads, as fractions of the discriminator's layers, counted after the block."""
-    train_backbone: bool = True
-    """False freezes the discriminator's backbone and trains heads only (LADD, not APT)."""
-    discriminator_init: Literal["diffusion", "distilled"] = "diffusion"
-    discriminator_lr: float = 0.0
-    """0 takes optimizer.lr."""
-    discriminator_warmup: int = 0
-    """Updates of linear warm-up of the discriminator; optimizer.warmup is the
-    generator's. A longer one for the generator lets a discriminator whose heads start
-    from nothing learn before it is followed.
-    """
-    head_lr_scale: float = 1.0
-    unmatched_conditions: bool = False
-    """Also shows the discriminator real samples with another sample's condition, as fakes."""
-    condition_dropout: float = 0.0
-    reuse_fakes: bool = False
-    """Each generator update takes up the fakes of the discriminator update before it
-    (same samples, noise and dropout), whose forward pass a pipeline then runs once for
-    both, as far as memory allows. NOT the same training: G learns on fakes that D has
-    just been trained on.
-    """
-    two_step_t: float = 0.5
-    exact_r1_every: int = 0
-    """Every so many iterations compute the exact R1 penalty beside aR1 (small scale only); 0 never."""
-
-    def __post_init__(self):
-        _check(self.ar1_lambda >= 0, "apt.ar1_lambda", self.ar1_lambda, "must not be negative")
-        for name in ("ar2_lambda", "discriminator_lr", "discriminator_warmup", "exact_r1_every"):
-            _check(getattr(self, name) >= 0, f"apt.{name}", getattr(self, name), "must not be negative")
-        for name in ("ar1_sigma", "ar2_sigma", "timestep_shift", "head_lr_scale"):
-            _check(getattr(self, name) > 0, f"apt.{name}", getattr(self, name), "must be positive")
-        for name in ("condition_dropout", "two_step_t"):
-            _check(0 <= getattr(self, name) <= 1, f"apt.{name}", getattr(self, name), "lies in [0, 1]")
-        unpaired = self.loss != "relativistic"
-        _check(
-            unpaired or not self.unmatched_conditions,
-            "apt.unmatched_conditions",
-            True,
-            "has no paired form; use another apt.loss",
-        )
-        _check(
-            0 < self.discriminator_depth <= 1,
-            "apt.discriminator_depth",
-            self.discriminator_depth,
-            "is a share in (0, 1]",
-        )
-        _check(
-            bool(self.head_layers) and all(0 < f <= 1 for f in self.head_layers),
-            "apt.head_layers",
-            self.head_layers,
-            "are fractions of depth in (0, 1]",
-        )
-        _check(
-            self.timestep_fixed <= 1,
-            "apt.timestep_fixed",
-            self.timestep_fixed,
-            "t lies in [0, 1]; negative means the ensemble",
-        )
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name}", value, "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -339,8 +222,9 @@ class GuardConfig:
 
     def __post_init__(self):
         for name in ("collapse_window", "collapse_d_loss", "collapse_diversity", "rank_timeout"):
-            _check(getattr(self, name) >= 0, f"guards.{name}", getattr(self, name), "must not be negative")
-        _check(
+            value = getattr(self, name)
+            require(value >= 0, f"guards.{name}", value, "must not be negative")
+        require(
             0 < self.requeue_code < 256,
             "guards.requeue_code",
             self.requeue_code,
@@ -364,12 +248,14 @@ class RetentionConfig:
 
     def __post_init__(self):
         for name in ("last", "every"):
-            _check(getattr(self, name) >= 0, f"retention.{name}", getattr(self, name), "must not be negative")
+            value = getattr(self, name)
+            require(value >= 0, f"retention.{name}", value, "must not be negative")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    method: Literal["flow", "consistency", "apt"] = "apt"
+class RunConfig(MethodConfigs):
+    """All settings of a run."""
+
     output: str = "runs/run"
     seed: int = 0
     iterations: int = 100
@@ -384,9 +270,6 @@ class RunConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    apt: AptConfig = field(default_factory=AptConfig)
     init: InitConfig = field(default_factory=InitConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     log_every: int = 10
@@ -408,11 +291,11 @@ class RunConfig:
 
     def __post_init__(self):
         for name in ("iterations", "save_every"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("global_batch", "micro_batch", "log_every"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _check(self.seed >= 0, "seed", self.seed, "must not be negative")
-        _check(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(
             (not self.output or bool(self.output.strip())) and "\0" not in self.output,
             "output",
             self.output,
@@ -432,7 +315,7 @@ def _check_numbers(config: object, prefix: str = "") -> None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float):
-                _check(abs(number) < 2**63, name, value, "must be a finite number below 2^63")
+                require(abs(number) < 2**63, name, value, "must be a finite number below 2^63")
 
 
 def check_heads(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -472,8 +355,7 @@ def check_fits(config: RunConfig) -> None:
         _check_ring(config)
     if model.fp8.recipe != "none":
         _check_fp8(config)
-    if config.method == "apt":
-        _check_apt(config)
+    config.of_method.check(config)
     padded = CAPTIONS.get(model.family, config.data.text_length)
     if config.data.text_length != padded:
         habit = (
@@ -512,7 +394,7 @@ def _check_fp8(config: RunConfig) -> None:
                 f"{recipe} needs model.{name}={width} to be a multiple of {multiple}; use another width, or "
                 "bf16"
             )
-    depth = round(model.depth * config.apt.discriminator_depth) if config.method == "apt" else model.depth
+    depth = min(config.of_method.depths(model.depth))
     if model.fp8.bf16_first + model.fp8.bf16_last >= depth:
         raise ValueError(
             f"{recipe}: bf16_first={model.fp8.bf16_first} + bf16_last={model.fp8.bf16_last} leave none of "
@@ -534,25 +416,6 @@ def _check_ring(config: RunConfig) -> None:
             f"{ring} with sequence parallelism splits whole samples over tp={parallel.tp}: "
             f"micro_batch={config.micro_batch} must be a multiple; use one, set parallel.sequence_parallel "
             "False, or use ulysses"
-        )
-
-
-def _check_apt(config: RunConfig) -> None:
-    if config.apt.exact_r1_every and config.model.recompute == "full":
-        raise ValueError(
-            f"apt.exact_r1_every={config.apt.exact_r1_every} differentiates with respect to samples; it "
-            "needs model.recompute=none"
-        )
-    if config.apt.exact_r1_every and config.parallel.pp > 1:
-        raise ValueError(
-            f"apt.exact_r1_every={config.apt.exact_r1_every} needs the whole discriminator on a rank; use "
-            "parallel.pp=1 or set it to 0"
-        )
-    if config.micro_batch == 1 and config.guards.collapse_window:
-        warnings.warn(
-            "micro_batch=1 leaves no two samples to compare: the diversity alarm is off, only d/loss is "
-            "watched",
-            stacklevel=3,
         )
 
 

@@ -51,6 +51,12 @@ _OUT_OF_MEMORY = (
 )
 
 
+def require(condition: bool, field: str, value: object, remedy: str) -> None:
+    """Raises ValueError with the field, its value and the remedy, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{field}={value!r}: {remedy}")
+
+
 def is_expected(error: BaseException) -> bool:
     """Whether a user can cause it, so that it is shown without a traceback."""
     return isinstance(error, EXPECTED) or out_of_memory(error)

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from problems import build, microbatch, model_config, run_config, whole
 
-from megatron_apt.config import AptConfig, OptimizerConfig, ParallelConfig, PipelineConfig, RunConfig
+from megatron_apt.config import OptimizerConfig, ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.data.batches import deal
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schedule.actions import Task
 from megatron_apt.schedule.prepare import Pipeline

@@ -5,9 +5,10 @@ from functools import partial
 
 import torch
 
-from megatron_apt.config import AptConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.config import InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
-from megatron_apt.methods import METHODS
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.build import build_method
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
@@ -148,7 +149,7 @@ def waken(networks: dict[str, Network], seed: int = 1) -> None:
 
 
 def build(config: RunConfig, mesh: Mesh):
-    method = METHODS[config.method](config, mesh)
+    method = build_method(config, mesh)
     pipeline = Pipeline(config.pipeline, method, mesh)
     networks = {name: Network(name, role, mesh, pipeline.cut(name)) for name, role in method.roles.items()}
     waken(networks)

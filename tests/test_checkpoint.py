@@ -29,8 +29,9 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.command import Inspect, Reshard, Verify, from_dict, inspect, run
 from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
-from megatron_apt.config import AptConfig, GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
+from megatron_apt.config import GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
 from megatron_apt.errors import Collapse
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.training.train import Trainer, train
 
 F64 = {"model": model_config(dtype="float64", latent_channels=4), "optimizer": SMOOTH}

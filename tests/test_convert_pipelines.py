@@ -13,20 +13,15 @@ import tyro
 from pipelines import change_json, save_hunyuan, save_sd3, save_wan
 from safetensors.torch import load_file
 
-from megatron_apt.config import (
-    AptConfig,
-    ConsistencyConfig,
-    DataConfig,
-    InitConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.command import Command, perform
 from megatron_apt.convert.exporter import Checkpoint
 from megatron_apt.demo.digits import write_digit_clips, write_digit_images
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encoders.text import open_text_encoder
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.models.condition import Condition
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.sample.command import load_generator

@@ -18,7 +18,7 @@ from test_convert_models import assert_equal as assert_parity
 from test_convert_pipelines import PROMPT, assert_equal, convert, imported, one_step, trained
 from test_image_to_video import frames_of
 
-from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig
+from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.convert import ConvertError
 from megatron_apt.convert.base import _with_a_first_frame
 from megatron_apt.data.batches import Batches, first_frames
@@ -27,6 +27,7 @@ from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encoders.codec import WanCodec
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.losses import squared_error
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, WanConfig

@@ -7,11 +7,13 @@ import torch
 from pipelines import save_flux
 from test_convert_pipelines import PROMPT, assert_equal, convert, imported, one_step, trained
 
-from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, InitConfig, OptimizerConfig
+from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig
 from megatron_apt.demo.digits import write_digit_images
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encoders.pipeline_text import FluxTextEncoder
 from megatron_apt.encoders.text import load_text_encoder, open_text_encoder
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.embeddings import patchify
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines import change_json, save_wan_i2v
 from test_convert_pipelines import PROMPT, assert_equal, convert, imported, one_step, trained
 
-from megatron_apt.config import AptConfig, DataConfig, InitConfig, OptimizerConfig, ParallelConfig
+from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.data.batches import Batches, first_frames
 from megatron_apt.data.microbatch import choose, rolled
 from megatron_apt.data.shards import LatentShards
@@ -22,6 +22,7 @@ from megatron_apt.demo.digits import write_digit_clips
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encode.decode import Clip, decode_clip
 from megatron_apt.encoders.image import ClipImageEncoder
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig, WanConfig
 from megatron_apt.models.embeddings import patchify

@@ -7,8 +7,8 @@ import torch
 from kernel_checks import difference
 from problems import IMAGES, MIXED, model_config, phase_gradients, run_config
 
-from megatron_apt.config import AptConfig
 from megatron_apt.kernels.launch import implementation
+from megatron_apt.methods.apt.config import AptConfig
 
 # aR1 subtracts logits that are nearly equal, which magnifies rounding (and the 1e-6 by
 # which normal numbers differ); a wrong term is far outside.

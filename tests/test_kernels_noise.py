@@ -20,7 +20,7 @@ from megatron_apt.kernels.keyed_noise import (
     keyed_uniform_reference,
 )
 from megatron_apt.kernels.launch import implementation, jit, launch, tl
-from megatron_apt.methods import METHODS
+from megatron_apt.methods.build import build_method
 from megatron_apt.parallel.mesh import Axis
 
 KEYS = [derive_key("a"), 2**63 + 12345, 2**64 - 1, 0, 1, 2**32 - 16]
@@ -161,7 +161,7 @@ def test_one_rank_draws_its_own_tokens_of_one_video(mesh):
 @pytest.mark.parametrize("kind", ["flow", "consistency", "apt"])
 def test_what_the_methods_feed_their_networks(mesh, kind):
     config = run_config(kind)
-    method = METHODS[kind](config, mesh)
+    method = build_method(config, mesh)
     for phase in method.phases:
         for branch in phase.branches:
             feed, fed = branch.segments[0].feed, []

@@ -7,9 +7,9 @@ import torch
 from kernel_checks import DEVICE, TOLERANCE, difference, random
 from problems import IMAGES, build, microbatch, run_config, run_phase
 
-from megatron_apt.config import AptConfig
 from megatron_apt.kernels.launch import implementation, recording
 from megatron_apt.kernels.rmsprop_ema import Stretch, Stretches, rmsprop_ema, rmsprop_ema_reference
+from megatron_apt.methods.apt.config import AptConfig
 
 # (place in the shard, gap before it among the weights, length, lr_scale) of each stretch:
 # one element, odd lengths and places, more than a chunk.

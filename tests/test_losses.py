@@ -8,9 +8,10 @@ import torch
 from parity import compare_exactly, iterations, problem
 from problems import IMAGES, build, gradient_of, microbatch, model_config, run_config, run_phase
 
-from megatron_apt.config import AptConfig
 from megatron_apt.conventions import interpolate, one_step_sample, predict_sample, shift, velocity_target
-from megatron_apt.methods import METHODS, losses
+from megatron_apt.methods import losses
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.build import build_method
 from megatron_apt.models.discriminator import Discriminator
 
 LOG2 = math.log(2.0)
@@ -211,9 +212,6 @@ def test_without_guidance_the_teacher_runs_once_to_the_same_end(mesh):
         replace(base, consistency=replace(base.consistency, guidance_scale=scale))
         for scale in (1.0, 1.0 + 1e-12)
     )
-    copies = [
-        METHODS["consistency"](config, mesh).phases[0].branches[0].segments[0].copies
-        for config in (once, twice)
-    ]
+    copies = [build_method(config, mesh).phases[0].branches[0].segments[0].copies for config in (once, twice)]
     assert copies == [1, 2]
     compare_exactly(iterations(mesh, once, "mixed", count=1), iterations(mesh, twice, "mixed", count=1))

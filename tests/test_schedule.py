@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_apt.config import AptConfig, RunConfig
-from megatron_apt.methods import METHODS
+from megatron_apt.config import RunConfig
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.base import Branch, Phase, Segment, roles_of
+from megatron_apt.methods.build import build_method
 from megatron_apt.plan.schedule import ScheduleConfig, parse_cost, schedule, schedules
 from megatron_apt.schedule.build import list_schedule, phases_apart, search
 from megatron_apt.schedule.check import BadSchedule, check
@@ -25,7 +26,7 @@ from megatron_apt.schedule.policies import placement, start
 from megatron_apt.schedule.program import read
 from megatron_apt.schedule.simulate import Stuck, lower_bound, simulate
 
-APT = METHODS["apt"](RunConfig(method="apt"), None).phases
+APT = build_method(RunConfig(method="apt"), None).phases
 
 
 def window(phases=APT, ranks=2, microbatches=3, iterations=2, chunks=1, cost=None, **options) -> Window:
@@ -242,12 +243,10 @@ METHODS_UNDER_TEST = {
         Phase("flow", (Branch("flow", (Segment("generator", "full", feed, feed),), feed),), "generator"),
     ),
     "consistency": (Phase("c", (Branch("c", _CONSISTENCY, feed, reads=(0, 1)),), "generator"),),
-    "relativistic": METHODS["apt"](
+    "relativistic": build_method(
         RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None
     ).phases,
-    "unmatched": METHODS["apt"](
-        RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None
-    ).phases,
+    "unmatched": build_method(RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None).phases,
 }
 
 

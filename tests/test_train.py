@@ -11,7 +11,6 @@ from problems import model_config
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import (
-    AptConfig,
     DataConfig,
     GuardConfig,
     InitConfig,
@@ -22,6 +21,7 @@ from megatron_apt.config import (
 )
 from megatron_apt.data.batches import Batches, deal
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.models.discriminator import Discriminator
 from megatron_apt.training.log import read_rows
 from megatron_apt.training.train import Trainer, train

@@ -19,9 +19,9 @@ from problems import (
     run_phase,
 )
 
-from megatron_apt.config import AptConfig
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
 from megatron_apt.kernels.rows import Rows
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.models.discriminator import head_blocks
 from megatron_apt.schedule.execute import frozen
 

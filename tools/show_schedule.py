@@ -11,12 +11,14 @@ refused, naming the action that is wrong.
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
 from megatron_apt import scripts
 from megatron_apt.config import RunConfig
-from megatron_apt.methods import METHODS
+from megatron_apt.methods.build import build_method
+from megatron_apt.methods.registry import DEFAULT, MethodName
 from megatron_apt.plan.schedule import costs_of, figures, parse_cost, table
 from megatron_apt.schedule.build import Built, priced
 from megatron_apt.schedule.check import check_program
@@ -28,7 +30,7 @@ REMEDY = "give a file that `megatron-apt schedule --dump` has written"
 
 
 def shown(file: str, options) -> Built:
-    phases = METHODS[options.method](RunConfig(method=options.method), None).phases
+    phases = build_method(RunConfig(method=options.method), None).phases
     costs = costs_of(phases, parse_cost(options.cost), options.discriminator)
     data = read_bytes(file, remedy=REMEDY)
     try:
@@ -44,7 +46,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+")
-    parser.add_argument("--method", default="apt", choices=sorted(METHODS))
+    parser.add_argument("--method", default=DEFAULT, choices=sorted(get_args(MethodName)))
     parser.add_argument("--cost", default="F=1,I=1,W=1", help="time of a rank's part of a network")
     parser.add_argument(
         "--discriminator",

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch.multiprocessing as mp
 
-from megatron_apt.config import AptConfig, DataConfig, GuardConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.config import DataConfig, GuardConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.models.config import ModelConfig
 
 

@@ -197,17 +197,17 @@ def _write_again(
 ) -> None:
     from megatron_apt.checkpoint.fits import check_model
     from megatron_apt.checkpoint.save import Checkpoints
-    from megatron_apt.methods import METHODS
+    from megatron_apt.methods.build import build_method
     from megatron_apt.schedule.prepare import Pipeline
     from megatron_apt.training.networks import Network
 
     config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
     # Nothing is trained here
-    config = replace(config, pipeline=PipelineConfig(chunks=1), apt=replace(config.apt, exact_r1_every=0))
+    config = replace(config.without_measuring(), pipeline=PipelineConfig(chunks=1))
     check_fits(config)
     check_model(store.Stored(folder), config.model, mesh)
     tensors = {}
-    method = METHODS[config.method](config, mesh)
+    method = build_method(config, mesh)
     pipeline = Pipeline(config.pipeline, method, mesh)
     for name, role in method.roles.items():
         if role.optimizer is not None:  # what does not train is not in a checkpoint

@@ -9,15 +9,10 @@ differs from the paper's (lr 5e-6 / 3e-6, batch 9062 / 2048, CFG 7.5, 32 steps s
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_apt.config import (
-    AptConfig,
-    ConsistencyConfig,
-    DataConfig,
-    FlowConfig,
-    InitConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.methods.apt.config import AptConfig
+from megatron_apt.methods.consistency.config import ConsistencyConfig
+from megatron_apt.methods.flow.config import FlowConfig
 from megatron_apt.models.config import ModelConfig
 
 

@@ -1,7 +1,4 @@
-"""Training methods, each a list of phases: which networks see which data. They know no
-loop, no rank and no schedule.
+"""Training methods, a folder each: its settings and what others need to know of it
+(config.py), and its phases, which say which networks see which data (method.py). They
+know no loop, no rank and no schedule.
 """
-
-from megatron_apt.methods import apt, consistency, flow
-
-METHODS = {"flow": flow.method, "consistency": consistency.method, "apt": apt.method}

@@ -162,7 +162,7 @@ class Method:
     """A training method.
 
     Attributes:
-        roles: networks by name; the one to be sampled and exported is "generator".
+        roles: networks by name; `sampled` of the method's settings is the one of its result.
         phases: of one iteration, in order.
         summarise: turns the summed metrics of an iteration into what is logged.
         signs_of_collapse: (logged values, thresholds) -> message per sign now present.
@@ -170,8 +170,8 @@ class Method:
             its end.
         least_samples: of a microbatch, for a method that compares samples with each
             other.
-        check, check_every: a measurement on each microbatch at every so many iterations,
-            before their phases (0: never).
+        measure, measure_every: a measurement on each microbatch at every so many
+            iterations, before their phases (0: never).
     """
 
     roles: dict[str, Role]
@@ -179,6 +179,6 @@ class Method:
     summarise: Callable[[Values], Values] = lambda values: values
     signs_of_collapse: Callable[[Values, GuardConfig], dict[str, str]] = lambda values, guards: {}
     correlated: tuple[tuple[str, str], ...] = ()
-    check: Callable[[dict[str, nn.Module], Microbatch], Metrics] | None = None
-    check_every: int = 0
+    measure: Callable[[dict[str, nn.Module], Microbatch], Metrics] | None = None
+    measure_every: int = 0
     least_samples: int = 1

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from megatron_apt import outputs
 from megatron_apt.config import ParallelConfig, RunConfig, check_heads
-from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Role
+from megatron_apt.methods.build import build_method
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.models.stages import Cut
 from megatron_apt.outputs import check_number
@@ -115,7 +115,7 @@ def memory(config: RunConfig, ranks: int, optimizer: str | None = None) -> list[
         )
     # Shapes and dtypes without memory
     mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))
-    method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
+    method = build_method(replace(config, parallel=ParallelConfig()), mesh)
     stages = [replace(mesh, pp=Axis(parallel.pp, rank, None)) for rank in range(parallel.pp)]
     pipelines = [Pipeline(config.pipeline, method, stage) for stage in stages]
     held = (
@@ -155,7 +155,7 @@ def iteration_seconds(config: RunConfig, ranks: int, measured: Calibration) -> f
     Embeddings, heads, communication and idle ranks come on top.
     """
     mesh = replace(startup.start(ParallelConfig()), device=torch.device("meta"))
-    method = METHODS[config.method](replace(config, parallel=ParallelConfig()), mesh)
+    method = build_method(replace(config, parallel=ParallelConfig()), mesh)
     cost, total = measured.block(config.model), 0.0
     for segment in (
         segment for phase in method.phases for branch in phase.branches for segment in branch.segments

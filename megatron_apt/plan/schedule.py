@@ -13,8 +13,9 @@ from rich.table import Table
 
 from megatron_apt import outputs
 from megatron_apt.config import RunConfig
-from megatron_apt.methods import METHODS
 from megatron_apt.methods.base import Phase, roles_of
+from megatron_apt.methods.build import build_method
+from megatron_apt.methods.registry import DEFAULT, MethodName
 from megatron_apt.outputs import check_number
 from megatron_apt.schedule import calibration
 from megatron_apt.schedule.build import Built, NoRoom, Policy, phases_apart, search
@@ -59,7 +60,7 @@ class ScheduleConfig:
     """Stages of each network on a rank in the interleaved schedule; 2: there and back, a
     V; 0: the better of both.
     """
-    method: Literal["apt", "flow", "consistency"] = "apt"
+    method: MethodName = DEFAULT
     evaluations: int = -1
     """Schedules tried in the search; -1: 200, and fewer for windows of many actions, so
     that the command takes a minute or two.
@@ -191,7 +192,7 @@ def frontier(options: ScheduleConfig) -> dict[float, Built]:
 
 
 def _phases(options: ScheduleConfig) -> tuple[Phase, ...]:
-    return METHODS[options.method](RunConfig(method=options.method), None).phases
+    return build_method(RunConfig(method=options.method), None).phases
 
 
 def _graph(options: ScheduleConfig, chunks: int, **kind) -> Graph:

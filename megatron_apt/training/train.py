@@ -17,7 +17,7 @@ from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
 from megatron_apt.kernels.launch import choose
 from megatron_apt.lock import FolderLock, LockLost
-from megatron_apt.methods import METHODS
+from megatron_apt.methods.build import build_method
 from megatron_apt.parallel.agree import largest, on_main
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.parallel.watch import Watch
@@ -40,7 +40,7 @@ class Trainer:
     def __init__(self, config: RunConfig, mesh: Mesh):
         check_fits(config)
         self.config, self.mesh = config, mesh
-        self.method = METHODS[config.method](config, mesh)
+        self.method = build_method(config, mesh)
         self.batches = Batches(
             config.data,
             config.model,
@@ -128,13 +128,10 @@ class Trainer:
 
         def batches(iteration: int) -> list[Microbatch]:
             loaded = self.batches.iteration(first + iteration) if first + iteration >= 0 else []
-            if (
-                iteration >= 0
-                and self.method.check_every
-                and (first + iteration) % self.method.check_every == 0
-            ):
+            every = self.method.measure_every
+            if iteration >= 0 and every and (first + iteration) % every == 0:
                 for batch in loaded:
-                    pieces.add(iteration, self.method.check(self.executor.modules, batch))
+                    pieces.add(iteration, self.method.measure(self.executor.modules, batch))
             return loaded
 
         def step(task: Task) -> None:

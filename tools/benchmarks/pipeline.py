@@ -50,9 +50,10 @@ from sleepers import Sleep, Sleeper
 from small_run import on_ranks
 
 from megatron_apt import scripts
-from megatron_apt.config import AptConfig, ParallelConfig, PipelineConfig, RunConfig
-from megatron_apt.methods import METHODS
+from megatron_apt.config import ParallelConfig, PipelineConfig, RunConfig
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.base import Method
+from megatron_apt.methods.build import build_method
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schedule.actions import Action, Task
 from megatron_apt.schedule.execute import Executor, _Run
@@ -384,7 +385,7 @@ class Problem:
         )
 
     def method(self, mesh: Mesh) -> Method:
-        method = METHODS["apt"](self.config, mesh)
+        method = build_method(self.config, mesh)
         if not self.sleep:
             return method
 

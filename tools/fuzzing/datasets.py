@@ -26,8 +26,8 @@ def run() -> RunConfig:
     model = ModelConfig(depth=3, width=24, heads=2, latent_channels={channels}, text_width=8)
     data = DataConfig(shards=({dataset!r},), text_length=4)
     optimizer = OptimizerConfig(kind="adamw", lr=1e-3, ema=0.9)
-    run = RunConfig("{method}", {output!r}, 0, 1, {batch}, {batch}, model, data=data, optimizer=optimizer)
-    return replace(run, tensorboard=False)
+    run = RunConfig(method="{method}", output={output!r}, model=model, data=data, optimizer=optimizer)
+    return replace(run, iterations=1, global_batch={batch}, micro_batch={batch}, tensorboard=False)
 """
 
 

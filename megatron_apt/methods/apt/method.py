@@ -18,10 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_apt.config import AptConfig, GuardConfig, RunConfig
+from megatron_apt.config import GuardConfig, RunConfig
 from megatron_apt.conventions import one_step_sample, shift
 from megatron_apt.data.microbatch import Microbatch, dropped, rolled
 from megatron_apt.methods import losses
+from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.base import (
     Branch,
     Grad,
@@ -34,7 +35,7 @@ from megatron_apt.methods.base import (
     Segment,
     Values,
 )
-from megatron_apt.methods.flow import generator
+from megatron_apt.methods.roles import generator
 from megatron_apt.models import fp8, parameters
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.discriminator import Discriminator
@@ -62,8 +63,8 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
         summarise=summarise,
         signs_of_collapse=signs_of_collapse,
         correlated=(("check/r1_exact", "check/r1_approximate"), ("check/r1_exact", "d/ar1")),
-        check=_exact_r1(config.apt),
-        check_every=config.apt.exact_r1_every,
+        measure=_exact_r1(config.apt),
+        measure_every=config.apt.exact_r1_every,
         # Captions are exchanged inside a microbatch
         least_samples=2 if config.apt.unmatched_conditions else 1,
     )
@@ -72,7 +73,7 @@ def method(config: RunConfig, mesh: Mesh) -> Method:
 def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
     apt = config.apt
 
-    depth = max(1, round(apt.discriminator_depth * config.model.depth))
+    depth = apt.discriminator_blocks(config.model.depth)
 
     def build_discriminator(cut: Cut) -> Discriminator:
         model = Discriminator(config.model, mesh, depth, apt.head_layers, cut)
@@ -347,7 +348,7 @@ def signs_of_collapse(values: Values, guards: GuardConfig) -> dict[str, str]:
 
 
 def _exact_r1(apt: AptConfig):
-    def measure(discriminator: Discriminator, batch: Microbatch) -> Metrics:
+    def compared(discriminator: Discriminator, batch: Microbatch) -> Metrics:
         condition = condition_of(batch, apt)
         x = batch.x.clone().requires_grad_(True)
         t, layout = (
@@ -364,7 +365,7 @@ def _exact_r1(apt: AptConfig):
         approximate = batch.sample_mean(losses.approximate_r1(logits.detach(), perturbed)) / apt.ar1_sigma**2
         return {"check/r1_exact": exact, "check/r1_approximate": approximate}
 
-    def check(networks: dict, batch: Microbatch) -> Metrics:
+    def measure(networks: dict, batch: Microbatch) -> Metrics:
         """E ||grad_x D(x)||^2 (eq. 8) on the real samples, with the labels and conditions
         of the D phase that follows.
 
@@ -375,6 +376,6 @@ def _exact_r1(apt: AptConfig):
         # Frozen, because layers that fuse the weight's gradient with its accumulation add
         # it to the update's, whatever autograd was asked for.
         with parameters.frozen(discriminator), fp8.without(discriminator):
-            return measure(discriminator, batch.for_phase("d"))
+            return compared(discriminator, batch.for_phase("d"))
 
-    return check
+    return measure

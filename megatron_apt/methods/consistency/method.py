@@ -15,7 +15,7 @@ from megatron_apt.conventions import predict_sample, shift
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods import losses
 from megatron_apt.methods.base import Branch, Inputs, Method, Phase, Role, Segment
-from megatron_apt.methods.flow import build_generator, generator
+from megatron_apt.methods.roles import build_generator, generator
 from megatron_apt.models.condition import Condition
 from megatron_apt.parallel.mesh import Mesh
 
