@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -28,18 +29,28 @@ def shipped() -> dict[str, bytes]:
     }
 
 
+def built(root: Path, *command: str) -> None:
+    done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
+def source_archive(tmp_path_factory) -> Path:
     """Built from a copy, because a build leaves folders in its source."""
-    root = tmp_path_factory.mktemp("wheel")
-    for folder in ("megatron_apt", *BESIDE):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, root)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    built = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (file,) = (root / "dist").glob("*.whl")
+    root = tmp_path_factory.mktemp("source") / "tree"
+    made = shutil.ignore_patterns(".*", "__pycache__", "runs", "site", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, root, ignore=made)
+    built(root, "-c", "from setuptools import build_meta; build_meta.build_sdist('dist')")
+    (file,) = (root / "dist").glob("*.tar.gz")
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(source_archive) -> zipfile.ZipFile:
+    """Built from the source archive."""
+    folder = source_archive.parent
+    built(folder, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", source_archive.name)
+    (file,) = folder.glob("*.whl")
     return zipfile.ZipFile(file)
 
 
@@ -48,6 +59,13 @@ def requirements(wheel) -> list[Requirement]:
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = Parser().parsestr(wheel.read(name).decode())
     return [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+
+
+def test_the_source_archive_holds_what_builds_and_tests_it(source_archive):
+    with tarfile.open(source_archive) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = ("Makefile", "constraints.txt", "CHANGELOG.md", "CITATION.cff", "mkdocs.yml", "docs/data.md")
+    assert names.issuperset([*shipped(), *files, f"tests/{Path(__file__).relative_to(ROOT / 'tests')}"])
 
 
 def test_the_wheel_holds_examples_tools_and_kernels(wheel):
