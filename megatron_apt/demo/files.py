@@ -11,6 +11,7 @@ from typing import Annotated, TypedDict
 from msgspec import Meta
 
 from megatron_apt.demo.recipes import DemoConfig
+from megatron_apt.files import write_atomically
 from megatron_apt.lock import FolderLock
 from megatron_apt.schema import read_json
 
@@ -78,8 +79,6 @@ def _read(file: Path) -> Progress:
 
 
 def save_progress(root: Path, progress: Progress) -> None:
-    from megatron_apt.checkpoint.store import write_atomically  # imports torch
-
     write(root / "progress.json", lambda file: write_atomically(file, json.dumps(progress, indent=1)))
 
 

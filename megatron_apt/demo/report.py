@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_apt.demo import plots
-from megatron_apt.sample.media import gif_bytes, png_bytes, write_atomically
+from megatron_apt.files import write_product
+from megatron_apt.sample.media import gif_bytes, png_bytes
 
 # Names that grids and table rows should use: the page explains them, orders columns by
 # them and takes its headline numbers from them.
@@ -119,7 +120,7 @@ def write_report(path: str | Path, report: Report) -> None:
     """Write `report` as one self-contained HTML file, atomically, so that a browser can
     reload it while the run goes on.
     """
-    write_atomically(path, render(report).encode())
+    write_product(path, render(report))
 
 
 def render(report: Report) -> str:

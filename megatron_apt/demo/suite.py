@@ -29,12 +29,12 @@ from megatron_apt.demo.report import FLOOR, Report, Row, Section
 from megatron_apt.evaluate.classifier import ClassAccuracy
 from megatron_apt.evaluate.diversity import pairwise_diversity
 from megatron_apt.evaluate.frechet import frechet_distance, pooled_features, real_floor
+from megatron_apt.files import write_product
 from megatron_apt.models.condition import Condition
 from megatron_apt.parallel.agree import on_main
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.sample.command import Loaded, load_generator, sample_latents
 from megatron_apt.sample.config import SampleConfig
-from megatron_apt.sample.media import write_atomically as write_bytes
 from megatron_apt.schema import Count, read_bytes, read_json
 from megatron_apt.training.log import read_rows
 
@@ -160,9 +160,9 @@ def _measure(
     }
     write(
         _file(folder, row, ".safetensors"),
-        lambda file: write_bytes(file, save({"latents": latents[:shown].contiguous()})),
+        lambda file: write_product(file, save({"latents": latents[:shown].contiguous()})),
     )
-    write(_file(folder, row, ".json"), lambda file: write_bytes(file, json.dumps(numbers).encode()))
+    write(_file(folder, row, ".json"), lambda file: write_product(file, json.dumps(numbers)))
     for part in parts:
         part.unlink()
 

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections import Counter
@@ -21,6 +20,7 @@ from torch import Tensor
 from megatron_apt.data.index import ARRAYS, FORMAT, INDEX, POOLED_FORMAT, read_done, read_info
 from megatron_apt.data.shards import CONDITIONS, TOKENIZER
 from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.files import Replacement, write_atomically
 from megatron_apt.lock import FolderLock
 from megatron_apt.schema import read_json
 
@@ -79,26 +79,18 @@ class ShardWriter:
             EncodeStopped: it cannot be written.
         """
         name = f"shard-{number:05d}.tar"
-        temporary = self.folder / f"{name}.tmp"
         with output_named(self.folder):
-            file = open(temporary, "wb")
-        try:
-            opened = OpenShard(
-                name, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT), self.folder
-            )
+            file = Replacement(self.folder / name)
+        with file:
+            tar = tarfile.open(fileobj=file.stream, mode="w", format=tarfile.USTAR_FORMAT)
+            opened = OpenShard(name, tar, self.folder)
             yield opened
             with output_named(self.folder):
                 opened.close()
                 file.flush()
-                os.fsync(file.fileno())
                 self._check_lock()
-                os.replace(temporary, self.folder / name)
+                file.commit()
             self.commit(f"shard-{number:05d}.done", _json_bytes(opened.done))
-        finally:
-            with contextlib.suppress(OSError):  # what is still to be written fails once more on a full disk
-                file.close()
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def finish(
         self,
@@ -154,22 +146,8 @@ class ShardWriter:
     def commit(self, name: str, data: bytes) -> None:
         """Writes a file so that a crash leaves the old one or the new one, whole."""
         self._check_lock()
-        temporary = self.folder / f"{name}.tmp"
         with output_named(self.folder):
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder / name)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-            directory = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            write_atomically(self.folder / name, data)
 
     def _check_lock(self) -> None:
         if self._lock is not None:

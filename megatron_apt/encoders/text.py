@@ -7,7 +7,6 @@ Those that run as a diffusers pipeline does are in pipeline_text.py.
 import abc
 import io
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from megatron_apt.encoders.foreign_folder import (
     load_frozen,
     read_object,
 )
+from megatron_apt.files import write_atomically
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
 from megatron_apt.schema import read_bytes
 
@@ -101,12 +101,7 @@ def train_sentencepiece(captions: Iterable[str], path: str | Path, vocab_size: i
         num_threads=1,
         minloglevel=3,
     )
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_bytes(model.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, model.getvalue())
 
 
 class BuiltinTextEncoder(TextEncoder):

@@ -5,7 +5,6 @@ clipped, not-finite ones painted magenta).
 """
 
 import io
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,25 +15,27 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
+from megatron_apt.files import write_product
+
 GAP = 2  # white pixels between the cells of a grid
 _MAGENTA = (255, 0, 255)
 
 
 def save_png_grid(x: Tensor, path: str | Path, columns: int, scale: int = 1) -> None:
     """Write (N, 3, H, W) as one PNG, row by row, each pixel enlarged to scale x scale."""
-    write_atomically(path, png_bytes(x, columns, scale))
+    write_product(path, png_bytes(x, columns, scale))
 
 
 def save_gif(x: Tensor, path: str | Path, fps: float, columns: int, scale: int = 1) -> None:
     """Write (N, 3, F, H, W) as one animated grid that repeats for ever; see `gif_bytes`."""
-    write_atomically(path, gif_bytes(x, fps, columns, scale))
+    write_product(path, gif_bytes(x, fps, columns, scale))
 
 
 def save_mp4(x: Tensor, path: str | Path, fps: float, scale: int = 1) -> None:
     """Write (3, F, H, W) as H.264, yuv420p, BT.709. An odd height or width is PADDED by
     repeating the last row or column.
     """
-    write_atomically(path, mp4_bytes(x, fps, scale))
+    write_product(path, mp4_bytes(x, fps, scale))
 
 
 def png_bytes(x: Tensor, columns: int, scale: int = 1) -> bytes:
@@ -84,18 +85,6 @@ def mp4_bytes(x: Tensor, fps: float, scale: int = 1) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return data.getvalue()
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one. Makes missing folders."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _pixels(x: Tensor) -> np.ndarray:

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_apt.checkpoint.store import write_atomically
 from megatron_apt.config import RunConfig, to_dict
+from megatron_apt.files import Replacement, write_atomically
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schema import convert, never_waiting
 
@@ -107,19 +107,17 @@ def _set_aside(path: Path, start: int) -> None:
 
     if all(map(belongs, _lines(path))):
         return
-    temporary = path.with_name("log.jsonl.tmp")
-    temporary.unlink(missing_ok=True)
     with (
         open(path.with_name("log.discarded.jsonl"), "ab", opener=never_waiting) as discarded,
-        open(temporary, "xb") as kept,
+        Replacement(path) as kept,
     ):
         _check_plain(discarded, discarded.name)
         for line in _lines(path):
-            (kept if belongs(line) else discarded).write(line if line.endswith(b"\n") else line + b"\n")
-        for file in (discarded, kept):
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+            file = kept.stream if belongs(line) else discarded
+            file.write(line if line.endswith(b"\n") else line + b"\n")
+        discarded.flush()
+        os.fsync(discarded.fileno())
+        kept.commit()
 
 
 def _lines(path: Path) -> Iterator[bytes]:
