@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import unicodedata
 
 
 class BadLoss(RuntimeError):
@@ -55,6 +56,26 @@ def require(condition: bool, field: str, value: object, remedy: str) -> None:
     """Raises ValueError with the field, its value and the remedy, unless the condition holds."""
     if not condition:
         raise ValueError(f"{field}={value!r}: {remedy}")
+
+
+def shown(name: str | os.PathLike) -> str:
+    r"""A name as printable UTF-8: bytes that are not UTF-8 and control characters are
+    written \xNN, everything else as it is.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, os.PathLike) else name
+    if text.isprintable():
+        return text
+    return "".join(c if not _unprintable(c) else _escaped(c) for c in text)
+
+
+def _unprintable(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code  # how Python keeps a byte that is not UTF-8
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def is_expected(error: BaseException) -> bool:

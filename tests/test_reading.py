@@ -20,9 +20,10 @@ from megatron_apt.encode import command as encode_module
 from megatron_apt.encode import each as each_module
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encode.manifest import read_entries
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.shard_writer import EncodeStopped
 from megatron_apt.encode.written import UnreadableText, clean, decode_text
+from megatron_apt.errors import shown
 from megatron_apt.lock import FolderInUse, FolderLock
 
 

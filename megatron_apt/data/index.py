@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from megatron_apt.encode.rejected import shown
+from megatron_apt.errors import shown
 from megatron_apt.schema import Count, Positive, convert, parse_json_lines, read_json
 
 # A reader of format 1 alone would take means for the pooled vectors it does not know

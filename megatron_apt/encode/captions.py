@@ -6,8 +6,9 @@ import stat
 from pathlib import Path
 
 from megatron_apt.encode.folder import special
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.written import AS_UTF8, UnreadableText, clean, decode_text
+from megatron_apt.errors import shown
 
 MOST_CAPTION = 64 << 10  # bytes: 10,000 words, while text encoders read a few hundred
 

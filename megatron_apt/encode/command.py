@@ -28,7 +28,7 @@ from megatron_apt.encode.each import decode_all
 from megatron_apt.encode.manifest import Entry, read_entries
 from megatron_apt.encode.notes import Notes
 from megatron_apt.encode.policy import PixelPolicy
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.shard_writer import (
     EncodeStopped,
     OpenShard,
@@ -39,6 +39,7 @@ from megatron_apt.encode.shard_writer import (
 from megatron_apt.encoders.codec import VAE_CODECS, PixelCodec, PixelCodecConfig, VaeCodec
 from megatron_apt.encoders.image import ClipImageEncoder, has_image_encoder
 from megatron_apt.encoders.text import BuiltinTextEncoder, TextEncoder, open_text_encoder, train_sentencepiece
+from megatron_apt.errors import shown
 from megatron_apt.lock import FolderLock
 
 NEGATIVE_PROMPT = "blurry, distorted, low quality"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_apt.encode.kinds import COMPANIONS, MEDIA_SUFFIXES, UNDECODED, suffix_of
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
+from megatron_apt.errors import shown
 
 Found = Path | RejectedInput
 _JUNK = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})  # what systems leave in folders

@@ -15,8 +15,9 @@ from megatron_apt.encode.captions import caption_of
 from megatron_apt.encode.folder import Found, Left, special, walk
 from megatron_apt.encode.kinds import COMPANIONS, UNDECODED, suffix_of
 from megatron_apt.encode.lines import bad_line, read_lines
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.table import Row, read_csv
+from megatron_apt.errors import shown
 
 EXAMPLE = 'each line must be like {"path": "clip.mp4", "caption": "..."}'
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_apt.encode.rejected import shown
+from megatron_apt.errors import shown
 
 
 class Notes:

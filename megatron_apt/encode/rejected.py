@@ -1,9 +1,9 @@
 """What is wrong with an input file. Apart from the decoders, so that readers of shards need none."""
 
 import math
-import os
-import unicodedata
 from pathlib import Path
+
+from megatron_apt.errors import shown
 
 # Characters of a value or reason that a record holds: what came from outside may be of
 # any length
@@ -24,26 +24,6 @@ class RejectedInput(ValueError):
 
     def as_dict(self) -> dict:
         return {"file": self.file, "field": self.field, "value": self.value, "remedy": self.remedy}
-
-
-def shown(name: str | os.PathLike) -> str:
-    r"""A name as printable UTF-8: bytes that are not UTF-8 and control characters are
-    written \xNN, everything else as it is.
-    """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, os.PathLike) else name
-    if text.isprintable():
-        return text
-    return "".join(c if not _unprintable(c) else _escaped(c) for c in text)
-
-
-def _unprintable(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code  # how Python keeps a byte that is not UTF-8
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def _plain(value: object) -> object:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_apt.data.index import ARRAYS, FORMAT, INDEX, POOLED_FORMAT, read_done, read_info
 from megatron_apt.data.shards import CONDITIONS, TOKENIZER
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
+from megatron_apt.errors import shown
 from megatron_apt.files import Replacement, write_atomically
 from megatron_apt.lock import FolderLock
 from megatron_apt.schema import read_json

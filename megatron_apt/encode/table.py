@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from megatron_apt.encode.kinds import MEDIA_SUFFIXES, UNDECODED, suffix_of
 from megatron_apt.encode.lines import MOST_LINE, Line, bad_line, read_lines
-from megatron_apt.encode.rejected import RejectedInput, shown
+from megatron_apt.encode.rejected import RejectedInput
+from megatron_apt.errors import shown
 
 # Of one record: captions may have line breaks in quotes, but a quote that is never closed
 # would swallow the file

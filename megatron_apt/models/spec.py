@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
-from megatron_apt.models.parts import Backend
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
@@ -213,7 +212,7 @@ class TransformerEngineBackend:
 
 
 @functools.lru_cache
-def choose_backend(device_type: str, dtype: str) -> Backend:
+def choose_backend(device_type: str, dtype: str) -> LocalBackend | TransformerEngineBackend:
     """Transformer Engine where it can run; otherwise torch, with one warning if that
     wastes a GPU.
 
