@@ -26,7 +26,7 @@ def mesh():
 @pytest.fixture(scope="session")
 def ranks():
     """ranks(world) -> running processes, started again if a failed test ended them."""
-    from ranks import Ranks
+    from support.ranks import Ranks
 
     pools: dict[int, Ranks] = {}
 

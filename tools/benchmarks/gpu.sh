@@ -62,8 +62,8 @@ tests() { run "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"; }
   nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader 2>/dev/null
   if has pytest && has hypothesis && has megatron.core; then
     # Compiling for a GPU that need not be there is tested without one. These compile some 400 kernels for this one: in several processes, if they can.
-    tests 85 "Kernels against references" $(has xdist && echo "-n 12") tests/test_kernels_!(compile).py
-    tests 70 "APT on the GPU" tests/test_gpu.py
+    tests 85 "Kernels against references" $(has xdist && echo "-n 12") tests/kernels/test_kernels_!(compile).py
+    tests 70 "APT on the GPU" tests/parity/test_gpu.py
   else
     printf '\nTests on the GPU not run: they need pytest, hypothesis and megatron-core.\n'
   fi

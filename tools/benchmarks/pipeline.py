@@ -45,7 +45,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from megatron_schedule import MegatronSchedule
-from problems import microbatch, model_config, run_config, waken
 from sleepers import Sleep, Sleeper
 from small_run import on_ranks
 
@@ -63,6 +62,7 @@ from megatron_apt.schedule.prepare import Pipeline
 from megatron_apt.schedule.program import Program
 from megatron_apt.schedule.simulate import Timeline, simulate
 from megatron_apt.training.networks import Network
+from support.problems import microbatch, model_config, run_config, waken
 
 # --- one problem on all schedules
 

@@ -1,0 +1,41 @@
+"""How the tests lie: a folder for each part of the program, what several share in support/."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+FOLDERS = ("cli", "convert", "data", "kernels", "parity", "security", "training", "unit")
+# Also inside of scripts that a test writes for another process.
+IMPORTS = re.compile(r"^[ \t]*(?:from|import) +((?:[a-z]+\.)*test_\w+)|import +(test_\w+)", re.MULTILINE)
+
+
+def imported_tests(text: str) -> list[str]:
+    """Test modules that a module imports."""
+    return [name or other for name, other in IMPORTS.findall(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("from test_train import config\n", ["test_train"]),
+        ("    import tests.unit.test_models as models\n", ["tests.unit.test_models"]),
+        ("from unit import test_models\n", ["test_models"]),
+        ("from support.runs import config\n\n\ndef test_of_import():\n    ...\n", []),
+    ],
+)
+def test_an_import_of_a_test_module_is_seen(text, names):
+    assert imported_tests(text) == names
+
+
+def test_no_test_module_imports_another():
+    modules = [file for file in TESTS.rglob("*.py") if file.name != Path(__file__).name]
+    assert len(modules) > 80
+    found = {str(file.relative_to(TESTS)): imported_tests(file.read_text()) for file in modules}
+    assert not {file: names for file, names in found.items() if names}
+
+
+def test_every_test_module_lies_in_a_folder_of_its_part():
+    assert {file.parent.name for file in TESTS.rglob("test_*.py")} == set(FOLDERS)
+    assert not list((TESTS / "support").glob("test_*.py"))
