@@ -2,7 +2,7 @@
 # make test                            the tests (CPU, several processes over gloo)
 # make test-dist                       all parallel ones: every mesh x method x precision x kind of data
 # make lint
-# make docs                            the documentation as a site: site/index.html
+# make docs                            the documentation as a site in site/; its search wants a server: python -m http.server --directory site
 
 PYTHON ?= python3
 VENV ?= .venv
