@@ -52,6 +52,7 @@ test-dist: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_types.py
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"

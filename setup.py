@@ -62,6 +62,7 @@ setup(
             "hypothesis>=6,<7",
             "pytest>=8,<10",
             "ruff>=0.9,<0.18",
+            "ty==0.0.108",
             "scikit-video>=1.1.11,<2",
             "scipy>=1.14,<1.19",
         ],

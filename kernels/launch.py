@@ -10,20 +10,24 @@ everywhere, or "kernels" on CPU tensors too, which needs Triton's interpreter
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not on Linux, say; references serve
-    # Of the language, definitions of kernels need its annotation alone
-    triton, tl = None, SimpleNamespace(constexpr=int)
+if TYPE_CHECKING:  # what a kernel is written in looks like Python, but its types are others
+    triton: Any
+    tl: Any
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # not on Linux, say; references serve
+        # Of the language, definitions of kernels need its annotation alone
+        triton, tl = None, SimpleNamespace(constexpr=int)
 
 Implementation = Literal["auto", "kernels", "reference"]
 
@@ -41,7 +45,7 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def implementation(choice: Implementation) -> Iterator[None]:
+def implementation(choice: Implementation) -> Generator[None]:
     """Public calls inside take this implementation."""
     global _implementation
     before, _implementation = _implementation, choice
@@ -93,7 +97,7 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording() -> Generator[list[Launch]]:
     """Launches inside are written down instead of done, so calls on meta tensors show
     what they would launch on a GPU.
     """

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple, NoReturn
 
 import tyro
@@ -223,7 +223,7 @@ def _quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def _readable_errors(command: Command) -> Iterator[None]:
+def _readable_errors(command: Command) -> Generator[None]:
     """Expected failures end with one message instead of a traceback."""
     try:
         yield

@@ -5,7 +5,7 @@ they can be written is found before the work.
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 
@@ -72,7 +72,7 @@ def write(option: str, file: str | os.PathLike, text: str) -> None:
 
 
 @contextlib.contextmanager
-def named_failure(option: str, file: str | os.PathLike) -> Iterator[None]:
+def named_failure(option: str, file: str | os.PathLike) -> Generator[None]:
     """Raises ValueError, naming option and file, where the file cannot be written."""
     try:
         yield

@@ -5,7 +5,7 @@ import fcntl
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path, PurePosixPath
 
 from megatron_apt.files import write_atomically
@@ -24,7 +24,7 @@ def point(root: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(file: Path) -> Iterator[None]:
+def lock(file: Path) -> Generator[None]:
     """Held by one process at a time; let go when it ends, however that happens.
 
     Raises:
@@ -56,7 +56,7 @@ def plain_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, name: str) -> Iterator[int]:
+def opened(folder: Path, name: str) -> Generator[int]:
     """Descriptor of a file of a checkpoint, for reading. A link or a pipe is none.
 
     Raises:

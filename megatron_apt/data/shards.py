@@ -30,7 +30,7 @@ import contextlib
 import io
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -183,7 +183,7 @@ class LatentShards:
             return load_text_encoder(config, device)
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self) -> Generator[None]:
         """Settings that no encoder has are said to be dataset.json's."""
         try:
             yield

@@ -4,7 +4,7 @@ and report. All of it can be made again.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -89,7 +89,7 @@ def write(file: Path, action: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def named_failure(file: Path) -> Iterator[None]:
+def named_failure(file: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -6,7 +6,7 @@ of other files called .mp4 would be opened as such.
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import av
@@ -36,7 +36,7 @@ class Metered(io.FileIO):
         return data
 
     @contextlib.contextmanager
-    def ended_named(self) -> Iterator[None]:
+    def ended_named(self) -> Generator[None]:
         """Whatever FFmpeg makes of the end of a file that was ended here, it is named."""
         try:
             yield

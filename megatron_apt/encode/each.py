@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def _note(clips: Sequence[Clip], lines: list[str], notes: Notes) -> None:
 
 
 @contextlib.contextmanager
-def _printed() -> Iterator[list[str]]:
+def _printed() -> Generator[list[str]]:
     """Lines that C libraries write to the error stream meanwhile, without addresses; they
     appear in the list at the end.
 

@@ -10,7 +10,7 @@ import json
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ class ShardWriter:
         return done if tar.is_file() and tar.stat().st_size >= end else None
 
     @contextlib.contextmanager
-    def shard(self, number: int) -> Iterator["OpenShard"]:
+    def shard(self, number: int) -> Generator["OpenShard"]:
         """Opens a shard: leaving the block commits it, an exception leaves nothing.
 
         Raises:
@@ -248,7 +248,7 @@ class OpenShard:
 
 
 @contextlib.contextmanager
-def output_named(folder: Path) -> Iterator[None]:
+def output_named(folder: Path) -> Generator[None]:
     """Turns what the system says while the output is written (disk full, read-only,
     deleted meanwhile) into EncodeStopped with folder and remedy.
     """
@@ -268,7 +268,7 @@ def output_named(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _output_usable(folder: Path) -> Iterator[None]:
+def _output_usable(folder: Path) -> Generator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError):

@@ -11,7 +11,7 @@ for is compared with what the files hold before anything is allocated.
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -169,7 +169,7 @@ def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dty
 
 
 @contextmanager
-def model_folder(model_class: type, folder: Path, weights: Weights) -> Iterator[Path]:
+def model_folder(model_class: type, folder: Path, weights: Weights) -> Generator[Path]:
     """A folder in which the library finds the weights under plain names, and a
     config.json that makes it do nothing else.
     """
@@ -205,7 +205,7 @@ def read_pretrained(kind: type, folder: Path, links: Iterable[str], objects: Ite
 
 
 @contextmanager
-def _staged(folder: Path, links: Iterable[str], objects: Iterable[str]) -> Iterator[Path]:
+def _staged(folder: Path, links: Iterable[str], objects: Iterable[str]) -> Generator[Path]:
     with tempfile.TemporaryDirectory(prefix="megatron-apt-") as name:
         staged = Path(name)
         for file in links:
@@ -226,7 +226,7 @@ def _passive(value: object) -> object:
 
 
 @contextmanager
-def _explained(failure: str, staged: Path, folder: Path) -> Iterator[None]:
+def _explained(failure: str, staged: Path, folder: Path) -> Generator[None]:
     """Whatever a library raises over a file, as one message; tokenizers' panics are no Exception even."""
     with explained(failure, str(staged), str(folder)):
         yield
@@ -235,7 +235,7 @@ def _explained(failure: str, staged: Path, folder: Path) -> Iterator[None]:
 @contextmanager
 def explained(
     failure: str, place: str = "", called: str = "", remedy: str = "download it again"
-) -> Iterator[None]:
+) -> Generator[None]:
     """Whatever a library raises, as one message; a `place` in it is `called` otherwise.
 
     Raises:

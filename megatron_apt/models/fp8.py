@@ -19,7 +19,7 @@ are likewise made once for each version and used by every pass through it.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class Fp8Blocks:
 
 
 @contextlib.contextmanager
-def without(module: nn.Module) -> Iterator[None]:
+def without(module: nn.Module) -> Generator[None]:
     """Inside, every product has the dtype of the weights: passes that belong to no update
     would leave their maxima to the next version's scales.
     """

@@ -11,7 +11,7 @@ Every parameter carries three facts set where it is built:
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def count(model: nn.Module, mesh: Mesh) -> int:
 
 
 @contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Generator[None]:
     """Inside, the module's parameters take no gradient, so no weight-gradient product is
     computed for them.
     """

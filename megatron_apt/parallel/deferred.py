@@ -9,7 +9,7 @@ pipeline starts its reductions itself (the REDUCE action).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ _current: WeightGradients | None = None  # not a thread's own: on CUDA autograd 
 
 
 @contextlib.contextmanager
-def deferring(store: WeightGradients | None) -> Iterator[None]:
+def deferring(store: WeightGradients | None) -> Generator[None]:
     """Forward and backward passes inside put their weight gradients into `store`; None
     computes them at once.
     """

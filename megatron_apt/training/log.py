@@ -7,7 +7,7 @@ import os
 import stat
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -86,7 +86,7 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def _named_failure(place: Path) -> Iterator[None]:
+def _named_failure(place: Path) -> Generator[None]:
     """Full disks, folders that were deleted: TensorBoard's thread passes such errors on as they are."""
     try:
         yield

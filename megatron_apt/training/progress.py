@@ -1,7 +1,7 @@
 """What a person sees while a run trains: on a terminal a progress bar, else lines."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +25,7 @@ def summary(values: dict[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def training_progress(config: RunConfig, enabled: bool = True, label: str = "") -> Iterator[Report]:
+def training_progress(config: RunConfig, enabled: bool = True, label: str = "") -> Generator[Report]:
     """Yields a reporter for `train`. Losses are printed every config.log_every
     iterations; the bar moves at each.
     """

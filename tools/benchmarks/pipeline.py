@@ -34,7 +34,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class Notes:
         return spent, max(0.0, statistics.median(delays)) if delays else 0.0
 
     @contextlib.contextmanager
-    def during(self) -> Iterator[None]:
+    def during(self) -> Generator[None]:
         """The run; its steps are added by whoever takes them."""
         compute, post = _Run.compute, Mail.post
 
