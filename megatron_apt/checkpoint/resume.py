@@ -180,8 +180,7 @@ def _plain(value):
 
 def warn_of_random_weights(config: RunConfig) -> None:
     """APT and distillation of random weights run, which tests and benchmarks use; nobody else means to."""
-    needed = {"consistency": ("diffusion",), "apt": ("generator", "diffusion")}.get(config.method, ())
-    empty = [f"init.{name}" for name in needed if not getattr(config.init, name)]
+    empty = [f"init.{name}" for name in config.of_method.needs if not getattr(config.init, name)]
     if empty:
         warnings.warn(
             f"{' and '.join(empty)} empty: those weights are random; give checkpoints unless this is a test",

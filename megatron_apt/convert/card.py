@@ -9,6 +9,7 @@ from megatron_apt.checkpoint.store import CheckpointError
 from megatron_apt.convert.family import Family
 from megatron_apt.data.identity import Identity, Shape, shape_of
 from megatron_apt.data.index import read_info
+from megatron_apt.methods.registry import METHODS, PRETRAINING
 from megatron_apt.models.config import ModelConfig
 
 
@@ -22,10 +23,10 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         experts: what there is to say of a pipeline of two networks.
     """
     config = state["config"]
-    trained, one_step = (
-        state["iteration"] > 0,
-        config["method"] in ("apt", "consistency") and state["iteration"] > 0,
-    )
+    trained = state["iteration"] > 0
+    method = from_dict(METHODS[config["method"]], config[config["method"]])
+    one_step = trained and method.one_step
+    tags = method.tags if trained else METHODS[PRETRAINING].tags
     optimizer, first_frame = config["optimizer"], from_dict(ModelConfig, config["model"]).image_to_video
     task = (
         "image-to-video"
@@ -41,7 +42,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
         f"license: {json.dumps(license)}",
         "library_name: diffusers",
         f"pipeline_tag: {task}",
-        "tags: [one-step, adversarial-post-training]" if one_step else "tags: [flow-matching]",
+        f"tags: [{', '.join(tags)}]",
         "---",
         "",
         f"# {'One-step generator' if one_step else 'Flow-matching model'} ({family.architecture})",
@@ -73,11 +74,7 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
             f"- {optimizer['kind']}, learning rate {optimizer['lr']}"
             + (f", weights averaged with decay {optimizer['ema']}" if average else ""),
         ]
-        if config["method"] == "apt":
-            apt = config["apt"]
-            lines.append(
-                f"- loss `{apt['loss']}`, aR1 with sigma {apt['ar1_sigma']} and lambda {apt['ar1_lambda']}"
-            )
+        lines += [f"- {line}" for line in method.card_lines()]
     # Names alone: where the folders lay is nobody's business.
     lines += [
         f"- {role} started from `{_name(source)}`" for role, source in state["sources"].items() if source

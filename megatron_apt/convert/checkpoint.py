@@ -11,8 +11,9 @@ import msgspec
 from megatron_apt import schema
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.command import from_dict
-from megatron_apt.convert.importer import ROLE
 from megatron_apt.convert.source import part_of
+from megatron_apt.methods.config import MethodConfig
+from megatron_apt.methods.registry import METHODS
 from megatron_apt.models.config import ModelConfig
 
 
@@ -26,12 +27,6 @@ class _Data(msgspec.Struct):
     shards: list[str]
 
 
-class _Apt(msgspec.Struct):
-    loss: str
-    ar1_sigma: float
-    ar1_lambda: float
-
-
 class _Config(msgspec.Struct):
     """What an export and its model card tell of a run."""
 
@@ -40,7 +35,6 @@ class _Config(msgspec.Struct):
     seed: int
     optimizer: _Optimizer
     data: _Data
-    apt: _Apt
     model: Any = None  # checked by ModelConfig
 
 
@@ -59,7 +53,7 @@ class Checkpoint:
     """A checkpoint of ours, of which one set of weights is exported.
 
     Attributes:
-        prefix: of the weights' names in it; what is never trained has ROLE's in any case.
+        prefix: of the weights' names in it; what is never trained has the role's in any case.
     """
 
     folder: Path
@@ -86,12 +80,23 @@ class Checkpoint:
                 f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older "
                 "checkpoint"
             ) from None
-        return Checkpoint(folder, state, model, f"{ROLE}.ema." if average else f"{ROLE}.")
+        role = _method(state).sampled
+        return Checkpoint(folder, state, model, f"{role}.ema." if average else f"{role}.")
 
     @property
     def one_step(self) -> bool:
         """It was trained to make a sample in one evaluation."""
-        return self.state["iteration"] > 0 and self.state["config"]["method"] in ("consistency", "apt")
+        return self.state["iteration"] > 0 and self.method.one_step
+
+    @property
+    def method(self) -> type[MethodConfig]:
+        """What it was trained by."""
+        return _method(self.state)
+
+    @property
+    def source(self) -> str:
+        """What its weights started from; empty: random ones."""
+        return _source(self.state)
 
     def original(self) -> dict | None:
         """config.json of the Hugging Face checkpoint it goes back to, where that can still be found."""
@@ -106,15 +111,15 @@ class Checkpoint:
         if (state := self._imported()) is None:
             return None
         # The first imports did not say it
-        return part_of(state.get("part") or Path(state["sources"].get(ROLE, "")).name)
+        return part_of(state.get("part") or Path(_source(state)).name)
 
     def _imported(self) -> dict | None:
         """state.json of the import it goes back to, where that can still be found."""
         state = self.state
-        for _ in range(8):  # stages: imported, flow, consistency, APT on images, on videos
+        for _ in range(8):  # an import and the stages that began from it
             if state.get("imported") is not None:
                 return state
-            source = state["sources"].get(ROLE, "").removesuffix(":ema").removesuffix(":raw")
+            source = _source(state).removesuffix(":ema").removesuffix(":raw")
             if not source:
                 return None
             try:
@@ -122,6 +127,14 @@ class Checkpoint:
             except store.CheckpointError:
                 return None
         return None
+
+
+def _method(state: dict) -> type[MethodConfig]:
+    return METHODS[state["config"]["method"]]
+
+
+def _source(state: dict) -> str:
+    return state["sources"].get(_method(state).sampled, "")
 
 
 def _read_state(folder: Path) -> dict:

@@ -31,14 +31,14 @@ from megatron_apt.convert.base import SCHEDULER, SECOND, alone, base_index, copy
 from megatron_apt.convert.card import model_card
 from megatron_apt.convert.checkpoint import Checkpoint
 from megatron_apt.convert.family import Family
-from megatron_apt.convert.importer import ROLE, Moved
+from megatron_apt.convert.importer import Moved
 from megatron_apt.convert.source import DTYPES, PART, ConvertError, beyond, part_of
 from megatron_apt.convert.weights import Mapped, Same
+from megatron_apt.methods.registry import METHODS
 from megatron_apt.parallel.mesh import Mesh
 
 _NAME = "diffusion_pytorch_model"
 _PLAN = "export.json"  # what an export under way is of
-_CRITIC = "discriminator."  # prefix of its tensors
 _THREADS = 2  # each reads, rearranges and writes one tensor of ours at a time
 _FLUSHED = 2**28  # bytes after which the disk is set to work, while further ones are made
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -75,11 +75,11 @@ def discriminator_tensors(checkpoint: Checkpoint) -> list[Mapped]:
     Raises:
         ConvertError: a checkpoint without them.
     """
-    others = ("optimizer.", "ema.", "fp8.")
+    others, critic = ("optimizer.", "ema.", "fp8."), f"{checkpoint.method.critic}."
     named = {
-        key.removeprefix(_CRITIC): shape
+        key.removeprefix(critic): shape
         for key, (shape, _) in store.index(checkpoint.folder).items()
-        if key.startswith(_CRITIC)
+        if key.startswith(critic)
     }
     tensors = [
         Mapped(name, shape, {name: shape}, Same())
@@ -87,9 +87,8 @@ def discriminator_tensors(checkpoint: Checkpoint) -> list[Mapped]:
         if not name.startswith(others)
     ]
     if not tensors:
-        raise ConvertError(
-            f"{checkpoint.folder}: holds no discriminator; export one of a run with method='apt'"
-        )
+        some = " or ".join(f"method={name!r}" for name, method in METHODS.items() if method.critic)
+        raise ConvertError(f"{checkpoint.folder}: holds no discriminator; export one of a run with {some}")
     return tensors
 
 
@@ -97,9 +96,10 @@ def export_discriminator(
     checkpoint: Checkpoint, tensors: list[Mapped], folder: Path, dtype: str, moved: Moved, shard_bytes: int
 ) -> None:
     """Writes it, with what is needed to build it, into `folder`, which exists."""
-    _write_weights(checkpoint.folder, _CRITIC, tensors, folder, "model", dtype, moved, shard_bytes)
-    config = checkpoint.state["config"]
-    described = {"architecture": "megatron_apt Discriminator", "model": config["model"], "apt": config["apt"]}
+    critic, config = checkpoint.method.critic, checkpoint.state["config"]
+    _write_weights(checkpoint.folder, f"{critic}.", tensors, folder, "model", dtype, moved, shard_bytes)
+    described = {"architecture": "megatron_apt Discriminator", "model": config["model"]}
+    described[config["method"]] = config[config["method"]]
     store.write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
 
@@ -190,7 +190,7 @@ def _remembered(checkpoint: Checkpoint, base: str) -> str:
     """
     if checkpoint.part is None and base and (Path(base) / SECOND).is_dir():
         raise ConvertError(
-            f"{checkpoint.folder}: started from {checkpoint.state['sources'].get(ROLE)}, which is not there "
+            f"{checkpoint.folder}: started from {checkpoint.source or 'random weights'}, which is not there "
             f"any more, so that nothing tells whether it is the base's {PART} or {SECOND}; say --part"
         )
     return checkpoint.part or PART
@@ -292,7 +292,7 @@ def _write_weights(
 
 
 def _key(prefix: str, mapped: Mapped) -> str:
-    return f"{ROLE}.{mapped.name}" if mapped.fixed else prefix + mapped.name
+    return (prefix.removesuffix("ema.") if mapped.fixed else prefix) + mapped.name
 
 
 def _dtypes(stored: store.Stored, prefix: str, tensors: list[Mapped]) -> dict[str, torch.dtype]:

@@ -33,10 +33,11 @@ from megatron_apt.convert.family import Family
 from megatron_apt.convert.source import ConvertError, Source
 from megatron_apt.convert.weights import Mapped
 from megatron_apt.lock import FolderLock
+from megatron_apt.methods.registry import METHODS, PRETRAINING
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel.mesh import Mesh
 
-ROLE = "generator"
+ROLE = METHODS[PRETRAINING].sampled
 _PLAN = "import.json"  # what of which files goes into which part
 _DATA, _PLACES = "tensors.distcp", "places.json"  # the files of a part: tensors, and where each of them is
 _WRITERS = 2  # hashing takes longer than writing, and both leave Python's lock alone
@@ -271,6 +272,7 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
         sums[f"{name}/{_DATA}"] = {"bytes": part.bytes, "sha256": part.sha256}
         sums[f"{name}/{_PLACES}"] = store.checksum(work.part(i) / _PLACES)
     describe.write(work.folder, describe.joined(found))
+    data = DataConfig(text_length=CAPTIONS.get(model.family, 0))
     state = {
         "format": store.FORMAT,
         "iteration": 0,
@@ -281,9 +283,7 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
         "values": {},
         "imported": source.config,
         "part": source.part,
-        "config": to_dict(
-            RunConfig(method="flow", model=model, data=DataConfig(text_length=CAPTIONS.get(model.family, 0)))
-        ),
+        "config": to_dict(RunConfig(method=PRETRAINING, model=model, data=data)),
     }
     store.write_atomically(work.folder / "state.json", json.dumps(state, indent=1))
     store.seal(work.folder, sums)

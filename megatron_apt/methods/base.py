@@ -65,12 +65,15 @@ class Branch:
             metrics, which add up in the same way. It is differentiated with respect to
             the last segment's output alone.
         reads: numbers of the segments, besides the last, whose outputs `loss` uses.
+        timings: of this branch in good schedules of the whole iteration, one for each
+            that is known: the numbers of a Wish. A search begins from those schedules.
     """
 
     name: str
     segments: tuple[Segment, ...]
     loss: Callable[[Microbatch, Outputs], tuple[Tensor, Metrics]]
     reads: tuple[int, ...] = ()
+    timings: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         for s, segment in enumerate(self.segments):

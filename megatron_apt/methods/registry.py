@@ -4,7 +4,7 @@ methods/NAME/config.py    its settings, a MethodConfig
 methods/NAME/method.py    method(config, mesh), its networks and phases (see build.py)
 """
 
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Literal, Self
 
 from megatron_apt.methods.apt.config import AptConfig
@@ -38,3 +38,8 @@ class MethodConfigs:
     def without_measuring(self) -> Self:
         """The same run without what its method measures on the side."""
         return replace(self, **{self.method: self.of_method.without_measuring()})
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    one.name: one.type for one in fields(MethodConfigs) if one.name != "method"
+}

@@ -34,22 +34,6 @@ from megatron_apt.parallel.megatron import (
 from megatron_apt.parallel.mesh import Mesh
 
 
-def head_blocks(fractions: tuple[float, ...], depth: int) -> tuple[int, ...]:
-    """Blocks (from 1) after which the heads stand: 16/36, 26/36, 36/36 of 36 layers are
-    16, 26, 36.
-
-    Raises:
-        ValueError: two fractions fall on one block of so shallow a network.
-    """
-    blocks = tuple(max(1, round(fraction * depth)) for fraction in fractions)
-    if len(set(blocks)) != len(blocks):
-        raise ValueError(
-            f"apt.head_layers={fractions} fall on blocks {blocks} of {depth}, some twice; give fewer or more "
-            "distant fractions"
-        )
-    return tuple(sorted(blocks))
-
-
 class HeadLinear(nn.Module):
     """A projection of whole tokens to this rank's heads: (..., D) -> (..., H K), features
     ordered (head, K); leaves communication to the caller.
@@ -143,16 +127,14 @@ class Discriminator(nn.Module):
         model: shape of the diffusion model.
         mesh: device mesh.
         depth: layers kept of the backbone.
-        head_fractions: depths of the heads as fractions of `depth`.
+        taps: blocks (from 1, in order) after which the heads stand.
         cut: its pipeline stages; a head stands on the stage of its block, the logit on
             the last.
     """
 
-    def __init__(
-        self, model: ModelConfig, mesh: Mesh, depth: int, head_fractions: tuple[float, ...], cut: Cut = WHOLE
-    ):
+    def __init__(self, model: ModelConfig, mesh: Mesh, depth: int, taps: tuple[int, ...], cut: Cut = WHOLE):
         super().__init__()
-        self.taps, self.cut = head_blocks(head_fractions, depth), cut
+        self.taps, self.cut = taps, cut
         self.backbone = build_backbone(model, mesh, depth=depth, output=False, cut=cut)
         backend, width = choose_backend(mesh.device.type, model.dtype), len(self.taps) * model.width
         held = [i for i, tap in enumerate(self.taps) if cut.holds(depth, tap - 1)]

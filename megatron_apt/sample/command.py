@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.fits import check_model
 from megatron_apt.checkpoint.state import from_dict
-from megatron_apt.config import ParallelConfig
+from megatron_apt.config import ParallelConfig, RunConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
 from megatron_apt.data.shards import FirstFrame, LatentShards
 from megatron_apt.errors import check_input_file, check_output_folder
@@ -71,13 +71,13 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     check_model(store.Stored(folder), model_config(config["model"]), mesh)
     model = build_backbone(model_config(config["model"]), mesh).to(mesh.device)
     load_weights(f"{checkpoint}:{weights}", model, mesh)
-    data, one_step = config["data"], config["method"] in ("consistency", "apt")
+    run = from_dict(RunConfig, config)
     return Loaded(
         model.eval().requires_grad_(False),
-        data["text_length"],
-        tuple(data["shards"]),
-        config["apt"]["two_step_t"],
-        one_step,
+        run.data.text_length,
+        run.data.shards,
+        run.of_method.two_step_time(run),
+        run.of_method.one_step,
     )
 
 

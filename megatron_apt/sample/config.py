@@ -28,8 +28,8 @@ class SampleConfig:
     """
     seeds: tuple[int, ...] = (0,)
     steps: int = 1
-    """1: G(z). 2: the zero-shot two-step procedure of models trained for one step (APT,
-    consistency). N, and with any other model: Euler steps.
+    """1: G(z). 2: the zero-shot two-step procedure of models trained for one step. N, and
+    with any other model: Euler steps.
     """
     guidance: float = 1.0
     """Classifier-free guidance scale of the Euler sampler (each step then costs two evaluations)."""

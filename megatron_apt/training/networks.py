@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_apt.checkpoint import store
 from megatron_apt.methods.base import Role
+from megatron_apt.methods.registry import METHODS
 from megatron_apt.models.fp8 import Fp8State
 from megatron_apt.models.stages import WHOLE, Cut, Staged
 from megatron_apt.parallel.mesh import Mesh
@@ -201,11 +202,13 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     """
     path, _, kind = source.rpartition(":") if source.endswith((":ema", ":raw")) else (source, "", "")
     folder = store.resolve(path)
-    kind = kind or ("ema" if store.read_state(folder)["ema"] else "raw")
+    state = store.read_state(folder)
+    kind = kind or ("ema" if state["ema"] else "raw")
+    role = METHODS[state["config"]["method"]].sampled
     store.verify(folder, mesh)
     stored, keys, wanted = store.Stored(folder), {}, {}
     for name, p in module.named_parameters():
-        keys[name] = f"generator.ema.{name}" if kind == "ema" and not p.fixed else f"generator.{name}"
+        keys[name] = f"{role}.ema.{name}" if kind == "ema" and not p.fixed else f"{role}.{name}"
         wanted[name] = p
     shards = network.shards if network is not None else None
     names = {id(p): name for name, p in zip(shards.names, shards.parameters, strict=True)} if shards else {}

@@ -1,7 +1,7 @@
 """What a person sees while a run trains: on a terminal a progress bar, else lines."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -16,12 +16,10 @@ from rich.progress import (
 from megatron_apt.config import RunConfig
 from megatron_apt.training.train import Report
 
-_SHOWN = ("loss", "d/loss", "g/loss", "d/ar1", "d/logit_gap", "d/accuracy", "sample/diversity")
 
-
-def summary(values: dict[str, float]) -> str:
+def summary(values: dict[str, float], shown: Sequence[str]) -> str:
     """The few numbers worth a line, e.g. `d/loss 1.2345  g/loss 0.8123`."""
-    return "  ".join(f"{name} {values[name]:.4f}" for name in _SHOWN if name in values)
+    return "  ".join(f"{name} {values[name]:.4f}" for name in shown if name in values)
 
 
 @contextlib.contextmanager
@@ -47,10 +45,11 @@ def training_progress(config: RunConfig, enabled: bool = True, label: str = "") 
         def report(iteration: int, values: dict[str, float]) -> None:
             bar.update(task, completed=iteration)
             if iteration % config.log_every == 0 or iteration == config.iterations:
-                console.print(
-                    f"{label or config.method} {iteration}/{config.iterations}  {summary(values)}  "
+                line = (
+                    f"{label or config.method} {iteration}/{config.iterations}",
+                    summary(values, config.of_method.shown),
                     f"{values['seconds']:.3f} s",
-                    highlight=False,
                 )
+                console.print("  ".join(line), highlight=False)
 
         yield report

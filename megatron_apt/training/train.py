@@ -98,7 +98,7 @@ class Trainer:
             "data": [asdict(dataset) for dataset in self.data],
             "updates": {name: network.updates for name, network in self.networks.items()},
             "sources": {name: network.source for name, network in self.networks.items() if network.source},
-            "ema": self.networks["generator"].ema is not None,
+            "ema": self.networks[self.config.of_method.sampled].ema is not None,
             "samples_seen": self.iteration * self.config.global_batch,
             "values": self._means.taken(),
         }

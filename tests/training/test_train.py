@@ -274,7 +274,7 @@ def test_exact_r1_is_reported_beside_its_estimate(mesh, datasets, tmp_path):
 def test_exact_r1_asks_no_gradient_of_a_weight(mesh, datasets, tmp_path, monkeypatch):
     """Layers that add a weight's gradient to the update's themselves would spoil the update."""
     trainer = Trainer(config(datasets, tmp_path, apt=AptConfig(exact_r1_every=1)), mesh)
-    seen, forward, check = [], Discriminator.forward, trainer.method.check
+    seen, forward, measure = [], Discriminator.forward, trainer.method.measure
 
     def watched(networks, batch):
         def recorded(self, *inputs):
@@ -283,9 +283,9 @@ def test_exact_r1_asks_no_gradient_of_a_weight(mesh, datasets, tmp_path, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(Discriminator, "forward", recorded)
-            return check(networks, batch)
+            return measure(networks, batch)
 
-    trainer.method = replace(trainer.method, check=watched)
+    trainer.method = replace(trainer.method, measure=watched)
     trainer.step()
     assert seen and not any(seen)
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from megatron_apt.kernels.learnable_query_attention import learnable_query_attention, merge
 from megatron_apt.kernels.rows import Rows
 from megatron_apt.methods.apt.config import AptConfig
-from megatron_apt.models.discriminator import head_blocks
 from megatron_apt.schedule.execute import frozen
 from support.problems import (
     IMAGES,
@@ -105,6 +104,9 @@ def leaves(tensor: torch.Tensor) -> set[int]:
 
 
 def test_4_head_layers_come_from_configuration_and_depth():
+    def head_blocks(fractions, depth):
+        return AptConfig(head_layers=fractions).head_blocks(depth)
+
     paper = (16 / 36, 26 / 36, 1.0)
     assert head_blocks(paper, 36) == (16, 26, 36)
     assert head_blocks((14 / 18, 16 / 18, 1.0), 18) == (14, 16, 18)  # Figure 6: half depth

@@ -104,6 +104,21 @@ class AptConfig(MethodConfig):
         """Blocks of the discriminator, of a model's `depth`."""
         return max(1, round(self.discriminator_depth * depth))
 
+    def head_blocks(self, depth: int) -> tuple[int, ...]:
+        """Blocks (from 1) after which the heads of a discriminator of so many stand:
+        16/36, 26/36, 36/36 of 36 are 16, 26, 36.
+
+        Raises:
+            ValueError: two fractions fall on one block of so shallow a network.
+        """
+        blocks = tuple(max(1, round(fraction * depth)) for fraction in self.head_layers)
+        if len(set(blocks)) != len(blocks):
+            raise ValueError(
+                f"apt.head_layers={self.head_layers} fall on blocks {blocks} of {depth}, some twice; give "
+                "fewer or more distant fractions"
+            )
+        return tuple(sorted(blocks))
+
     def depths(self, depth: int) -> tuple[int, ...]:
         return depth, self.discriminator_blocks(depth)
 

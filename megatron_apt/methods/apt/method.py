@@ -22,6 +22,7 @@ from megatron_apt.config import GuardConfig, RunConfig
 from megatron_apt.conventions import one_step_sample, shift
 from megatron_apt.data.microbatch import Microbatch, dropped, rolled
 from megatron_apt.methods import losses
+from megatron_apt.methods.apt import timings
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.base import (
     Branch,
@@ -76,7 +77,7 @@ def _roles(config: RunConfig, mesh: Mesh) -> dict[str, Role]:
     depth = apt.discriminator_blocks(config.model.depth)
 
     def build_discriminator(cut: Cut) -> Discriminator:
-        model = Discriminator(config.model, mesh, depth, apt.head_layers, cut)
+        model = Discriminator(config.model, mesh, depth, apt.head_blocks(depth), cut)
         parameters.initialise(model, mesh, config.seed)
         return model
 
@@ -216,12 +217,24 @@ def _unpaired(apt: AptConfig) -> list[Branch]:
 
     frozen = _discriminate(apt, "input", "t_fake", real=False, fake=True, regularised=False)
     branches = [
-        Branch("fake", (_generate(apt, "full", "fake"), frozen), g_loss, reads=(0,)),
-        Branch("real", (_discriminate(apt, "full", "t_real", real=True, fake=False),), real_loss),
+        Branch(
+            "fake",
+            (_generate(apt, "full", "fake"), frozen),
+            g_loss,
+            reads=(0,),
+            timings=timings.G_FAKE,
+        ),
+        Branch(
+            "real",
+            (_discriminate(apt, "full", "t_real", real=True, fake=False),),
+            real_loss,
+            timings=timings.D_REAL,
+        ),
         Branch(
             "fake",
             (_generate(apt, "none", "fake"), _discriminate(apt, "full", "t_fake", real=False, fake=True)),
             fake_loss,
+            timings=timings.D_FAKE,
         ),
     ]
     if apt.unmatched_conditions:
