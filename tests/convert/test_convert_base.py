@@ -165,9 +165,10 @@ def test_an_older_import_and_later_stages_know_their_part_too(wan, mesh, runs, t
     )
     older = {key: value for key, value in checkpoint.state.items() if key != "part"}
     assert replace(checkpoint, state=older).part == "transformer_2"
-    later = {"sources": {"generator": f"{runs / 'transformer_2'}:raw"}}
+    later = older | {"imported": None, "sources": {"generator": f"{runs / 'transformer_2'}:raw"}}
     assert replace(checkpoint, state=later).part == "transformer_2"
-    assert replace(checkpoint, state={"sources": {"generator": str(tmp_path / "gone")}}).part is None
+    gone = later | {"sources": {"generator": str(tmp_path / "gone")}}
+    assert replace(checkpoint, state=gone).part is None
 
 
 def test_a_second_network_that_makes_samples_in_one_step_stands_alone(wan, mesh, runs, tmp_path):
