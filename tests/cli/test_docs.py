@@ -17,6 +17,7 @@ from megatron_apt import cli
 from megatron_apt.config import RunConfig, check_fits
 from megatron_apt.demo.digits import write_digit_clips
 from megatron_apt.recipe_files import find_recipe, load_recipe
+from support.pipelines import save_wan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,6 +38,12 @@ WORK = (
 FIRST_STEPS = ROOT / "docs" / "first-steps.md"
 SNIPPET = re.compile(r'^```python(?: title="(?P<title>[^"]+)")?\n(?P<code>.*?)^```$', re.M | re.S)
 SMALL = ("--iterations", "2", "--global-batch", "8", "--micro-batch", "8")
+# Of save_wan's pipeline
+TINY_WAN = shlex.split(
+    "--model.depth 2 --model.width 24 --model.heads 2 --model.mlp-width 20 --model.latent-channels 4 "
+    "--model.text-width 16 --model.dtype float32 --apt.head-layers 0.5 1 "
+    "--parallel.tp 1 --parallel.cp 1 --iterations 2 --global-batch 2"
+)
 
 
 def shown(pages=PAGES) -> list[tuple[str, str]]:
@@ -130,10 +137,7 @@ def test_first_steps_work_as_they_are_written(tmp_path, monkeypatch, capsys):
     exec(Path("measure.py").read_text(encoding="utf-8"), {})
     measured = capsys.readouterr().out.strip()
     assert re.fullmatch(r"--pixel-shift -0\.\d\d --pixel-scale 0\.\d\d", measured)
-    clips = write_digit_clips("clips", frames=8, height=24, width=24, count=4).read_text().splitlines()
-    for line in map(json.loads, clips):
-        Path("clips", line["path"]).with_suffix(".txt").write_text(line["caption"])
-
+    captioned_clips(frames=8, side=24)
     commands = [shlex.split(line) for _, line in shown([FIRST_STEPS])]
     assert [command[0] for command in commands].count("train") >= 3
     for command in commands:
@@ -143,3 +147,35 @@ def test_first_steps_work_as_they_are_written(tmp_path, monkeypatch, capsys):
         cli.main(command)
     assert all(Path("samples", run, "grid.png").exists() for run in ("flow", "consistency", "apt", "own"))
     assert json.loads(Path("data/shapes/dataset.json").read_text())["shapes"] == {"3x1x24x24": 40}
+
+
+@pytest.mark.slow
+def test_the_readmes_wan_works_as_it_is_pasted(tmp_path, monkeypatch):
+    """Its steps in their order, on a Wan that is tiny: none gets in another's way."""
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for _, line in shown([ROOT / "README.md"]) if "wan" in line]
+    assert [command[0] for command in commands] == [
+        "convert",
+        "encode",
+        "train",
+        "train",
+        "sample",
+        "convert",
+    ]
+    save_wan(tmp_path).rename(commands[0][2])
+    Path("examples").symlink_to(ROOT / "examples")
+    captioned_clips(frames=49, side=32)
+    sizes = {"train": TINY_WAN, "encode": ["--height", "32", "--width", "32", "--fps", "8"]}
+    for command in commands:
+        with contextlib.suppress(SystemExit):
+            cli.main(command + sizes.get(command[0], []))
+    assert Path("wan-one-step", "model_index.json").exists()
+    assert [file.suffix for file in Path("samples", "wan").iterdir()] == [".mp4"]
+
+
+def captioned_clips(frames: int, side: int) -> None:
+    """Four files in clips/, each with its caption as a text file beside it."""
+    manifest = write_digit_clips("clips", frames=frames, height=side, width=side, count=4)
+    for line in map(json.loads, manifest.read_text().splitlines()):
+        Path("clips", line["path"]).with_suffix(".txt").write_text(line["caption"])
+    manifest.unlink()
