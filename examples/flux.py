@@ -10,7 +10,7 @@ Not run at this size; tests build the recipes and run a tiny Flux.
     srun megatron-apt train examples/flux.py:apt
     megatron-apt convert export runs/flux/apt flux-one-step --base FLUX.1-dev
 
-The published weights hold guidance already: they are told its scale (model.flux.guidance,
+The published weights hold guidance already: they are told its scale (model.guidance,
 3.5 as in the pipeline), in every stage the same, and the exported pipeline is called with
 it as its guidance_scale. Losses, learning rates, sigma, s, averages and numbers of
 updates are the APT paper's for images; batches are smaller (see examples/wan.py).
@@ -26,9 +26,9 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.families.flux.config import flux_dev
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
-from megatron_apt.models.config import flux_dev
 
 PRETRAINED = "runs/flux/pretrained"
 LENGTH = 512  # of the T5, which pads; the model reads the padding

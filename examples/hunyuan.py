@@ -12,7 +12,7 @@ Not run at this size; tests build the recipes and run a tiny HunyuanVideo.
     megatron-apt convert export runs/hunyuan/video hunyuan-one-step --base HunyuanVideo
 
 The published weights hold guidance already: they are told its scale
-(model.hunyuan.guidance, 6 as in the pipeline), in every stage the same, and the exported
+(model.guidance, 6 as in the pipeline), in every stage the same, and the exported
 pipeline is called with it as its guidance_scale. Losses, learning rates, sigma, s,
 averages and numbers of updates are the APT paper's; batches are smaller (see
 examples/wan.py).
@@ -28,9 +28,9 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.families.hunyuan.config import hunyuan_video
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
-from megatron_apt.models.config import hunyuan_video
 
 PRETRAINED = "runs/hunyuan/pretrained"
 

@@ -8,9 +8,9 @@ DISTILLED --init.diffusion DIFFUSION
 from dataclasses import replace
 
 from megatron_apt.config import DataConfig, OptimizerConfig, ParallelConfig, RetentionConfig, RunConfig
+from megatron_apt.families.mmdit.config import seaweed_8b
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
-from megatron_apt.models.config import seaweed_8b
 
 
 def flow() -> RunConfig:

@@ -26,9 +26,9 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.families.sd3.config import sd35_large, sd35_medium
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
-from megatron_apt.models.config import sd35_large, sd35_medium
 
 PRETRAINED = "runs/sd35/pretrained"
 LENGTH = 77 + 256  # of CLIP and of T5; the encoders pad, and the model reads the padding

@@ -28,7 +28,7 @@ sample continues a given first frame):
         --base Wan2.1-I2V-14B-480P-Diffusers
 
 With Wan2.2's 5B, whose weights and datasets are those of text to video (which
-`--model.wan.no-first-frame` trains instead):
+`--model.no-first-frame` trains instead):
 
     megatron-apt convert import Wan2.2-TI2V-5B-Diffusers runs/wan/pretrained-5b --first-frame
     megatron-apt encode --source clips/ --output data/videos-5b \\
@@ -57,9 +57,9 @@ from megatron_apt.config import (
     RetentionConfig,
     RunConfig,
 )
+from megatron_apt.families.wan.config import wan_1_3b, wan_5b_i2v, wan_14b, wan_14b_i2v
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
-from megatron_apt.models.config import wan_1_3b, wan_5b_i2v, wan_14b, wan_14b_i2v
 
 PRETRAINED = "runs/wan/pretrained"
 PRETRAINED_5B = "runs/wan/pretrained-5b"

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Literal
 
 from megatron_apt.errors import require
+from megatron_apt.families import registry
 from megatron_apt.methods.registry import MethodConfigs
 from megatron_apt.models.config import ModelConfig
 
 _MOST_MINUTES = 366 * 24 * 60
-
-# Tokens that the pipelines of a family of models pad captions to; 0: the model reads no padding.
-CAPTIONS = {"wan": 512, "sd3": 77 + 256, "flux": 512, "hunyuan": 0}
 
 
 @dataclass(frozen=True)
@@ -265,7 +263,7 @@ class RunConfig(MethodConfigs):
     the global batch. What is left of it after the last full round of microbatches is
     dealt out evenly, in smaller ones.
     """
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=registry.DEFAULT)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -356,8 +354,8 @@ def check_fits(config: RunConfig) -> None:
     if model.fp8.recipe != "none":
         _check_fp8(config)
     config.of_method.check(config)
-    padded = CAPTIONS.get(model.family, config.data.text_length)
-    if config.data.text_length != padded:
+    padded = model.text_padding
+    if padded not in (None, config.data.text_length):
         habit = (
             f"pad captions to {padded} tokens, which the model reads"
             if padded
@@ -421,4 +419,4 @@ def _check_ring(config: RunConfig) -> None:
 
 def to_dict(config: RunConfig) -> dict:
     """Plain JSON-ready form, written beside every checkpoint and log."""
-    return asdict(config)
+    return asdict(config) | {"model": registry.to_stored(config.model)}

@@ -121,9 +121,15 @@ def parse_json_lines(
 
 
 def convert(
-    value: object, kind: type[T] | Any, where: str, *, remedy: str, error: type[ValueError] = ValueError
+    value: object,
+    kind: type[T] | Any,
+    where: str,
+    *,
+    at: str = "",
+    remedy: str,
+    error: type[ValueError] = ValueError,
 ) -> T:
-    """A value that json.loads gave, as `kind`.
+    """A value that json.loads gave, as `kind`; it stands in `where`, at field `at` of it.
 
     Raises:
         error: of another type or range; names the field.
@@ -131,11 +137,11 @@ def convert(
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError, UnicodeError, OverflowError) as failure:
-        raise error(f"{where}: {_described(failure)}; {remedy}") from None
+        raise error(f"{where}: {_described(failure, at)}; {remedy}") from None
 
 
-def _described(failure: Exception) -> str:
+def _described(failure: Exception, at: str = "") -> str:
     """`Expected int, got str - at $.updates.generator` with the field first."""
     what, _, place = str(failure).replace("`", "").partition(" - at $")
-    place = place.strip().removeprefix(".")
+    place = f"{at}{place.strip()}".removeprefix(".")
     return f"{place}: {what}" if place else what

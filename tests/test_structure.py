@@ -12,9 +12,7 @@ import megatron_apt
 
 ROOT = Path(megatron_apt.__file__).parent
 KERNELS = ROOT.parent / "kernels"  # installed as megatron_apt.kernels
-ALLOWED: set[frozenset[str]] = {
-    frozenset({"megatron_apt.encoders.text", "megatron_apt.encoders.pipeline_text"}),
-}
+ALLOWED: set[frozenset[str]] = {}
 
 # What no module of a room imports, anywhere in it
 NEVER = {

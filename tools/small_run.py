@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.multiprocessing as mp
 
 from megatron_apt.config import DataConfig, GuardConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.models.config import ModelConfig
 
@@ -39,7 +40,7 @@ def digits_run(root: Path, output: Path, model: ModelConfig | None = None, **cha
         iterations=24,
         global_batch=10,
         micro_batch=2,
-        model=model or ModelConfig(depth=3, width=48, latent_channels=4, text_width=8),
+        model=model or MMDiTConfig(depth=3, width=48, latent_channels=4, text_width=8),
         data=DataConfig(shards=(str(root / "images"),), text_length=4),
         optimizer=OptimizerConfig(kind="rmsprop", lr=1e-4, ema=0.9, bucket_size=50_000),
         apt=AptConfig(ar1_sigma=0.1),

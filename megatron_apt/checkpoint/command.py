@@ -13,8 +13,8 @@ import tyro
 
 from megatron_apt import outputs
 from megatron_apt.checkpoint import files, store
-from megatron_apt.checkpoint.state import from_dict
-from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, RunConfig, check_fits
+from megatron_apt.checkpoint.state import configuration_of
+from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, check_fits
 from megatron_apt.lock import FolderLock
 from megatron_apt.parallel.mesh import Mesh
 
@@ -201,7 +201,7 @@ def _write_again(
     from megatron_apt.schedule.prepare import Pipeline
     from megatron_apt.training.networks import Network
 
-    config = replace(from_dict(RunConfig, state["config"]), parallel=command.parallel)
+    config = replace(configuration_of(state["config"]), parallel=command.parallel)
     # Nothing is trained here
     config = replace(config.without_measuring(), pipeline=PipelineConfig(chunks=1))
     check_fits(config)

@@ -7,8 +7,8 @@ import torch
 from megatron_apt.checkpoint.files import CheckpointError
 from megatron_apt.checkpoint.state import DAMAGED, STATE
 from megatron_apt.checkpoint.store import Stored
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.models.config import MOST_BLOCKS, Fp8Config, ModelConfig
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.parallel.mesh import Mesh
 
@@ -20,7 +20,7 @@ def check_model(stored: Stored, model: ModelConfig, mesh: Mesh) -> None:
         CheckpointError: state.json describes another model than the files hold.
     """
     file = stored.folder / STATE
-    blocks = model.depth + model.hunyuan.refiner_blocks * (model.family == "hunyuan")
+    blocks = model.blocks
     if blocks > len(stored.index):
         raise CheckpointError(
             f"{file}: config.model: has {blocks} blocks, and the files hold {len(stored.index)} tensors; "

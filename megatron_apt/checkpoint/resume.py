@@ -99,7 +99,7 @@ def check_same_run(
         CheckpointError: naming every field that may not change and has.
     """
     # A field that is missing is younger than the checkpoint
-    stored = _filled(stored, _plain(to_dict(RunConfig())))
+    stored = _filled(stored, _plain(to_dict(RunConfig()) | {"model": {}}))
     changed = [(name, was, now) for name, was, now in _differences(stored, _plain(wanted)) if name != _SHARDS]
     found = [
         f"{_short(name)}: {_shown(was)} in the checkpoint, {_shown(now)} asked for"

@@ -2,13 +2,15 @@
 
 import json
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, get_type_hints
 
 from megatron_apt import schema
 from megatron_apt.checkpoint.files import CheckpointError
 from megatron_apt.config import RunConfig, to_dict
+from megatron_apt.families import registry
+from megatron_apt.models.config import ModelConfig
 
 FORMAT = 2
 STATE = "state.json"
@@ -39,10 +41,6 @@ class State(TypedDict):
 
 class _Format(TypedDict):
     format: Any
-
-
-class _Configured(TypedDict):
-    config: RunConfig
 
 
 class _Values(TypedDict):
@@ -78,8 +76,7 @@ def read_state(folder: Path) -> State:
         raise CheckpointError(
             f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}"
         )
-    _check_known(RunConfig, found["config"], f"{file}: config")
-    config = schema.convert(found, _Configured, str(file), remedy=DAMAGED, error=CheckpointError)["config"]
+    config = configuration_of(found["config"], str(file), "config")
     return found | {"config": json.loads(json.dumps(to_dict(config)))}
 
 
@@ -92,15 +89,38 @@ def read_values(folder: Path) -> dict[str, float]:
     return schema.read_json(folder / STATE, _Values, remedy=DAMAGED, error=CheckpointError)["values"]
 
 
-def from_dict(kind: type, stored: object, where: str = "configuration"):
-    """A configuration from its JSON form; fields that are not there have their defaults.
+def configuration_of(stored: dict[str, Any], where: str = "configuration", at: str = "") -> RunConfig:
+    """A run's configuration from its JSON form; fields that are not there have their defaults.
+
+    Args:
+        where, at: the file it stands in, and the field of it.
 
     Raises:
         CheckpointError: a field that this version does not know, or a value that it
             cannot have.
     """
-    _check_known(kind, stored, where)
-    return schema.convert(stored, kind, where, remedy=DAMAGED, error=CheckpointError)
+    rest = {name: value for name, value in stored.items() if name != "model"}
+    config = from_dict(RunConfig, rest, where, at)
+    if "model" not in stored:
+        return config
+    return replace(config, model=model_of(stored["model"], where, f"{at}.model" if at else "model"))
+
+
+def model_of(stored: object, where: str = "configuration", at: str = "model") -> ModelConfig:
+    """A model's shape from its JSON form, of whatever version. Arguments and errors as of
+    configuration_of.
+    """
+    try:
+        kind, own = registry.kind_of(stored, f"{where}: {at}")
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {DAMAGED}") from None
+    return from_dict(kind, own, where, at)
+
+
+def from_dict(kind: type, stored: object, where: str = "configuration", at: str = "") -> Any:
+    """Settings of a kind from their JSON form. Arguments and errors as of configuration_of."""
+    _check_known(kind, stored, f"{where}: {at}" if at else where)
+    return schema.convert(stored, kind, where, at=at, remedy=DAMAGED, error=CheckpointError)
 
 
 def _check_known(kind: type, stored: object, where: str) -> None:

@@ -10,20 +10,19 @@ import json
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_apt.checkpoint import store
-from megatron_apt.convert.family import Family
-from megatron_apt.convert.source import PART, ConvertError, read_json
+from megatron_apt.convert.counterpart import SECOND, Counterpart
+from megatron_apt.convert.errors import ConvertError
+from megatron_apt.convert.source import PART, read_json
 from megatron_apt.encoders.weight_files import WeightFileError, announced, printable, weight_files
 from megatron_apt.models.config import ModelConfig
 
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
-SECOND = "transformer_2"
 # What the other parts of a pipeline meet
-_INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width", "wan")
-_IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
+_INTERFACE = ("latent_channels", "condition_channels", "patch", "text_width", "pooled_width")
 # With what their files of weights are called
 _LIBRARIES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 _WITHOUT_WEIGHTS = ("Token", "Scheduler", "Processor", "Extractor")  # in the names of their classes
@@ -55,7 +54,7 @@ class Copied:
     left_out: list[str] = field(default_factory=list)
 
 
-def base_index(base: str, family: Family, model: ModelConfig, one_step: bool, part: str) -> dict:
+def base_index(base: str, family: Counterpart, model: ModelConfig, one_step: bool, part: str) -> dict:
     """model_index.json of a pipeline that can take this model as `part`, all of whose
     other parts are there.
 
@@ -73,18 +72,10 @@ def base_index(base: str, family: Family, model: ModelConfig, one_step: bool, pa
             raise ConvertError(
                 f"{file}: names {name}, and {Path(base, name)} is not there; download the whole pipeline"
             )
-    if model.wan.first_frame:
-        return index | _with_a_first_frame(index, model, file)
-    if one_step and index.get("_class_name") == _IMAGE_TO_VIDEO and index.get("expand_timesteps"):
-        raise ConvertError(
-            f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: "
-            "model.wan.first_frame=False; give the pipeline as text to video (WanPipeline), or train with "
-            "model.wan.first_frame"
-        )
-    return index
+    return family.adapted(index, model, file, one_step)
 
 
-def _check_index(index: dict, file: Path, part: str, family: Family) -> None:
+def _check_index(index: dict, file: Path, part: str, family: Counterpart) -> None:
     """Raises ConvertError for an index without this part, or one that names code of its own."""
     if part != PART and not _is_part(index.get(part)):
         raise ConvertError(
@@ -119,35 +110,18 @@ def _is_part(value: object) -> bool:
     return whole and value[0] in _LIBRARIES and value[1].isidentifier() and not value[1].startswith("_")
 
 
-def _check_interface(config: Path, family: Family, model: ModelConfig) -> None:
+def _check_interface(config: Path, family: Counterpart, model: ModelConfig) -> None:
     """Raises ConvertError where the base's own network meets its other parts in another way."""
     if not config.is_file():
         return
     theirs = family.model(read_json(config), config.parent)
-    # Which no transformer's config.json says
-    theirs = replace(theirs, wan=replace(theirs.wan, first_frame=model.wan.first_frame))
-    if differing := [name for name in _INTERFACE if getattr(theirs, name) != getattr(model, name)]:
+    names = (*_INTERFACE, *family.interface)
+    if differing := [name for name in names if getattr(theirs, name) != getattr(model, name)]:
         found = [getattr(shape, differing[0]) for shape in (theirs, model)]
         raise ConvertError(
             f"{config}: {differing[0]} is {found[0]}, of this checkpoint {found[1]}; give the pipeline it "
             "came from"
         )
-
-
-def _with_a_first_frame(index: dict, model: ModelConfig, file: Path) -> dict:
-    """What makes a pipeline give the first frame as such models read it; Wan2.2's TI2V is
-    published as text to video.
-
-    Raises:
-        ConvertError: no pipeline does.
-    """
-    if model.patch != (1, 2, 2):
-        raise ConvertError(
-            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, "
-            f"model.patch={model.patch}; leave out --base"
-        )
-    given = {name: index.get(name, [None, None]) for name in ("image_encoder", "image_processor", SECOND)}
-    return given | {"_class_name": _IMAGE_TO_VIDEO, "expand_timesteps": True}
 
 
 def parts(index: dict) -> list[str]:

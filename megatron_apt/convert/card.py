@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 from megatron_apt import schema
-from megatron_apt.checkpoint.command import from_dict
+from megatron_apt.checkpoint.state import from_dict, model_of
 from megatron_apt.checkpoint.store import CheckpointError
-from megatron_apt.convert.family import Family
+from megatron_apt.convert.counterpart import Counterpart
 from megatron_apt.data.identity import Identity, Shape, shape_of
 from megatron_apt.data.index import read_info
 from megatron_apt.methods.registry import METHODS, PRETRAINING
-from megatron_apt.models.config import ModelConfig
 
 
-def model_card(state: dict, family: Family, average: bool, license: str, base: str, experts: str = "") -> str:
+def model_card(
+    state: dict, family: Counterpart, average: bool, license: str, base: str, experts: str = ""
+) -> str:
     """Markdown with Hugging Face's front matter.
 
     Args:
@@ -27,16 +28,11 @@ def model_card(state: dict, family: Family, average: bool, license: str, base: s
     method = from_dict(METHODS[config["method"]], config[config["method"]])
     one_step = trained and method.one_step
     tags = method.tags if trained else METHODS[PRETRAINING].tags
-    optimizer, first_frame = config["optimizer"], from_dict(ModelConfig, config["model"]).image_to_video
-    task = (
-        "image-to-video"
-        if first_frame
-        else "text-to-image"
-        if family.name in ("sd3", "flux")
-        else "text-to-video"
-    )
+    optimizer, model = config["optimizer"], model_of(config["model"])
+    first_frame = model.image_to_video
+    task = "image-to-video" if first_frame else "text-to-image" if model.pictures else "text-to-video"
     # What a model is told of guidance is an input of the network, no second evaluation.
-    guidance = config["model"].get(family.name, {}).get("guidance", 0)
+    guidance = model.guidance
     lines = [
         "---",
         f"license: {json.dumps(license)}",

@@ -10,7 +10,7 @@ import msgspec
 
 from megatron_apt import schema
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.command import from_dict
+from megatron_apt.checkpoint.state import model_of
 from megatron_apt.convert.source import part_of
 from megatron_apt.methods.config import MethodConfig
 from megatron_apt.methods.registry import METHODS
@@ -74,7 +74,7 @@ class Checkpoint:
             raise store.CheckpointError(f"{folder}: keeps no average (optimizer.ema=0); use --weights raw")
         average = state["ema"] and weights != "raw"
         try:
-            model = from_dict(ModelConfig, state["config"]["model"])
+            model = model_of(state["config"]["model"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise store.CheckpointError(
                 f"{folder}/state.json: describes no model ({type(error).__name__}: {error}); use an older "

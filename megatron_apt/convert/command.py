@@ -52,7 +52,7 @@ class Import:
     config: str = ""
     """config.json of a file that has none beside it."""
     first_frame: bool = False
-    """Wan2.2's TI2V: the checkpoint samples as image to video (model.wan.first_frame),
+    """Wan2.2's TI2V: the checkpoint samples as image to video (model.first_frame),
     which its config.json cannot tell. Recipes choose anew.
     """
     json: str = ""
@@ -132,7 +132,7 @@ def run(command: Import | Export | Verify) -> int:
     # second when it ends
     gc.freeze()
 
-    from megatron_apt.convert.source import ConvertError
+    from megatron_apt.convert.errors import ConvertError
     from megatron_apt.parallel import startup
     from megatron_apt.parallel.mesh import Mesh
 
@@ -163,14 +163,15 @@ def run(command: Import | Export | Verify) -> int:
 
 def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     """The command, on a mesh of one process unless it is Verify; returns the exit code."""
+    from megatron_apt.convert.counterparts import counterpart_of, counterpart_of_model
+    from megatron_apt.convert.errors import ConvertError
     from megatron_apt.convert.exporter import Checkpoint, export_pipeline
-    from megatron_apt.convert.families import family_of, family_of_model
     from megatron_apt.convert.importer import import_checkpoint
-    from megatron_apt.convert.source import ConvertError, open_source
+    from megatron_apt.convert.source import open_source
 
     if isinstance(command, Import):
         source = open_source(command.source, command.subfolder, command.config)
-        family = family_of(source.config, str(source.path))
+        family = counterpart_of(source.config, str(source.path))
         with _measured(
             "import", sum(entry.bytes for entry in source.entries.values()), command.json
         ) as moved:
@@ -183,7 +184,7 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
             )
         return 0
     checkpoint = Checkpoint.open(command.checkpoint, command.weights)
-    family = family_of_model(checkpoint.model, str(checkpoint.folder))
+    family = counterpart_of_model(checkpoint.model, str(checkpoint.folder))
     if isinstance(command, Export):
         target = Path(command.target)
         options = {
@@ -206,7 +207,7 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
         checkpoint.part if Path(command.source, checkpoint.part).is_dir() else ""
     )
     source = open_source(command.source, subfolder, command.config)
-    if family_of(source.config, str(source.path)) is not family:
+    if counterpart_of(source.config, str(source.path)) is not family:
         raise ConvertError(
             f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a "
             f"{family.architecture}; give what it was imported from"

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from megatron_apt.checkpoint import store
-from megatron_apt.convert.base import SCHEDULER, SECOND, alone, base_index, copy, left_behind, plan_copy
+from megatron_apt.convert.base import SCHEDULER, alone, base_index, copy, left_behind, plan_copy
 from megatron_apt.convert.card import model_card
 from megatron_apt.convert.checkpoint import Checkpoint
-from megatron_apt.convert.family import Family
+from megatron_apt.convert.counterpart import SECOND, Counterpart
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.importer import Moved
-from megatron_apt.convert.source import DTYPES, PART, ConvertError, beyond, part_of
+from megatron_apt.convert.source import DTYPES, PART, beyond, part_of
 from megatron_apt.convert.weights import Mapped, Same
 from megatron_apt.methods.registry import METHODS
 from megatron_apt.parallel.mesh import Mesh
@@ -47,7 +48,7 @@ Maker = Callable[[], Iterable[tuple[str, Tensor]]]  # tensors by name, made when
 
 def export_transformer(
     checkpoint: Checkpoint,
-    family: Family,
+    family: Counterpart,
     folder: Path,
     mesh: Mesh,
     dtype: str,
@@ -105,7 +106,7 @@ def export_discriminator(
 
 def export_pipeline(
     checkpoint: Checkpoint,
-    family: Family,
+    family: Counterpart,
     target: Path,
     mesh: Mesh,
     *,

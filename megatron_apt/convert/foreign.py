@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_apt.convert.counterparts import counterparts
 from megatron_apt.encoders.weight_files import printable
 
 _MERGE = (
@@ -74,27 +75,6 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
-# Names that only the authors' own files of a family have.
-_AUTHORS: tuple[tuple[str, str, str], ...] = (
-    (
-        "Wan",
-        "WanTransformer3DModel",
-        r"head\.(modulation|head\.)|(time|text)_embedding\.\d|time_projection\.\d|blocks\.\d+\.(self|cross)_attn\.[qkvo]\.",
-    ),
-    ("Stable Diffusion 3", "SD3Transformer2DModel", r"joint_blocks\.\d"),
-    (
-        "HunyuanVideo",
-        "HunyuanVideoTransformer3DModel",
-        r"double_blocks\.\d+\.(img|txt)_attn_qkv|txt_in\.individual_token_refiner|img_in\.proj\.|guidance_in\.mlp",
-    ),
-    (
-        "FLUX",
-        "FluxTransformer2DModel",
-        r"(double|single)_blocks\.\d|(img|txt)_in\.(weight|bias)$|(vector|guidance)_in\.in_layer",
-    ),
-)
-_SD3_PATCHES = r"^x_embedder\.proj\."  # in HunyuanVideo diffusers' name too
-
 # Whole models of other kinds; looked for only where nothing of a transformer is found.
 _OTHERS: tuple[tuple[str, str], ...] = (
     (
@@ -128,16 +108,6 @@ _OTHERS: tuple[tuple[str, str], ...] = (
     ("a discriminator that `convert export --discriminator` wrote", r"^(backbone|heads)\.\w"),
 )
 
-# The names that begin those of a family's tensors in diffusers.
-_AROUND = {"context_embedder", "time_text_embed", "transformer_blocks", "norm_out", "proj_out"}
-ROOTS: dict[str, frozenset[str]] = {
-    "WanTransformer3DModel": frozenset(
-        {"patch_embedding", "condition_embedder", "blocks", "proj_out", "scale_shift_table"}
-    ),
-    "SD3Transformer2DModel": frozenset({"pos_embed", *_AROUND}),
-    "FluxTransformer2DModel": frozenset({"x_embedder", "single_transformer_blocks", *_AROUND}),
-    "HunyuanVideoTransformer3DModel": frozenset({"x_embedder", "single_transformer_blocks", *_AROUND}),
-}
 _WRAPPERS = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -177,7 +147,8 @@ def plain(names: Iterable[str], architecture: str) -> Plain:
     Raises:
         ValueError: the model is in it more than once.
     """
-    roots, found = ROOTS.get(architecture, frozenset()), {}
+    family, found = counterparts().get(architecture), {}
+    roots = family.roots if family else frozenset()
     prefixes, beside = Counter(), {}
     for name in names:
         if part := _BESIDE.match(name):
@@ -224,15 +195,20 @@ def what_it_is(names: Iterable[str], architecture: str = "") -> str | None:
     if kind := kind_of(names):
         return kind
     bare = [_bare(name) for name in names if not _BESIDE.match(name)] or [_bare(name) for name in names]
-    for authors, owner, expression in _AUTHORS:
-        hit = _first(bare, rf"(^|\.)({expression})")
-        if hit or (owner == architecture == "SD3Transformer2DModel" and (hit := _first(bare, _SD3_PATCHES))):
-            other = f", and config.json is of a {architecture}" if architecture not in ("", owner) else ""
+    for owner, family in counterparts().items():
+        authors, own = family.authors, architecture == owner
+        hit = _first(bare, rf"(^|\.)({authors.names})")
+        if hit is None and own and authors.own_names:
+            hit = _first(bare, authors.own_names)
+        if hit:
+            other = "" if own or not architecture else f", and config.json is of a {architecture}"
             return (
-                f"it has its authors' names ({authors}: {printable(hit)}), not diffusers'{other}: "
+                f"it has its authors' names ({authors.title}: {printable(hit)}), not diffusers'{other}: "
                 f"{rewrite(owner)}"
             )
-    roots = ROOTS.get(architecture) or frozenset().union(*ROOTS.values())
+    known = counterparts()
+    read_by = [known[architecture]] if architecture in known else known.values()
+    roots = frozenset().union(*(family.roots for family in read_by))
     if 2 * sum(name.split(".")[0] in roots for name in bare) <= len(bare):
         for kind, expression in _OTHERS:
             if hit := _first(bare, expression):

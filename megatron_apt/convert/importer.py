@@ -18,7 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,9 +28,10 @@ from torch.utils.serialization import config as serialization
 
 from megatron_apt import schema
 from megatron_apt.checkpoint import describe, store
-from megatron_apt.config import CAPTIONS, DataConfig, RunConfig, to_dict
-from megatron_apt.convert.family import Family
-from megatron_apt.convert.source import ConvertError, Source
+from megatron_apt.config import DataConfig, RunConfig, to_dict
+from megatron_apt.convert.counterpart import Counterpart
+from megatron_apt.convert.errors import ConvertError
+from megatron_apt.convert.source import Source
 from megatron_apt.convert.weights import Mapped
 from megatron_apt.lock import FolderLock
 from megatron_apt.methods.registry import METHODS, PRETRAINING
@@ -79,7 +80,7 @@ class _Work:
 
 def import_checkpoint(
     source: Source,
-    family: Family,
+    family: Counterpart,
     target: Path,
     mesh: Mesh,
     moved: Moved = lambda count: None,
@@ -91,14 +92,15 @@ def import_checkpoint(
     Args:
         moved: called with the bytes of each tensor written, and of each that an
             interrupted import had written.
-        first_frame: model.wan.first_frame of the checkpoint's configuration.
+        first_frame: model.first_frame of the checkpoint's configuration.
 
     Raises:
         ConvertError: source and model do not fit, or the target holds a run.
         FolderInUse, LockLost: another process writes to the target.
     """
     model = replace(family.model(source.config, source.path), dtype=_main_dtype(source))
-    model = replace(model, wan=replace(model.wan, first_frame=first_frame))
+    if first_frame:
+        model = _given_first_frames(model, family)
     source.bound(model)
     tensors = family.tensors(model, mesh)
     source.check(tensors)
@@ -133,6 +135,12 @@ def import_checkpoint(
             store.sync(root)
         store.write_atomically(root / "latest", final.name)
     return final
+
+
+def _given_first_frames(model: ModelConfig, family: Counterpart) -> ModelConfig:
+    if not any(field.name == "first_frame" for field in fields(model)):
+        raise ConvertError(f"first_frame: a {family.architecture} is given no first frame; leave it out")
+    return replace(model, first_frame=True)
 
 
 def _plan(source: Source, tensors: list[Mapped], part_bytes: int) -> tuple[list[list[Mapped]], dict]:
@@ -272,7 +280,7 @@ def _finish(work: _Work, model: ModelConfig, source: Source) -> None:
         sums[f"{name}/{_DATA}"] = {"bytes": part.bytes, "sha256": part.sha256}
         sums[f"{name}/{_PLACES}"] = store.checksum(work.part(i) / _PLACES)
     describe.write(work.folder, describe.joined(found))
-    data = DataConfig(text_length=CAPTIONS.get(model.family, 0))
+    data = DataConfig(text_length=model.text_padding or 0)
     state = {
         "format": store.FORMAT,
         "iteration": 0,

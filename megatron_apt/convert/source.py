@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_apt.convert.counterparts import counterparts
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.weights import Mapped
 from megatron_apt.encoders.weight_files import (
@@ -23,15 +25,8 @@ from megatron_apt.encoders.weight_files import (
 from megatron_apt.models.config import MOST_BLOCKS, ModelConfig
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Tensors that published checkpoints hold and diffusers' class leaves unread (its
-# _keys_to_ignore_on_load_unexpected).
-_UNREAD = {"WanTransformer3DModel": re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")}
 PART = "transformer"  # of a pipeline, if nothing else is said
 _PART = re.compile(r"transformer(_\d+)?")
-
-
-class ConvertError(ValueError):
-    """A checkpoint that cannot be converted; names the file, the tensor and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -113,20 +108,11 @@ class Source:
 
 def beyond(model: ModelConfig, tensors: int, numbers: int) -> str | None:
     """What of a model cannot be made of so many tensors with so many numbers; None where all may be."""
-    blocks = model.depth + model.hunyuan.refiner_blocks * (model.family == "hunyuan")
-    if blocks > tensors:
-        return f"{blocks} blocks, and the files hold {tensors} tensors"
-    if blocks > MOST_BLOCKS:
-        return f"{blocks} blocks, and no model has more than {MOST_BLOCKS}"
-    widths = {
-        "width": model.width,
-        "MLPs": model.mlp,
-        "text": model.text_width,
-        "pooled text": model.pooled_width,
-        "input": model.input_width,
-        "image tokens": model.wan.image_width,
-    }
-    for name, width in widths.items():
+    if model.blocks > tensors:
+        return f"{model.blocks} blocks, and the files hold {tensors} tensors"
+    if model.blocks > MOST_BLOCKS:
+        return f"{model.blocks} blocks, and no model has more than {MOST_BLOCKS}"
+    for name, width in model.widths.items():
         if width > numbers:
             return f"{name} {width} wide, and the files hold {numbers} numbers"
     return None
@@ -203,11 +189,12 @@ def _read(path: Path, config: Path) -> Source:
         names = plain(held, architecture)
     except ValueError as error:
         raise ConvertError(f"{path}: {error}; keep the one you mean") from None
-    unread = _UNREAD.get(architecture)
+    family = counterparts().get(architecture)
+    unread = family.unread if family else ""
     kept = {
         short: held[name] + (name,)
         for short, name in names.names.items()
-        if unread is None or not unread.fullmatch(short)
+        if not unread or not re.fullmatch(unread, short)
     }
     entries = {
         short: Entry(file, torch.Size(tensor.shape), _dtype(file, name, tensor), name)

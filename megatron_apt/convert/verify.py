@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_apt.convert.family import Family
-from megatron_apt.convert.source import ConvertError, Source
+from megatron_apt.convert.counterpart import Counterpart
+from megatron_apt.convert.errors import ConvertError
+from megatron_apt.convert.source import Source
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.models.config import Fp8Config, ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.stages import Cut, run_line
 from megatron_apt.parallel.collectives import max_over
@@ -20,7 +21,13 @@ from megatron_apt.training.networks import load_weights
 
 @torch.no_grad()
 def parity(
-    checkpoint: str, family: Family, model: ModelConfig, source: Source, mesh: Mesh, samples: int, seed: int
+    checkpoint: str,
+    family: Counterpart,
+    model: ModelConfig,
+    source: Source,
+    mesh: Mesh,
+    samples: int,
+    seed: int,
 ) -> float:
     """Largest difference of the velocities in float32, relative to their largest value,
     over all ranks. One model at a time is in memory.
@@ -61,7 +68,7 @@ def parity(
     )
 
 
-def original(family: Family, source: Source) -> nn.Module:
+def original(family: Counterpart, source: Source) -> nn.Module:
     """The library's own model with the source's weights, in float32.
 
     Raises:

@@ -47,13 +47,13 @@ def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
             f"model.condition_channels={model.condition_channels}; encode with the VAE of the model's "
             "pipeline"
         )
-    if model.wan.first_frame and source.info["codec"].get("causal") is False:
+    if model.first_frame and source.info["codec"].get("causal") is False:
         raise ValueError(
             f"{source.path}: was encoded with pixel_causal=False, so a first latent frame holds several "
-            "frames and no picture makes one; encode it with a causal codec for model.wan.first_frame"
+            "frames and no picture makes one; encode it with a causal codec for model.first_frame"
         )
-    wanted = (model.wan.image_tokens, model.wan.image_width)
-    if model.wan.image_width and source.image_shape != wanted:
+    wanted = model.image_shape
+    if wanted and source.image_shape != wanted:
         found = (
             "no image tokens"
             if source.image_shape is None
@@ -61,7 +61,7 @@ def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
         )
         raise ValueError(
             f"{source.path}: holds {found}, this model reads {wanted[0]} x {wanted[1]} "
-            "(model.wan.image_tokens, image_width); encode with --image-to-video and the image_encoder of "
+            "(model.image_tokens, image_width); encode with --image-to-video and the image_encoder of "
             "its pipeline"
         )
 
@@ -75,9 +75,9 @@ def first_frames(frames: Sequence[FirstFrame], model: ModelConfig) -> dict[str, 
         pictures["visual"] = pack_latents(
             shapes, model.patch, lambda rows, _: torch.stack([given[i] for i in rows])
         )
-    if model.wan.image_width:
+    if model.image_shape:
         pictures["image"] = torch.stack(images)
-    if model.wan.first_frame:
+    if model.first_frame:
         clips = [patchify(latent[None], model.patch) for latent in latents if latent is not None]
         pictures["first"] = torch.cat([torch.empty(0, model.patch_width), *clips])
     return pictures

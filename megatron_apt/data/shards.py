@@ -42,9 +42,8 @@ from safetensors.torch import load
 from torch import Tensor
 
 from megatron_apt.data.index import AGAIN, ARRAYS, BLOCK, IndexLine, Place, read_index, read_info
-from megatron_apt.encoders.codec import load_codec
 from megatron_apt.encoders.image import ClipImageEncoder, load_image_encoder
-from megatron_apt.encoders.text import load_text_encoder
+from megatron_apt.encoders.load import load_codec, load_text_encoder
 from megatron_apt.errors import shown
 
 TOKENIZER = "tokenizer.model"

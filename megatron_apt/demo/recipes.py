@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, RunConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.methods.flow.config import FlowConfig
-from megatron_apt.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def image_flow(place: Place = Place()) -> RunConfig:
         iterations=place.updates(800),
         global_batch=128,
         micro_batch=64,
-        model=ModelConfig(latent_channels=1),
+        model=MMDiTConfig(latent_channels=1),
         data=DataConfig(shards=(place.data("images"),), text_length=3),
         optimizer=OptimizerConfig(kind="adamw", lr=1e-3, warmup=50, decay="cosine", ema=0.99),
         flow=FlowConfig(condition_dropout=0.1),
@@ -123,7 +123,7 @@ def video_flow(place: Place = Place()) -> RunConfig:
         micro_batch=48,
         # A token carries 16 numbers here, 4 for images. The stream must hold all of the
         # noise to take it off again, so it is wider.
-        model=ModelConfig(latent_channels=4, width=96, depth=4),
+        model=MMDiTConfig(latent_channels=4, width=96, depth=4),
         data=DataConfig(shards=(place.data("videos"),), text_length=5),
         optimizer=replace(image_flow(place).optimizer, lr=6e-3),
         # Everything later starts from what the network does at t = 1, where the

@@ -36,10 +36,12 @@ from megatron_apt.encode.shard_writer import (
     finished_dataset,
     output_named,
 )
-from megatron_apt.encoders.codec import VAE_CODECS, PixelCodec, PixelCodecConfig, VaeCodec
+from megatron_apt.encoders.codec import PixelCodec, PixelCodecConfig, VaeCodec
 from megatron_apt.encoders.image import ClipImageEncoder, has_image_encoder
-from megatron_apt.encoders.text import BuiltinTextEncoder, TextEncoder, open_text_encoder, train_sentencepiece
+from megatron_apt.encoders.load import open_text_encoder, vae_codecs
+from megatron_apt.encoders.text import BuiltinTextEncoder, TextEncoder, train_sentencepiece
 from megatron_apt.errors import shown
+from megatron_apt.families import registry
 from megatron_apt.lock import FolderLock
 
 NEGATIVE_PROMPT = "blurry, distorted, low quality"
@@ -85,9 +87,9 @@ class EncodeConfig:
     largest frame of a video; what is larger is rejected.
     """
     codec: str = "pixel"
-    """"pixel" (built in, no weights), or the class of codec_path: "wan"
-    (AutoencoderKLWan), "hunyuan" (AutoencoderKLHunyuanVideo) or "kl" (AutoencoderKL, of
-    Stable Diffusion 3 and Flux; pictures only).
+    """"pixel" (built in, no weights), or the class of codec_path: "kl" (AutoencoderKL, of
+    pictures), or that of a family: "wan" (AutoencoderKLWan), "hunyuan"
+    (AutoencoderKLHunyuanVideo).
     """
     codec_path: str = ""
     """Local folder of the VAE, or of a diffusers pipeline with the VAE in vae/; safetensors only."""
@@ -161,11 +163,12 @@ class EncodeConfig:
             self.max_rejected,
             "is a share; use a number from 0 to 1",
         )
+        giving = registry.codecs_of(kind for kind in registry.FAMILIES.values() if kind.given_channels)
         _check(
-            self.codec in ("pixel", *VAE_CODECS),
+            self.codec in ("pixel", *vae_codecs()),
             "codec",
             self.codec,
-            f"use {', '.join(map(repr, ('pixel', *VAE_CODECS)))}",
+            f"use {', '.join(map(repr, ('pixel', *vae_codecs())))}",
         )
         _check(
             self.codec == "pixel" or bool(self.codec_path),
@@ -180,10 +183,10 @@ class EncodeConfig:
             "applies to VAEs; leave it 0 with codec='pixel'",
         )
         _check(
-            not self.image_to_video or self.codec == "wan",
+            not self.image_to_video or self.codec in giving,
             "image_to_video",
             self.image_to_video,
-            f"needs codec='wan', not {self.codec!r}",
+            f"needs codec={' or '.join(map(repr, giving))}, not {self.codec!r}",
         )
         _check(
             not self.image_to_video or self.frames > 1,
@@ -324,8 +327,8 @@ def _settings(config: EncodeConfig, entries: Sequence[Entry]) -> dict:
 
 
 def _codec(config: EncodeConfig) -> PixelCodec | VaeCodec:
-    if config.codec in VAE_CODECS:
-        return VAE_CODECS[config.codec](
+    if config.codec in vae_codecs():
+        return vae_codecs()[config.codec](
             str(Path(config.codec_path).resolve()), config.device, tiling=config.codec_tiling
         )
     return PixelCodec(

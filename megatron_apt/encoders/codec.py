@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt import schema
-from megatron_apt.encoders.foreign_folder import checked_model_folder, checked_settings, load_frozen
+from megatron_apt.encoders.foreign_folder import checked_model_folder, load_frozen
 
 LUMA = (0.299, 0.587, 0.114)  # BT.601; the weights sum to 1, so a grey picture keeps its value
 
@@ -263,23 +263,7 @@ class VaeCodec:
         return self.vae.decode(raw).sample
 
 
-_Side = Annotated[int, msgspec.Meta(ge=1, le=256)]  # pixels that become one
-
-
-class _WanFields(msgspec.Struct):
-    z_dim: schema.Positive
-    temperal_downsample: list[bool]  # spelt so in diffusers
-    dim_mult: list[schema.Positive]
-    latents_mean: list[float]
-    latents_std: list[float]
-    patch_size: _Side | None = None
-
-
-class _HunyuanFields(msgspec.Struct):
-    latent_channels: schema.Positive
-    scaling_factor: float
-    temporal_compression_ratio: _Side
-    spatial_compression_ratio: _Side
+Side = Annotated[int, msgspec.Meta(ge=1, le=256)]  # pixels that become one
 
 
 class _KlFields(msgspec.Struct):
@@ -289,7 +273,7 @@ class _KlFields(msgspec.Struct):
     shift_factor: float | None = None
 
 
-def _fields(config, kind: type, folder: Path):
+def read_fields(config, kind: type, folder: Path):
     """What a codec reads of a VAE's config.json.
 
     Raises:
@@ -313,99 +297,6 @@ def _fields(config, kind: type, folder: Path):
     return fields
 
 
-class WanCodec(VaeCodec):
-    """AutoencoderKLWan: videos; (x - latents_mean) / latents_std per channel."""
-
-    kind, class_name = "wan", "AutoencoderKLWan"
-
-    def _read(self, folder: Path, config) -> None:
-        config = _fields(config, _WanFields, folder)
-        self.latent_channels = config.z_dim
-        self._temporal = 2 ** sum(config.temperal_downsample)
-        self._patch = config.patch_size or 1  # Wan2.2's TI2V folds 2 x 2 pixels into channels first
-        self._spatial = 2 ** (len(config.dim_mult) - 1) * self._patch
-        self._mean, self._std = (
-            torch.tensor(v, device=self.device).view(-1, 1, 1, 1)
-            for v in (config.latents_mean, config.latents_std)
-        )
-
-    @property
-    def given_channels(self) -> int:
-        """Channels of `given`."""
-        return self._temporal + self.latent_channels
-
-    def given(self, frame: Tensor, frames: int) -> Tensor:
-        """What image-to-video models read beside a clip's latents, as
-        WanImageToVideoPipeline.prepare_latents makes it.
-
-        A mask, 1 where a pixel frame is known, one channel for each pixel frame of a
-        latent frame (the first frame stands alone, so it counts for all of its latent
-        frame's); then the latents of a clip of that frame and grey.
-
-        Args:
-            frame: (3, 1, H, W) in [-1, 1].
-            frames: pixel frames of the clip.
-
-        Returns:
-            (temporal + c, f, h, w) float32 on the CPU.
-        """
-        clip = torch.cat((frame, frame.new_zeros(3, frames - 1, *frame.shape[2:])), dim=1)
-        latent = self.encode(clip)
-        mask = latent.new_zeros(self._temporal, *latent.shape[1:])
-        mask[:, 0] = 1
-        return torch.cat((mask, latent))
-
-    def _tile(self, side: int) -> None:
-        self.vae.enable_tiling(side, side, side * 3 // 4, side * 3 // 4)
-
-    def _mode(self, pixels: Tensor) -> Tensor:
-        if self.tiling:
-            # Diffusers cuts what is folded already, but decodes to pixels
-            self._tile(self.tiling // self._patch)
-        return super()._mode(pixels)
-
-    def _pixels(self, raw: Tensor) -> Tensor:
-        if self.tiling:
-            self._tile(self.tiling)
-        return super()._pixels(raw)
-
-    def _normalised(self, mode: Tensor) -> Tensor:
-        return (mode - self._mean) / self._std
-
-    def _raw(self, latent: Tensor) -> Tensor:
-        return latent * self._std + self._mean
-
-
-class HunyuanCodec(VaeCodec):
-    """AutoencoderKLHunyuanVideo: videos; x * scaling_factor.
-
-    With or without tiling, diffusers cuts clips of more than 16 frames into overlapping
-    pieces of 17 and blends their latents, or their pixels.
-    """
-
-    kind, class_name = "hunyuan", "AutoencoderKLHunyuanVideo"
-
-    def _read(self, folder: Path, config) -> None:
-        config = _fields(config, _HunyuanFields, folder)
-        for name in ("temporal_compression_ratio", "spatial_compression_ratio"):
-            if (ratio := getattr(config, name)).bit_count() != 1:
-                raise ValueError(
-                    f"{folder}/config.json: {name}={ratio}: must be a power of 2; download it again"
-                )
-        self.latent_channels, self._scale = config.latent_channels, config.scaling_factor
-        self._temporal, self._spatial = config.temporal_compression_ratio, config.spatial_compression_ratio
-
-    def _tile(self, side: int) -> None:
-        stride = side * 3 // 4
-        self.vae.enable_tiling(side, side, tile_sample_stride_height=stride, tile_sample_stride_width=stride)
-
-    def _normalised(self, mode: Tensor) -> Tensor:
-        return mode * self._scale
-
-    def _raw(self, latent: Tensor) -> Tensor:
-        return latent.to(self.vae.dtype) / self._scale  # in the VAE's precision, as HunyuanVideoPipeline does
-
-
 class KlCodec(VaeCodec):
     """AutoencoderKL, the VAE of Stable Diffusion 3 and Flux: pictures, as clips of one
     frame; (x - shift_factor) * scaling_factor.
@@ -421,7 +312,7 @@ class KlCodec(VaeCodec):
                 f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and "
                 "scaling_factor only"
             )
-        config = _fields(config, _KlFields, folder)
+        config = read_fields(config, _KlFields, folder)
         self.latent_channels = config.latent_channels
         self._temporal, self._spatial = 1, 2 ** (len(config.block_out_channels) - 1)
         self._shift, self._scale = config.shift_factor or 0.0, config.scaling_factor
@@ -430,8 +321,7 @@ class KlCodec(VaeCodec):
         """(c, 1, h, w); raises ValueError for sizes that do not fit."""
         if frames != 1:
             raise ValueError(
-                f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or codec 'wan' or 'hunyuan' "
-                "for videos"
+                f"frames={frames}: codec 'kl' encodes pictures; use frames=1, or a codec of videos"
             )
         return super().latent_shape(frames, height, width)
 
@@ -455,30 +345,6 @@ class KlCodec(VaeCodec):
         return latent / self._scale + self._shift
 
 
-VAE_CODECS = {codec.kind: codec for codec in (WanCodec, HunyuanCodec, KlCodec)}
-
-
 def component_folder(path: str | Path, name: str) -> Path:
     """The folder of a model: path itself, or its subfolder `name` where path is a diffusers pipeline."""
     return Path(path) / name if (Path(path) / "model_index.json").is_file() else Path(path)
-
-
-def load_codec(config: dict, device: str = "cpu") -> PixelCodec | VaeCodec:
-    """The codec whose config_dict() this is.
-
-    Raises:
-        ValueError: unknown kind or setting.
-    """
-    kind, settings = checked_settings(config, "codec")
-    try:
-        if kind == "pixel":
-            if settings.pop("tiling", 0):
-                raise ValueError(
-                    "codec pixel has no tiles: its memory is that of the pixels; leave tiling at 0"
-                )
-            return PixelCodec(PixelCodecConfig(**settings))
-        if isinstance(kind, str) and kind in VAE_CODECS:
-            return VAE_CODECS[kind](**settings, device=device)
-    except TypeError as error:
-        raise ValueError(f"codec {kind}: {error}; settings given: {settings}") from None
-    raise ValueError(f"codec kind={kind!r} is unknown; use {', '.join(map(repr, ('pixel', *VAE_CODECS)))}")

@@ -1,7 +1,7 @@
 """Image encoders of whole diffusers pipelines: what WanImageToVideoPipeline.encode_image
 gives for a first frame, from the pipeline's folder.
 
-As for text (pipeline_text.py): safetensors only, nothing is downloaded, and pictures are
+As for text (pipelines.py): safetensors only, nothing is downloaded, and pictures are
 prepared by the class that model_index.json names.
 """
 
@@ -19,7 +19,7 @@ from megatron_apt.encoders.foreign_folder import (
     read_object,
     read_pretrained,
 )
-from megatron_apt.encoders.pipeline_text import class_of_transformers, part_class, read_index
+from megatron_apt.encoders.pipelines import class_of_transformers, part_class, read_index
 
 _LARGEST = 4096  # pixels of a side that an image encoder reads
 

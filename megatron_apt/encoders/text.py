@@ -1,7 +1,7 @@
 """Text encoders: captions to one embedding per token, and in some also to one vector for
 the whole caption.
 
-Those that run as a diffusers pipeline does are in pipeline_text.py.
+Those that run as a diffusers pipeline does are their families' (families/NAME/text.py).
 """
 
 import abc
@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import sentencepiece
 import tokenizers
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from megatron_apt.encoders.foreign_folder import (
     checked_model_folder,
-    checked_settings,
     explained,
     load_frozen,
     read_object,
@@ -34,9 +34,15 @@ class TextEncoder(abc.ABC):
     """What every encoder has.
 
     Attributes:
+        kind: by which it is stored.
         width: of the embeddings.
+        pipelines: how the names of the pipelines begin whose encoder it is; "": of none.
+        several_tokenizers: its pipelines have more than one.
     """
 
+    kind: ClassVar[str] = ""
+    pipelines: ClassVar[str] = ""
+    several_tokenizers: ClassVar[bool] = False
     width: int
 
     @abc.abstractmethod
@@ -118,6 +124,8 @@ class BuiltinTextEncoder(TextEncoder):
         position_scale: amplitude of the position, small beside the rows' unit variance.
     """
 
+    kind = "builtin"
+
     def __init__(self, tokenizer: str | Path, width: int = 64, seed: int = 0, position_scale: float = 0.1):
         if width < 2 or width % 2:
             raise ValueError(
@@ -139,7 +147,7 @@ class BuiltinTextEncoder(TextEncoder):
 
     def config_dict(self) -> dict:
         return {
-            "kind": "builtin",
+            "kind": self.kind,
             "tokenizer": self.tokenizer,
             "width": self.width,
             "seed": self.seed,
@@ -181,6 +189,8 @@ class HuggingFaceTextEncoder(TextEncoder):
         tokenizer_path: folder of the tokenizer, if it is another.
     """
 
+    kind = "huggingface"
+
     def __init__(
         self,
         path: str | Path,
@@ -208,7 +218,7 @@ class HuggingFaceTextEncoder(TextEncoder):
 
     def config_dict(self) -> dict:
         config = {
-            "kind": "huggingface",
+            "kind": self.kind,
             "path": self.path,
             "max_length": self.max_length,
             "dtype": self.dtype,
@@ -305,65 +315,10 @@ def read_model_type(path: str | Path) -> str:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file} does not exist; give a Wan, Stable Diffusion 3 or HunyuanVideo pipeline, a T5 or UMT5 "
-            "encoder, or text='builtin'"
+            f"{file} does not exist; give a pipeline of a known family, a T5 or UMT5 encoder, or "
+            "text='builtin'"
         )
     model_type = read_object(file).get("model_type")
     if model_type not in ("t5", "umt5"):
         raise ValueError(f"{file}: model_type={model_type!r}; only 't5' and 'umt5' are supported")
     return model_type
-
-
-def open_text_encoder(
-    path: str | Path, tokenizer_path: str = "", device: str = "cpu", dtype: str = "float32"
-) -> TextEncoder:
-    """The encoder of a diffusers pipeline folder (Wan, Stable Diffusion 3, Flux,
-    HunyuanVideo), or of a folder with a T5 or UMT5 encoder.
-
-    Raises:
-        FileNotFoundError, ValueError: naming what is missing, or a pipeline of another
-            kind.
-    """
-    from megatron_apt.encoders import pipeline_text
-
-    kind = pipeline_text.pipeline_kind(Path(path))
-    if kind in ("sd3", "flux", "hunyuan") and tokenizer_path:
-        raise ValueError(
-            f"text_tokenizer={tokenizer_path!r}: {path} is a pipeline with several tokenizers and uses its "
-            "own; leave it empty"
-        )
-    config = {"kind": kind or "huggingface", "path": str(path), "dtype": dtype}
-    return load_text_encoder(config | ({"tokenizer_path": tokenizer_path} if tokenizer_path else {}), device)
-
-
-def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
-    """The encoder whose config_dict() this is.
-
-    Raises:
-        ValueError: unknown kind or setting.
-    """
-    from megatron_apt.encoders.pipeline_text import (
-        FluxTextEncoder,
-        HunyuanTextEncoder,
-        Sd3TextEncoder,
-        WanTextEncoder,
-    )
-
-    kind, settings = checked_settings(config, "text encoder")
-    pipelines = {
-        "wan": WanTextEncoder,
-        "sd3": Sd3TextEncoder,
-        "flux": FluxTextEncoder,
-        "hunyuan": HunyuanTextEncoder,
-    }
-    folders = {"huggingface": HuggingFaceTextEncoder} | pipelines
-    try:
-        if kind == "builtin":
-            return BuiltinTextEncoder(**settings)
-        if isinstance(kind, str) and kind in folders:
-            return folders[kind](**settings, device=device)
-    except TypeError as error:
-        raise ValueError(f"text encoder {kind}: {error}; settings given: {settings}") from None
-    raise ValueError(
-        f"text encoder kind={kind!r} is unknown; use {', '.join(map(repr, ('builtin', *folders)))}"
-    )

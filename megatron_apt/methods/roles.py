@@ -1,10 +1,10 @@
 """Roles that several methods have."""
 
 from megatron_apt.config import RunConfig
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.methods.base import Role
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import Backbone
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 

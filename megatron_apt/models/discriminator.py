@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.kernels.learnable_query_pooling import learnable_query_pooling
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import RMSNorm
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.parts import DTYPES, Backend, choose_backend, transformer_config

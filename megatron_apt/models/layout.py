@@ -90,7 +90,7 @@ class AttentionGroup:
 @dataclass(frozen=True, eq=False)
 class FirstFrames:
     """The tokens of each clip's first frame, as image-to-video models are given them
-    (model.wan.first_frame).
+    (model.first_frame).
 
     A sample of one frame has none: it is a picture to be generated.
     """

@@ -76,7 +76,7 @@ class BlockSubmodules:
     core_attention: type
 
 
-def mmdit_block_spec(backend: Backend) -> BlockSubmodules:
+def block_parts(backend: Backend) -> BlockSubmodules:
     """Parts of an MMDiT block on a backend."""
     stream = StreamSubmodules(
         linear_qkv=backend.column_parallel_linear,

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.fits import check_model
-from megatron_apt.checkpoint.state import from_dict
-from megatron_apt.config import ParallelConfig, RunConfig
+from megatron_apt.checkpoint.state import configuration_of, model_of
+from megatron_apt.config import ParallelConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
 from megatron_apt.data.shards import FirstFrame, LatentShards
 from megatron_apt.errors import check_input_file, check_output_folder
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
-from megatron_apt.models.families import build_backbone
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.sample import media
@@ -71,7 +71,7 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     check_model(store.Stored(folder), model_config(config["model"]), mesh)
     model = build_backbone(model_config(config["model"]), mesh).to(mesh.device)
     load_weights(f"{checkpoint}:{weights}", model, mesh)
-    run = from_dict(RunConfig, config)
+    run = configuration_of(config)
     return Loaded(
         model.eval().requires_grad_(False),
         run.data.text_length,
@@ -83,7 +83,7 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
 
 def model_config(stored: dict) -> ModelConfig:
     """ModelConfig from its JSON form, for sampling, which is done in the dtype of the weights."""
-    return replace(from_dict(ModelConfig, stored), fp8=Fp8Config())
+    return replace(model_of(stored), fp8=Fp8Config())
 
 
 def sample_latents(
@@ -258,13 +258,11 @@ def _first_frames(
     Raises:
         ValueError: settings that do not fit the model, or each other.
     """
-    given = model.condition_channels or model.wan.image_width
-    if not given and not (model.wan.first_frame and shape[1] > 1):
+    given = model.condition_channels or model.image_shape
+    if not given and not (model.first_frame and shape[1] > 1):
         if config.image:
             which = (
-                "makes a sample of one frame from text"
-                if model.wan.first_frame
-                else "is given no first frame"
+                "makes a sample of one frame from text" if model.first_frame else "is given no first frame"
             )
             raise ValueError(f"image={config.image!r}: this model {which}; leave it out")
         return [first_frames([FirstFrame()], model)] * len(prompts)
@@ -273,12 +271,12 @@ def _first_frames(
 
         frames, height, width = codec.pixel_size(*shape[1:])
         frame = decode_clip(Clip(Path(config.image), height, width, allow_upscale=True))
-        encoder = dataset.image_encoder(device) if model.wan.image_width else None
+        encoder = dataset.image_encoder(device) if model.image_shape else None
         image = None if encoder is None else encoder.encode(frame)
         first = FirstFrame(
             codec.given(frame, frames) if model.condition_channels else None,
             image,
-            codec.encode(frame) if model.wan.first_frame else None,
+            codec.encode(frame) if model.first_frame else None,
         )
         return [first_frames([first], model)] * len(prompts)
     if config.prompts:

@@ -23,7 +23,7 @@ class SampleConfig:
     image: str = ""
     """Image-to-video: picture (or video) whose first frame every prompt starts from,
     covered and cropped to the sample's size; empty: the dataset's first captions start
-    from their own first frames. A model with model.wan.first_frame makes samples of one
+    from their own first frames. A model with model.first_frame makes samples of one
     latent frame from text.
     """
     seeds: tuple[int, ...] = (0,)

@@ -38,24 +38,10 @@ class Calibration:
 
     def block(self, model: ModelConfig) -> Cost:
         """Seconds of a block of another model on samples of the same length, by its arithmetic."""
-        cost = self.seconds * (block_flops(model, self.visual_tokens, self.text_tokens) / self.flops)
+        cost = self.seconds * (model.block_flops(self.visual_tokens, self.text_tokens) / self.flops)
         # The backward pass begins with another forward pass
         again = cost.F if model.recompute == "full" else 0.0
         return Cost(cost.F, cost.I + again, cost.W)
-
-
-def block_flops(model: ModelConfig, visual: int, text: int) -> float:
-    """Of one block's forward pass over one sample: 2 for each weight and token, and 4 D
-    of attention for each query and key.
-
-    In Wan the visual tokens attend to each other and then to the text, which is only
-    projected to keys and values; elsewhere all attend to all.
-    """
-    d, mlp = model.width, 2 * model.mlp
-    if model.family == "wan":
-        return 2 * d * (visual * (6 * d + mlp) + text * 2 * d) + 4 * d * visual * (visual + text)
-    tokens = visual + text
-    return 2 * d * tokens * (4 * d + mlp) + 4 * d * tokens**2
 
 
 class _Times(TypedDict):
@@ -94,7 +80,9 @@ def read(source: str) -> Calibration:
             f"calibration={_short(source)}: {name!r} holds times {times}, which no block takes; measure it "
             "again"
         )
-    flops = block_flops(ModelConfig(width=stored["width"], heads=1, mlp_ratio=stored["mlp_ratio"]), *tokens)
+    # Of the block that is measured all tokens attend to all
+    measured = ModelConfig(width=stored["width"], heads=1, mlp_ratio=stored["mlp_ratio"])
+    flops = measured.block_flops(*tokens)
     return Calibration(Cost(**times), flops, *tokens, f"{_short(stored['device'])}, {name}")
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from megatron_apt.cli import main
 from megatron_apt.config import ParallelConfig, RunConfig, check_fits
-from megatron_apt.models.config import ModelConfig, wan_5b, wan_5b_i2v
+from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.families.wan.config import wan_5b, wan_5b_i2v
 from megatron_apt.recipe_files import load_recipe
 from megatron_apt.training.train import train
 from support.runs import config
@@ -108,7 +109,7 @@ def test_recipe_mistakes_get_one_message(recipe):
 )
 def test_configurations_that_cannot_work_name_field_and_remedy(change, message):
     with pytest.raises(ValueError, match=message):
-        check_fits(replace(RunConfig(model=ModelConfig()), **change))
+        check_fits(replace(RunConfig(model=MMDiTConfig()), **change))
 
 
 def test_the_papers_examples_build():
@@ -122,12 +123,12 @@ def test_the_papers_examples_build():
     for stage in ("consistency", "video"):
         config = load_recipe(f"{examples}/wan.py:{stage}_i2v_14b")
         check_fits(config)
-        assert (config.model.condition_channels, config.model.wan.image_width) == (20, 1280)
+        assert (config.model.condition_channels, config.model.image_width) == (20, 1280)
         config = load_recipe(f"{examples}/wan.py:{stage}_i2v_5b")
         check_fits(config)
         assert (
             config.model == wan_5b_i2v()
-            and tyro.cli(RunConfig, default=config, args=["--model.wan.no-first-frame"]).model == wan_5b()
+            and tyro.cli(RunConfig, default=config, args=["--model.no-first-frame"]).model == wan_5b()
         )
     for recipe in (
         "hunyuan.py:consistency",

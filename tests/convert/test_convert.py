@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_apt.checkpoint import store, sums
-from megatron_apt.convert import ConvertError, family_of, family_of_model, importer
+from megatron_apt.convert import importer
 from megatron_apt.convert.command import Command, Verify, perform
+from megatron_apt.convert.counterparts import counterpart_of, counterpart_of_model
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
@@ -40,8 +42,8 @@ from megatron_apt.convert.weights import (
     View,
     mapped,
 )
+from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.lock import FolderInUse, FolderLock
-from megatron_apt.models.config import ModelConfig
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SHAPE = {
@@ -78,12 +80,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def imported(source: Path, target: Path, mesh, **options) -> Path:
     opened = open_source(source)
-    return import_checkpoint(opened, family_of(opened.config, str(source)), target, mesh, **options)
+    return import_checkpoint(opened, counterpart_of(opened.config, str(source)), target, mesh, **options)
 
 
 def exported(checkpoint: Path, target: Path, mesh, **options) -> Path:
     opened = Checkpoint.open(str(checkpoint))
-    export_pipeline(opened, family_of_model(opened.model, ""), target, mesh, **options)
+    export_pipeline(opened, counterpart_of_model(opened.model, ""), target, mesh, **options)
     return target
 
 
@@ -204,7 +206,7 @@ def test_verify_takes_what_import_takes(mesh, wan, tmp_path):
     """A file without config.json beside it; weights of which all answers are zeros."""
     save_file({name: 0 * tensor for name, tensor in tensors(wan).items()}, tmp_path / "one.safetensors")
     one = open_source(tmp_path / "one.safetensors", config=str(wan / "config.json"))
-    folder = str(import_checkpoint(one, family_of(one.config, ""), tmp_path / "run", mesh))
+    folder = str(import_checkpoint(one, counterpart_of(one.config, ""), tmp_path / "run", mesh))
     verify = Verify(folder, str(one.path), config=str(wan / "config.json"))
     assert perform(verify, mesh) == 0
     assert perform(replace(verify, source=str(wan), config=""), mesh) == 1
@@ -332,7 +334,7 @@ def test_targets_are_not_overwritten(mesh, wan, tmp_path):
     with pytest.raises(ConvertError, match="exists already"):
         exported(folder, tmp_path / "out", mesh)
     with pytest.raises(ConvertError, match=r"model\.family='mmdit' has no counterpart"):
-        family_of_model(ModelConfig(), "here")
+        counterpart_of_model(MMDiTConfig(), "here")
 
 
 def test_the_command_line(wan, tmp_path):

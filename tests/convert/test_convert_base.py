@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_apt.convert import ConvertError, family_of, family_of_model
 from megatron_apt.convert.command import Verify, perform
+from megatron_apt.convert.counterparts import counterpart_of, counterpart_of_model
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
-from megatron_apt.encoders.text import open_text_encoder
+from megatron_apt.encoders.load import open_text_encoder
 from support.pipelines import change_json, save_wan
 
 
@@ -47,7 +48,7 @@ def runs(wan, mesh, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for part in ("transformer", "transformer_2"):
         source = open_source(wan, part)
-        import_checkpoint(source, family_of(source.config, ""), root / part, mesh)
+        import_checkpoint(source, counterpart_of(source.config, ""), root / part, mesh)
     return root
 
 
@@ -59,7 +60,7 @@ def exported(
         config = checkpoint.state["config"] | {"method": "consistency"}
         checkpoint = replace(checkpoint, state=checkpoint.state | {"iteration": 7, "config": config})
     return export_pipeline(
-        checkpoint, family_of_model(checkpoint.model, ""), target, mesh, base=str(base), **options
+        checkpoint, counterpart_of_model(checkpoint.model, ""), target, mesh, base=str(base), **options
     )
 
 
@@ -108,7 +109,7 @@ def test_a_pipeline_of_a_variant_is_exported_whole_under_plain_names(wan, mesh, 
         as_variant(base / part, late and part != "text_encoder")
     source = open_source(base)
     assert source.notes == ("weights of the variant fp16",)
-    import_checkpoint(source, family_of(source.config, ""), tmp_path / "run", mesh)
+    import_checkpoint(source, counterpart_of(source.config, ""), tmp_path / "run", mesh)
     assert exported(tmp_path / "run", tmp_path / "out", mesh, base) == []
     for part in ("transformer", "transformer_2", "text_encoder", "vae"):
         assert same(base / part, tmp_path / "out" / part), part
@@ -348,7 +349,7 @@ def test_a_run_whose_origin_is_gone_does_not_guess(wan, mesh, runs, tmp_path):
         "sources": {"generator": "gone:raw"}
     }
     lost = replace(checkpoint, state=lost)
-    family = family_of_model(checkpoint.model, "")
+    family = counterpart_of_model(checkpoint.model, "")
     with pytest.raises(
         ConvertError,
         match=r"started from gone:raw, which is not there any more, .* "

@@ -4,15 +4,20 @@ names the field, before anything is built.
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import save_file
 
-from megatron_apt.convert import ConvertError
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
 from megatron_apt.convert.source import open_source
-from megatron_apt.models.config import Fp8Config, HunyuanConfig, ModelConfig, Sd3Config, WanConfig
+from megatron_apt.families.hunyuan.config import HunyuanConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.families.sd3.config import Sd3Config
+from megatron_apt.families.wan.config import WanConfig
+from megatron_apt.models.config import Fp8Config
 from support.families import CONFIGS, FAMILIES, theirs
 
 BAD = [
@@ -122,7 +127,7 @@ def test_a_state_that_describes_more_than_the_checkpoint_is_not_exported(mesh, t
     deep = Checkpoint(
         folder,
         checkpoint_.state,
-        ModelConfig(**{**vars(checkpoint_.model), "depth": 9_999}),
+        replace(checkpoint_.model, depth=9_999),
         checkpoint_.prefix,
     )
     with pytest.raises(
@@ -134,19 +139,18 @@ def test_a_state_that_describes_more_than_the_checkpoint_is_not_exported(mesh, t
 @pytest.mark.parametrize(
     "make",
     [
-        lambda bad: ModelConfig(depth=bad),
-        lambda bad: ModelConfig(width=bad),
-        lambda bad: ModelConfig(heads=bad),
-        lambda bad: ModelConfig(mlp_width=bad),
-        lambda bad: ModelConfig(text_width=bad),
-        lambda bad: ModelConfig(patch=(1, bad, 2)),
-        lambda bad: ModelConfig(patch=bad),
+        lambda bad: MMDiTConfig(depth=bad),
+        lambda bad: MMDiTConfig(width=bad),
+        lambda bad: MMDiTConfig(heads=bad),
+        lambda bad: MMDiTConfig(mlp_width=bad),
+        lambda bad: MMDiTConfig(text_width=bad),
+        lambda bad: MMDiTConfig(patch=(1, bad, 2)),
+        lambda bad: MMDiTConfig(patch=bad),
         lambda bad: (
-            ModelConfig(rope_theta=bad) if not isinstance(bad, int) or bad < 0 else ModelConfig(depth=bad)
+            MMDiTConfig(rope_theta=bad) if not isinstance(bad, int) or bad < 0 else MMDiTConfig(depth=bad)
         ),
-        lambda bad: ModelConfig(family=bad),
-        lambda bad: ModelConfig(dtype=bad),
-        lambda bad: ModelConfig(pooled_text=bad),
+        lambda bad: MMDiTConfig(dtype=bad),
+        lambda bad: MMDiTConfig(pooled_text=bad),
         lambda bad: WanConfig(image_width=bad),
         lambda bad: Sd3Config(position_size=bad),
         lambda bad: Sd3Config(dual_layers=bad),

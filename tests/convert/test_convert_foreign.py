@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from megatron_apt.convert import ConvertError, family_of, family_of_model
+from megatron_apt.convert.counterparts import counterpart_of, counterpart_of_model
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.foreign import plain, what_it_is
 from megatron_apt.convert.importer import import_checkpoint
@@ -102,9 +103,9 @@ def test_prefixes_of_single_files_and_within_names_are_taken_off(mesh, wan, tmp_
     places = {name: file for part, file in zip(parts, files, strict=True) for name in part}
     (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     source = open_source(target)
-    run = import_checkpoint(source, family_of(source.config, ""), tmp_path / "run", mesh)
+    run = import_checkpoint(source, counterpart_of(source.config, ""), tmp_path / "run", mesh)
     checkpoint = Checkpoint.open(str(run))
-    export_pipeline(checkpoint, family_of_model(checkpoint.model, ""), tmp_path / "out", mesh)
+    export_pipeline(checkpoint, counterpart_of_model(checkpoint.model, ""), tmp_path / "out", mesh)
     out = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
     assert out.keys() == tensors.keys() and all(
         torch.equal(out[name], tensor) for name, tensor in tensors.items()

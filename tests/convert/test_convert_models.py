@@ -11,23 +11,21 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from megatron_apt.config import DataConfig, ParallelConfig
-from megatron_apt.convert import family_of
 from megatron_apt.convert.command import Verify, perform
+from megatron_apt.convert.counterparts import counterpart_of
 from megatron_apt.convert.exporter import Checkpoint, export_pipeline
 from megatron_apt.convert.importer import import_checkpoint
-from megatron_apt.convert.sd3 import SD3
 from megatron_apt.convert.source import open_source
 from megatron_apt.convert.verify import parity
 from megatron_apt.data.batches import Batches
+from megatron_apt.families.flux.config import FluxConfig
+from megatron_apt.families.hunyuan.config import HunyuanConfig
+from megatron_apt.families.registry import build_backbone
+from megatron_apt.families.sd3.config import Sd3Config
+from megatron_apt.families.sd3.weights import WEIGHTS as SD3
+from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import (
-    FluxConfig,
-    HunyuanConfig,
-    ModelConfig,
-    Sd3Config,
-)
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.sample.command import load_generator
 from megatron_apt.training.train import Trainer, train
@@ -165,7 +163,7 @@ def test_verify_on_a_mesh(ranks, mesh, tmp_path, family):
     model = theirs(family, CONFIGS[family](4), seed=1)
     model.save_pretrained(tmp_path / "their")
     source = open_source(tmp_path / "their")
-    import_checkpoint(source, family_of(source.config, "x"), tmp_path / "run", mesh)
+    import_checkpoint(source, counterpart_of(source.config, "x"), tmp_path / "run", mesh)
     for name in ("tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "pp2"):
         answers = ranks(2).run(verified, SPLIT[name], str(tmp_path / "run"), str(tmp_path / "their"))
         assert [code for code, _ in answers] == [0, 0] and 0 <= answers[0][1] < 1e-6, (name, answers)
@@ -177,42 +175,45 @@ def test_verify_on_a_mesh(ranks, mesh, tmp_path, family):
 
 
 SMALL = {
-    "wan": ModelConfig(
-        family="wan",
+    "wan": WanConfig(
         depth=2,
         width=48,
         heads=4,
         text_width=8,
-        modulation="single",
-        pooled_text=False,
         dtype="float64",
     ),
-    "sd3": ModelConfig(
-        family="sd3",
+    "sd3": Sd3Config(
         depth=2,
         width=48,
         heads=4,
         text_width=8,
         dtype="float64",
-        sd3=Sd3Config(pooled_width=12, position_size=6, sample_size=8, qk_norm=True, dual_layers=(0,)),
+        pooled_width=12,
+        position_size=6,
+        sample_size=8,
+        qk_norm=True,
+        dual_layers=(0,),
     ),
-    "flux": ModelConfig(
-        family="flux",
+    "flux": FluxConfig(
         depth=2,
         width=48,
         heads=4,
         text_width=8,
         dtype="float64",
-        flux=FluxConfig(double_blocks=1, pooled_width=12, rope_axes=(4, 4, 4)),
+        double_blocks=1,
+        pooled_width=12,
+        rope_axes=(4, 4, 4),
     ),
-    "hunyuan": ModelConfig(
-        family="hunyuan",
+    "hunyuan": HunyuanConfig(
         depth=2,
         width=48,
         heads=4,
         text_width=8,
         dtype="float64",
-        hunyuan=HunyuanConfig(double_blocks=1, refiner_blocks=1, pooled_width=12, rope_axes=(4, 4, 4)),
+        double_blocks=1,
+        refiner_blocks=1,
+        pooled_width=12,
+        rope_axes=(4, 4, 4),
     ),
 }
 DATA = {"wan": "mixed", "sd3": "pictures", "flux": "pictures", "hunyuan": "mixed"}
@@ -248,7 +249,7 @@ def test_a_folder_of_diffusers_comes_in_and_goes_out(mesh, tmp_path, family, see
     described, original = FAMILIES[family][0], theirs(family, CONFIGS[family](seed), seed=1)
     original.save_pretrained(tmp_path / "original")
     source = open_source(tmp_path / "original")
-    assert family_of(source.config, "") is described
+    assert counterpart_of(source.config, "") is described
     import_checkpoint(source, described, tmp_path / "run", mesh)
     checkpoint = Checkpoint.open(str(tmp_path / "run"))
     assert replace(checkpoint.model, dtype="float32", recompute="none") == shape(
@@ -277,7 +278,7 @@ def test_the_table_begins_as_that_of_diffusers(mesh):
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"), [((2, 3, 3), "2 x 3 x 3"), ((1, 7, 3), "at most model.sd3.position_size=6")]
+    ("grid", "message"), [((2, 3, 3), "2 x 3 x 3"), ((1, 7, 3), "at most model.position_size=6")]
 )
 def test_pictures_that_the_table_does_not_cover_are_refused(mesh, grid, message):
     model = SMALL["sd3"]
@@ -294,8 +295,8 @@ def test_pictures_that_the_table_does_not_cover_are_refused(mesh, grid, message)
 
 def pictures(datasets, output, method="flow", **changes):
     """A run on digits, whose pooled text is the mean of their captions'."""
-    sd3 = Sd3Config(pooled_width=8, position_size=6, sample_size=8, qk_norm=True, dual_layers=(1,))
-    model = replace(SMALL["sd3"], dtype="bfloat16", latent_channels=4, sd3=sd3)
+    own = dict(pooled_width=8, position_size=6, sample_size=8, qk_norm=True, dual_layers=(1,))
+    model = replace(SMALL["sd3"], dtype="bfloat16", latent_channels=4, **own)
     return training(
         datasets,
         output,
@@ -351,6 +352,6 @@ def test_apt_starts_from_a_checkpoint_with_a_table(mesh, datasets, tmp_path):
 
 def test_data_without_pooled_text_of_the_right_width_is_refused(mesh, datasets, tmp_path):
     run = pictures(datasets, tmp_path / "run")
-    model = replace(run.model, sd3=replace(run.model.sd3, pooled_width=12))
+    model = replace(run.model, pooled_width=12)
     with pytest.raises(ValueError, match=r"the mean of the text, 8 wide, this model reads 12"):
         Batches(run.data, model, mesh, 0, 8, 4)

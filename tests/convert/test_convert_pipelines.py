@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig
-from megatron_apt.convert import ConvertError
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.demo.digits import write_digit_clips, write_digit_images
 from megatron_apt.encode.command import EncodeConfig, encode
-from megatron_apt.encoders.text import open_text_encoder
+from megatron_apt.encoders.load import open_text_encoder
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
 from megatron_apt.models.condition import Condition

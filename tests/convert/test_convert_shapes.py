@@ -8,26 +8,18 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch import nn
 
 from megatron_apt.config import ParallelConfig, check_heads
-from megatron_apt.convert.flux import FLUX
-from megatron_apt.convert.hunyuan import HUNYUAN
-from megatron_apt.convert.sd3 import SD3
-from megatron_apt.convert.wan import WAN
+from megatron_apt.convert.counterpart import Counterpart
+from megatron_apt.families.flux.config import flux_dev, flux_schnell
+from megatron_apt.families.flux.weights import WEIGHTS as FLUX
+from megatron_apt.families.hunyuan.config import hunyuan_video
+from megatron_apt.families.hunyuan.weights import WEIGHTS as HUNYUAN
+from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.families.sd3.config import Sd3Config, sd3_medium, sd35_large, sd35_medium
+from megatron_apt.families.sd3.weights import WEIGHTS as SD3
+from megatron_apt.families.wan.config import wan_1_3b, wan_5b, wan_5b_i2v, wan_14b, wan_14b_i2v
+from megatron_apt.families.wan.weights import WEIGHTS as WAN
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import (
-    HunyuanConfig,
-    ModelConfig,
-    flux_dev,
-    flux_schnell,
-    hunyuan_video,
-    sd3_medium,
-    sd35_large,
-    sd35_medium,
-    wan_1_3b,
-    wan_5b,
-    wan_5b_i2v,
-    wan_14b,
-    wan_14b_i2v,
-)
+from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify, unpatchify
 from megatron_apt.models.layout import build_layout
 from support.families import CONFIGS, FAMILIES, ours, shape, theirs
@@ -132,11 +124,17 @@ def test_presets_of_flux_and_hunyuan_video_are_the_published_shapes():
         (FLUX, flux_schnell(), 11.89),
         (HUNYUAN, hunyuan_video(), 12.82),
     ],
-    ids=lambda value: "" if isinstance(value, ModelConfig) else str(getattr(value, "name", value)),
+    ids=lambda value: (
+        ""
+        if isinstance(value, ModelConfig)
+        else value.config.family
+        if isinstance(value, Counterpart)
+        else str(value)
+    ),
 )
 def test_presets_have_the_tensors_of_diffusers(mesh, family, model, billions):
     with torch.device("meta"):
-        reference = FAMILIES[family.name][1].from_config(family.write_config(model))
+        reference = FAMILIES[family.config.family][1].from_config(family.write_config(model))
     assert sum(p.numel() for p in reference.parameters()) == pytest.approx(billions * 1e9, rel=5e-3)
     mapped = {key: size for one in family.tensors(model, mesh) for key, size in one.theirs.items()}
     assert mapped == {key: t.shape for key, t in reference.state_dict().items()}
@@ -233,7 +231,7 @@ def test_every_norm_of_sd3_has_our_eps():
     ],
 )
 def test_configurations_that_we_do_not_have_are_refused(family, change, message):
-    config = CONFIGS[family.name](0) | (
+    config = CONFIGS[family.config.family](0) | (
         {"num_attention_heads": 2, "caption_projection_dim": 32} if family is SD3 else {}
     )
     with pytest.raises(ValueError, match=message):
@@ -243,9 +241,15 @@ def test_configurations_that_we_do_not_have_are_refused(family, change, message)
 def test_diffusers_reads_the_width_that_is_written():
     """Its quotient by the width, times the width again, may lie a little below."""
     for heads, size, mlp in ((1, 22, 15), (1, 112, 467), (2, 24, 79 * 2)):
-        hunyuan = HunyuanConfig(double_blocks=1, rope_axes=(size - 8, 4, 4))
+        axes = (size - 8, 4, 4)
         model = replace(
-            hunyuan_video(), depth=2, width=heads * size, heads=heads, mlp_width=mlp, hunyuan=hunyuan
+            hunyuan_video(),
+            depth=2,
+            width=heads * size,
+            heads=heads,
+            mlp_width=mlp,
+            double_blocks=1,
+            rope_axes=axes,
         )
         written = HUNYUAN.write_config(model)
         assert HUNYUAN.read_config(written) == model
@@ -256,9 +260,9 @@ def test_diffusers_reads_the_width_that_is_written():
 
 def test_mlps_that_do_not_split_over_ranks_are_refused():
     with pytest.raises(ValueError, match=r"MLPs are 7 wide, which does not split over parallel\.tp=2"):
-        check_heads(ModelConfig(mlp_width=7), ParallelConfig(tp=2))
+        check_heads(MMDiTConfig(mlp_width=7), ParallelConfig(tp=2))
 
 
 def test_a_width_that_diffusers_cannot_say_is_not_written():
     with pytest.raises(ValueError, match=r"4 \* 48 wide, here 100"):
-        SD3.write_config(replace(ModelConfig(family="sd3", width=48, heads=4), mlp_width=100))
+        SD3.write_config(replace(Sd3Config(width=48, heads=4), mlp_width=100))

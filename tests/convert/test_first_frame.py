@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 
 from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, ParallelConfig
-from megatron_apt.convert import ConvertError
-from megatron_apt.convert.base import _with_a_first_frame
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.data.batches import Batches, first_frames
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips
 from megatron_apt.encode.command import EncodeConfig, encode
-from megatron_apt.encoders.codec import WanCodec
+from megatron_apt.families.registry import build_backbone
+from megatron_apt.families.wan.codec import WanCodec
+from megatron_apt.families.wan.config import WanConfig
+from megatron_apt.families.wan.weights import WEIGHTS as WAN
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.losses import squared_error
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig, WanConfig
 from megatron_apt.models.embeddings import patchify
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import build_layout
 from megatron_apt.parallel.mesh import Axis
 from megatron_apt.sample.command import load_generator, sample_latents, sample_to_files
@@ -121,16 +121,13 @@ def test_a_first_frame_that_lies_on_several_ranks(mesh):
 
 # --- methods
 
-MODEL = ModelConfig(
-    family="wan",
+MODEL = WanConfig(
     depth=2,
     width=48,
     heads=4,
     text_width=8,
-    modulation="single",
-    pooled_text=False,
     dtype="float64",
-    wan=WanConfig(first_frame=True),
+    first_frame=True,
 )
 MIXED = ((4, 1, 4, 4), (4, 2, 4, 6), (4, 3, 4, 4), (4, 2, 4, 6))
 
@@ -302,11 +299,11 @@ def test_tiles_of_a_vae_that_folds_pixels(tmp_path):
 @torch.no_grad()
 def test_from_pipeline_to_pipeline(hub, clips, data, pipeline_of, mesh, tmp_path):
     base, pretrained = imported(mesh, hub, tmp_path / "pretrained"), str(tmp_path / "pretrained")
-    assert not base.model.wan.first_frame
+    assert not base.model.first_frame
     # The recipe says it; the checkpoint, imported as text to video, serves both.
     base = replace(
         base,
-        model=replace(base.model, wan=replace(base.model.wan, first_frame=True)),
+        model=replace(base.model, first_frame=True),
         data=DataConfig((str(data),), text_length=512),
     )
     with torch.enable_grad():
@@ -424,7 +421,7 @@ def test_imported_as_image_to_video(hub, data, mesh, tmp_path):
         out=str(tmp_path / "samples"),
     )
     assert len(sample_to_files(wanted)) == 1
-    assert load_generator(str(run), mesh, "raw").model.model.wan.first_frame
+    assert load_generator(str(run), mesh, "raw").model.model.first_frame
 
 
 def test_bases_that_do_not_fit_are_refused(hub, data, mesh, tmp_path):
@@ -435,14 +432,12 @@ def test_bases_that_do_not_fit_are_refused(hub, data, mesh, tmp_path):
     )
     start = InitConfig(diffusion=str(tmp_path / "pretrained"))
     text_to_video = trained(mesh, base, tmp_path / "text", method="consistency", init=start)
-    with pytest.raises(
-        ConvertError, match=r"this checkpoint was trained without: model.wan.first_frame=False"
-    ):
+    with pytest.raises(ConvertError, match=r"this checkpoint was trained without: model.first_frame=False"):
         convert(mesh, "export", text_to_video, tmp_path / "out", "--base", as_image_to_video(hub))
     with pytest.raises(
         ConvertError, match=r"every second latent row and column for a token, model.patch=\(1, 2, 1\)"
     ):
-        _with_a_first_frame({}, replace(MODEL, patch=(1, 2, 1)), hub)
+        WAN.adapted({}, replace(MODEL, patch=(1, 2, 1)), hub, True)
     assert convert(mesh, "export", text_to_video, tmp_path / "out", "--base", hub) == 0
     assert json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"] == "WanPipeline"
 
@@ -450,17 +445,9 @@ def test_bases_that_do_not_fit_are_refused(hub, data, mesh, tmp_path):
 # --- refusals
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"patch": (2, 2, 2)}, r"model.patch=\(2, 2, 2\)"), ({"family": "mmdit"}, "'mmdit'")],
-)
-def test_models_that_cannot_be_given_a_frame(change, message):
-    with pytest.raises(
-        ValueError,
-        match="model.wan.first_frame=True needs model.family='wan' and patches of one frame; here "
-        f".*{message}",
-    ):
-        replace(MODEL, **change)
+def test_models_that_cannot_be_given_a_frame():
+    with pytest.raises(ValueError, match=r"model.first_frame=True needs .*model.patch=\(2, 2, 2\)"):
+        replace(MODEL, patch=(2, 2, 2))
 
 
 def test_conditions_that_do_not_fit(mesh):

@@ -18,9 +18,10 @@ from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encoders.image import ClipImageEncoder
+from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig, WanConfig
+from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patchify
 from megatron_apt.sample.command import load_generator, sample_latents, sample_to_files
 from megatron_apt.sample.config import SampleConfig
@@ -31,13 +32,10 @@ from support.pipelines import change_json, save_wan_i2v
 
 KINDS = {"clip": True, "plain": False}  # as Wan2.1 and as Wan2.2
 SIZE = {"height": 32, "width": 48}
-MODEL = ModelConfig(
-    family="wan",
+MODEL = WanConfig(
     latent_channels=4,
     condition_channels=8,
     text_width=16,
-    modulation="single",
-    pooled_text=False,
 )
 
 
@@ -190,7 +188,7 @@ def test_pipelines_without_a_readable_image_encoder_are_refused(made, tmp_path):
 
 def test_every_condition_has_its_samples_own_first_frame(made, mesh):
     _, data = made("clip")
-    model, dataset = replace(MODEL, wan=WanConfig(image_width=20)), LatentShards(data)
+    model, dataset = replace(MODEL, image_width=20), LatentShards(data)
     (batch,) = Batches(
         DataConfig(shards=(str(data),), text_length=8, block=2), model, mesh, 0, 4, 4
     ).iteration(0)
@@ -219,17 +217,17 @@ def test_datasets_that_do_not_fit_are_refused_by_name(made, clips, mesh, tmp_pat
         assert str(data) in str(caught.value)
         return str(caught.value)
 
-    image = replace(MODEL, wan=WanConfig(image_width=20))
+    image = replace(MODEL, image_width=20)
     assert "holds no first frames, model.condition_channels=8" in message(tmp_path / "text", MODEL)
     assert "have 8 channels (mask and latent), model.condition_channels=20" in message(
         plain, replace(MODEL, condition_channels=20)
     )
     assert "holds no image tokens, this model reads 257 x 20" in message(plain, image)
     assert "holds image tokens of 257 x 20, this model reads 257 x 1280" in message(
-        with_clip, replace(MODEL, wan=WanConfig(image_width=1280))
+        with_clip, replace(MODEL, image_width=1280)
     )
     assert "257 x 20, this model reads 50 x 20" in message(
-        with_clip, replace(MODEL, wan=WanConfig(image_width=20, image_tokens=50))
+        with_clip, replace(MODEL, image_width=20, image_tokens=50)
     )
 
 
@@ -243,7 +241,7 @@ def test_from_pipeline_to_pipeline(made, clips, pipeline_of, mesh, tmp_path, kin
     base = replace(
         imported(mesh, folder, tmp_path / "pretrained"), data=DataConfig(shards=(str(data),), text_length=512)
     )
-    assert (base.model.condition_channels, base.model.wan.image_width) == (8, 20 if KINDS[kind] else 0)
+    assert (base.model.condition_channels, base.model.image_width) == (8, 20 if KINDS[kind] else 0)
     pretrained = str(tmp_path / "pretrained")
     with torch.enable_grad():
         distilled = trained(
@@ -325,9 +323,7 @@ def sampled(run: str, data: Path, frame: Image.Image, folder: Path) -> None:
 
 # --- several processes
 
-PARALLEL = replace(
-    MODEL, depth=2, width=48, text_width=8, dtype="float64", wan=WanConfig(image_width=12, image_tokens=5)
-)
+PARALLEL = replace(MODEL, depth=2, width=48, text_width=8, dtype="float64", image_width=12, image_tokens=5)
 SPLIT = {"tp2-sp-cp1-dp1", "tp1-cp2-ulysses-dp1", "tp1-cp2-all_gather-dp1"}
 
 

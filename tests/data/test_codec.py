@@ -8,7 +8,9 @@ import pytest
 import torch
 from scipy.fft import dctn
 
-from megatron_apt.encoders.codec import PixelCodec, PixelCodecConfig, WanCodec, load_codec
+from megatron_apt.encoders.codec import PixelCodec, PixelCodecConfig
+from megatron_apt.encoders.load import load_codec
+from megatron_apt.families.wan.codec import WanCodec
 
 
 def pixels(*shape: int, grey: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

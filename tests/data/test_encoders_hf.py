@@ -16,9 +16,12 @@ from megatron_apt.data.microbatch import choose, rolled
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_images
 from megatron_apt.encode.command import EncodeConfig, encode
-from megatron_apt.encoders.codec import KlCodec, WanCodec, load_codec
-from megatron_apt.encoders.pipeline_text import Sd3TextEncoder, WanTextEncoder, clean_prompt
-from megatron_apt.encoders.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
+from megatron_apt.encoders.codec import KlCodec
+from megatron_apt.encoders.load import load_codec, load_text_encoder, open_text_encoder
+from megatron_apt.encoders.text import HuggingFaceTextEncoder
+from megatron_apt.families.sd3.text import Sd3TextEncoder
+from megatron_apt.families.wan.codec import WanCodec
+from megatron_apt.families.wan.text import WanTextEncoder, clean_prompt
 from megatron_apt.models.condition import Condition
 from megatron_apt.sample.config import SampleConfig
 from megatron_apt.training.train import train

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_apt.encoders.codec import KlCodec, WanCodec, load_codec
+from megatron_apt.encoders.codec import KlCodec
 from megatron_apt.encoders.image import ClipImageEncoder, load_image_encoder
-from megatron_apt.encoders.text import HuggingFaceTextEncoder, load_text_encoder, open_text_encoder
+from megatron_apt.encoders.load import load_codec, load_text_encoder, open_text_encoder
+from megatron_apt.encoders.text import HuggingFaceTextEncoder
+from megatron_apt.families.wan.codec import WanCodec
 from support.pipelines import change_json, kl_vae, save_wan, save_wan_i2v, sentencepiece_folder, t5
 
 CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"

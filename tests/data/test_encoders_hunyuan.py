@@ -12,9 +12,10 @@ from megatron_apt.cli import main
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips, write_digit_images
 from megatron_apt.encode.command import EncodeConfig, encode
-from megatron_apt.encoders.codec import HunyuanCodec, WanCodec, load_codec
-from megatron_apt.encoders.pipeline_text import HunyuanTextEncoder
-from megatron_apt.encoders.text import load_text_encoder, open_text_encoder
+from megatron_apt.encoders.load import load_codec, load_text_encoder, open_text_encoder
+from megatron_apt.families.hunyuan.codec import HunyuanCodec
+from megatron_apt.families.hunyuan.text import HunyuanTextEncoder
+from megatron_apt.families.wan.codec import WanCodec
 from megatron_apt.training.train import train
 from support.encodings import DIRTY, copy, run, through_json
 from support.pipelines import change_json, hunyuan_vae, llama_tokenizer, save_hunyuan

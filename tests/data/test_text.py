@@ -7,12 +7,8 @@ import pytest
 import sentencepiece
 import torch
 
-from megatron_apt.encoders.text import (
-    BuiltinTextEncoder,
-    HuggingFaceTextEncoder,
-    load_text_encoder,
-    train_sentencepiece,
-)
+from megatron_apt.encoders.load import load_text_encoder
+from megatron_apt.encoders.text import BuiltinTextEncoder, HuggingFaceTextEncoder, train_sentencepiece
 
 CAPTIONS = [
     f"a handwritten {digit} moving {way}"

@@ -18,22 +18,24 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs
-from megatron_apt.convert.flux import FLUX
-from megatron_apt.convert.hunyuan import HUNYUAN
-from megatron_apt.convert.sd3 import SD3
-from megatron_apt.convert.wan import WAN
+from megatron_apt.convert.counterpart import Counterpart, Inputs
+from megatron_apt.families.flux.config import FluxConfig
+from megatron_apt.families.flux.weights import WEIGHTS as FLUX
+from megatron_apt.families.hunyuan.config import HunyuanConfig
+from megatron_apt.families.hunyuan.weights import WEIGHTS as HUNYUAN
+from megatron_apt.families.registry import build_backbone
+from megatron_apt.families.sd3.weights import WEIGHTS as SD3
+from megatron_apt.families.wan.weights import WEIGHTS as WAN
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import FluxConfig, HunyuanConfig, ModelConfig
+from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patch_grid, patchify
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.layout import Layout, build_layout
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel.mesh import Mesh
 from support.problems import whole
 
-FAMILIES: dict[str, tuple[Family, type[nn.Module]]] = {
+FAMILIES: dict[str, tuple[Counterpart, type[nn.Module]]] = {
     "wan": (WAN, WanTransformer3DModel),
     "sd3": (SD3, SD3Transformer2DModel),
     "flux": (FLUX, FluxTransformer2DModel),
@@ -248,7 +250,7 @@ def our_inputs(
         )
     if batch[0].image is not None:
         condition = replace(condition, image=torch.stack([s.image for s in batch]))
-    if model.wan.first_frame:
+    if model.first_frame:
         firsts = [patchify(s.first[None], model.patch) for s in batch if s.first is not None]
         condition = replace(condition, first=torch.cat([torch.empty(0, model.patch_width), *firsts]))
     layout = build_layout(
@@ -336,7 +338,7 @@ def compare(
         samples(family, config, sizes, texts, seed=2, first_frame=first_frame),
     )
     model = replace(shape(family, config), recompute=recompute)
-    model = replace(model, wan=replace(model.wan, first_frame=first_frame))
+    model = replace(model, **({"first_frame": True} if first_frame else {}))
     network = ours(family, model, mesh, reference.state_dict())
 
     velocities = their_velocities(family, reference, batch)

@@ -7,6 +7,7 @@ import torch
 
 from megatron_apt.config import InitConfig, OptimizerConfig, RunConfig
 from megatron_apt.data.microbatch import Microbatch, pack_latents
+from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.build import build_method
 from megatron_apt.models.condition import Condition
@@ -24,7 +25,7 @@ MIXED = ((4, 1, 4, 4), (4, 2, 4, 6), (4, 1, 8, 6), (4, 3, 4, 4))
 
 
 def model_config(**changes) -> ModelConfig:
-    return replace(ModelConfig(depth=3, width=48, heads=4, text_width=8), **changes)
+    return replace(MMDiTConfig(depth=3, width=48, heads=4, text_width=8), **changes)
 
 
 def run_config(
@@ -75,7 +76,7 @@ def microbatch(
     condition = Condition.pack(texts, pooled=None if pooled is None else pooled[list(rows)]).to(mesh.device)
     pictures = {"visual": torch.cat([given[i] for i in rows])} if given else {}
     pictures |= {"image": images[list(rows)]} if images is not None else {}
-    if model.wan.first_frame:
+    if model.first_frame:
         clips = [patchify(latent[None, :, :1], model.patch) for latent in latents if latent.shape[1] > 1]
         pictures["first"] = torch.cat([latents[0].new_empty(0, model.patch_width), *clips]).to(dtype)
     framed = partial(replace, **{name: value.to(mesh.device) for name, value in pictures.items()})
@@ -122,9 +123,7 @@ def _first_frames(
         if model.condition_channels
         else []
     )
-    return given, normal(
-        len(shapes), model.wan.image_tokens, model.wan.image_width
-    ) if model.wan.image_width else None
+    return given, normal(len(shapes), *model.image_shape) if model.image_shape else None
 
 
 def waken(networks: dict[str, Network], seed: int = 1) -> None:

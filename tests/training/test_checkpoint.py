@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_apt.checkpoint import save as saving
 from megatron_apt.checkpoint import store
-from megatron_apt.checkpoint.command import Inspect, Reshard, Verify, from_dict, inspect, run
+from megatron_apt.checkpoint.command import Inspect, Reshard, Verify, inspect, run
 from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
-from megatron_apt.config import GuardConfig, ParallelConfig, RetentionConfig, RunConfig, to_dict
+from megatron_apt.config import GuardConfig, ParallelConfig, RetentionConfig, to_dict
 from megatron_apt.errors import Collapse
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.training.train import Trainer, train
@@ -184,9 +184,9 @@ def test_a_configuration_survives_json(datasets, tmp_path):
     run_config = config(
         datasets, tmp_path, retention=RetentionConfig(last=3, best="g/loss"), parallel=ParallelConfig(tp=2)
     )
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(run_config)))) == run_config
+    assert configuration_of(json.loads(json.dumps(to_dict(run_config)))) == run_config
     with pytest.raises(store.CheckpointError, match=r"unknown fields \['colour'\]"):
-        from_dict(RunConfig, {"colour": 1})
+        configuration_of({"colour": 1})
 
 
 # --- other meshes

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.command import Inspect, Verify, inspect, run
-from megatron_apt.models.families import build_backbone
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.training.networks import load_weights
 from megatron_apt.training.train import train
 from support import planted

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_apt.config import RunConfig
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.plan.memory import iteration_seconds
 from megatron_apt.plan.schedule import ScheduleConfig
-from megatron_apt.schedule.calibration import block_flops, read
+from megatron_apt.schedule.calibration import read
 
 STORED = {
     "device": "chip",
@@ -36,13 +37,13 @@ def test_a_schedule_takes_the_measured_ratios(file):
 
 
 def test_another_model_is_scaled_by_its_arithmetic(file):
-    wide = read(str(file)).block(ModelConfig(width=128, recompute="full"))
-    small, large = ModelConfig(width=64), ModelConfig(width=128)
-    ratio = block_flops(large, 100, 20) / block_flops(small, 100, 20)
-    assert block_flops(small, 100, 20) == 2 * 120 * 12 * 64**2 + 4 * 120**2 * 64
-    wan = ModelConfig(family="wan", width=64, mlp_width=100, modulation="single", pooled_text=False)
+    wide = read(str(file)).block(MMDiTConfig(width=128, recompute="full"))
+    small, large = MMDiTConfig(width=64), MMDiTConfig(width=128)
+    ratio = large.block_flops(100, 20) / small.block_flops(100, 20)
+    assert small.block_flops(100, 20) == 2 * 120 * 12 * 64**2 + 4 * 120**2 * 64
+    wan = WanConfig(width=64, mlp_width=100)
     assert (
-        block_flops(wan, 100, 20)
+        wan.block_flops(100, 20)
         == 2 * 100 * (6 * 64**2 + 2 * 64 * 100) + 2 * 20 * 2 * 64**2 + 4 * 64 * 100 * 120
     )
     assert pytest.approx((2 * ratio, 5 * ratio, ratio)) == (wide.F, wide.I, wide.W)

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_apt.families.mmdit.config import MMDiTConfig, seaweed_8b, tiny
+from megatron_apt.families.mmdit.model import MMDiT
 from megatron_apt.kernels.qk_norm_rope import rotate
 from megatron_apt.kernels.rms_norm import rms_norm, rms_norm_reference
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig, seaweed_8b, tiny
 from megatron_apt.models.embeddings import patchify, unpatchify
 from megatron_apt.models.layout import build_layout, chunk
-from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.parallel.mesh import Axis
 from support.problems import IMAGES, MIXED, build, microbatch, model_config, run_config
 
@@ -102,7 +102,7 @@ def test_presets_are_what_they_say():
 )
 def test_model_sizes_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**fields)
+        MMDiTConfig(**fields)
 
 
 def test_patchify_is_invertible_and_orders_tokens_by_frame_row_column():
@@ -127,7 +127,7 @@ def test_rotary_scores_depend_on_relative_position_only(mesh):
     assert score((0, 1, 2), (1, 2, 4)) == pytest.approx(score((1, 0, 1), (2, 1, 3)), rel=1e-12)
     assert score((0, 0, 0), (0, 0, 0)) == pytest.approx(float(q @ k), rel=1e-12)
     assert score((0, 0, 0), (1, 0, 0)) != pytest.approx(float(q @ k), rel=1e-3)
-    assert ModelConfig(width=256, heads=2).rotary_pairs == (22, 21, 21)
+    assert MMDiTConfig(width=256, heads=2).rotary_pairs == (22, 21, 21)
 
 
 @given(st.integers(0, 200), st.integers(1, 9))

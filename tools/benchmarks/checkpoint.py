@@ -27,7 +27,7 @@ from small_run import digits_run, write_digits
 
 from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.parallel import startup
 from megatron_apt.training.train import Trainer
 
@@ -89,7 +89,7 @@ def main() -> None:
         root = Path(folder)
         write_digits(root)
         mesh = startup.start(ParallelConfig())
-        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
+        model = MMDiTConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
         config = digits_run(root, root / "run", model, global_batch=4, micro_batch=4)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

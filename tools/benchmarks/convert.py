@@ -29,8 +29,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_apt import scripts
-from megatron_apt.convert.wan import WAN
-from megatron_apt.models.config import ModelConfig, wan_1_3b
+from megatron_apt.families.wan.config import wan_1_3b
+from megatron_apt.families.wan.weights import WEIGHTS as WAN
+from megatron_apt.models.config import ModelConfig
 from megatron_apt.parallel.mesh import Mesh
 
 NAMES = ("cp", "flushed", "import", "export")

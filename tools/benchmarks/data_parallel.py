@@ -33,7 +33,7 @@ from small_run import digits_run, on_ranks, write_digits
 
 from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
-from megatron_apt.models.config import ModelConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
 
 
 def time_steps(mesh, config, steps: int) -> list[float]:
@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_digits(root)
-        model = ModelConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
+        model = MMDiTConfig(depth=6, width=options.width, heads=8, latent_channels=4, text_width=8)
         config = digits_run(root, root / "run", model, global_batch=8, micro_batch=4)
         config = replace(config, optimizer=replace(config.optimizer, bucket_size=1_000_000))
         on, off = (

@@ -26,18 +26,18 @@ from torch import Tensor
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
 from megatron_apt import scripts
 from megatron_apt.config import ParallelConfig
+from megatron_apt.families.mmdit.config import seaweed_8b
+from megatron_apt.families.mmdit.model import MMDiT
 from megatron_apt.kernels.bench import one_line
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import Fp8Config, ModelConfig, seaweed_8b
+from megatron_apt.models.config import Fp8Config, ModelConfig
 from megatron_apt.models.embeddings import rotary_table
 from megatron_apt.models.layout import Layout, build_layout
-from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.mesh import Axis, Mesh
 from megatron_apt.parallel.startup import start
-from megatron_apt.schedule.calibration import block_flops
 
 # 49 frames of 720 x 1280 through a codec of 4 x 8 x 8 and patches of 1 x 2 x 2: 46,800
 # tokens
@@ -147,7 +147,7 @@ Figures = Iterator[dict[str, float]]  # a few at a time, so that what fails late
 
 
 def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
-    flops = block_flops(model, GRID[0] * GRID[1] * GRID[2], TEXT)
+    flops = model.block_flops(GRID[0] * GRID[1] * GRID[2], TEXT)
     problem = BlockProblem(model, mesh)
     with torch.no_grad():
         forward = seconds(problem.forward)
@@ -172,7 +172,7 @@ def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> 
     """
     from diffusers.models.attention import JointTransformerBlock
 
-    flops = block_flops(model, GRID[0] * GRID[1] * GRID[2], TEXT)
+    flops = model.block_flops(GRID[0] * GRID[1] * GRID[2], TEXT)
     block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(
         device, torch.bfloat16
     )
@@ -210,7 +210,7 @@ def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
     x = torch.randn(len(layout.positions), model.patch_width, device=mesh.device, dtype=torch.bfloat16)
     text = torch.randn(TEXT, model.text_width, device=mesh.device, dtype=torch.bfloat16)
     condition, t = Condition(text, (TEXT,), text.mean(0, keepdim=True)), torch.ones(1, device=mesh.device)
-    flops = model.depth * block_flops(model, len(x), TEXT)
+    flops = model.depth * model.block_flops(len(x), TEXT)
     with torch.no_grad():
         forward = seconds(lambda: network(x, t, condition, layout), repeats=2, warm=1)
     yield {

@@ -18,11 +18,11 @@ import torch
 
 from megatron_apt import scripts
 from megatron_apt.config import OptimizerConfig, ParallelConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.families.mmdit.model import MMDiT
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import build_layout
-from megatron_apt.models.mmdit import MMDiT
 from megatron_apt.models.parts import DTYPES
 from megatron_apt.parallel.startup import start
 from megatron_apt.training.optimizers import AdamW
@@ -62,7 +62,7 @@ class Step:
 
 
 def ours(dtype: str, mesh) -> Step:
-    shape = ModelConfig(
+    shape = MMDiTConfig(
         depth=LAYERS,
         width=HEADS * HEAD,
         heads=HEADS,

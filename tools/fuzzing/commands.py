@@ -59,7 +59,7 @@ _LINES = {
     "train": "{recipe} --iterations 1 --global-batch 4 --micro-batch 4 --seed 0 --save-every 1 --log-every "
     "1 --output {folder}/run --model.depth 3 "
     "--model.width 24 --model.heads 2 --model.latent-channels 12 --model.text-width 8 --model.patch '1 2 "
-    "2' --model.family mmdit "
+    "2' "
     "--model.dtype float32 --data.shards {valid}/data --data.block 4 --data.text-length 4 --optimizer.lr "
     "1e-3 --optimizer.ema 0.9 "
     "--optimizer.warmup 0 --init.generator '' "

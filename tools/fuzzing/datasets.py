@@ -19,11 +19,12 @@ _RECIPE = """
 from dataclasses import replace
 
 from megatron_apt.config import DataConfig, OptimizerConfig, RunConfig
+from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.models.config import ModelConfig
 
 
 def run() -> RunConfig:
-    model = ModelConfig(depth=3, width=24, heads=2, latent_channels={channels}, text_width=8)
+    model = MMDiTConfig(depth=3, width=24, heads=2, latent_channels={channels}, text_width=8)
     data = DataConfig(shards=({dataset!r},), text_length=4)
     optimizer = OptimizerConfig(kind="adamw", lr=1e-3, ema=0.9)
     run = RunConfig(method="{method}", output={output!r}, model=model, data=data, optimizer=optimizer)

@@ -1,4 +1,4 @@
-"""HunyuanVideo: double and single blocks (single_stream.py), before which a small
+"""HunyuanVideo: double and single blocks (families/single_stream), before which a small
 transformer refines the text.
 
 It is told the time and the mean of the text, and reads each caption by itself. Letters as
@@ -11,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_apt.families.hunyuan.config import HunyuanConfig
+from megatron_apt.families.single_stream.model import SingleStream
 from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.rows import Rows
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import LayerNorm
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import PooledEmbedding, TimestepEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, linear, row_linear
 from megatron_apt.models.parts import (
     DTYPES,
     BlockSubmodules,
+    block_parts,
     choose_backend,
-    mmdit_block_spec,
     transformer_config,
 )
-from megatron_apt.models.single_stream import SingleStream
 from megatron_apt.parallel.context import whole_attention
 from megatron_apt.parallel.mesh import Mesh
 
@@ -37,7 +37,7 @@ class RefinerBlock(nn.Module):
     is whole on every rank.
     """
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules):
+    def __init__(self, model: HunyuanConfig, mesh: Mesh, parts: BlockSubmodules):
         super().__init__()
         config, d, dtype = (
             transformer_config(model, mesh, sequence_parallel=False),
@@ -67,7 +67,7 @@ class RefinerBlock(nn.Module):
 class Refiner(nn.Module):
     """Text (T, E) of all captions -> (T, D), each read by itself."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules):
+    def __init__(self, model: HunyuanConfig, mesh: Mesh, parts: BlockSubmodules):
         super().__init__()
         d, dtype = model.width, DTYPES[model.dtype]
         self.linear_in = linear(model.text_width, d, dtype)
@@ -75,9 +75,7 @@ class Refiner(nn.Module):
             TimestepEmbedding(d, dtype),
             PooledEmbedding(model.text_width, d, dtype),
         )
-        self.blocks = nn.ModuleList(
-            RefinerBlock(model, mesh, parts) for _ in range(model.hunyuan.refiner_blocks)
-        )
+        self.blocks = nn.ModuleList(RefinerBlock(model, mesh, parts) for _ in range(model.refiner_blocks))
 
     def forward(self, tokens: Tensor, lengths: tuple[int, ...], t: Tensor) -> Tensor:
         rows = _packed(lengths, tokens.device)
@@ -101,11 +99,16 @@ def _packed(lengths: tuple[int, ...], device: torch.device) -> Rows:
 class Hunyuan(SingleStream):
     """v = model(x_t, t, condition) of HunyuanVideo."""
 
+    model: HunyuanConfig
+
     def text_embedding(self) -> nn.Module:
         return Refiner(
-            self.model, self.mesh, mmdit_block_spec(choose_backend(self.mesh.device.type, self.model.dtype))
+            self.model, self.mesh, block_parts(choose_backend(self.mesh.device.type, self.model.dtype))
         )
 
     def embed_text(self, condition: Condition, t: Tensor, layout: Layout) -> Tensor:
         refined = self.text_embed(condition.tokens.to(self.x_embed.weight.dtype), condition.lengths, t)
         return refined.index_select(0, layout.text.index)
+
+
+MODEL = Hunyuan

@@ -7,7 +7,7 @@ time modulates every block (AdaLN-single), the last layer the time itself. Text,
 image tokens of Wan2.1 I2V, are few, so every context-parallel rank makes their keys and
 values whole. Letters as in layout.py.
 
-With model.wan.first_frame (Wan2.2 TI2V; diffusers' `expand_timesteps`) a clip's first
+With model.first_frame (Wan2.2 TI2V; diffusers' `expand_timesteps`) a clip's first
 frame is given: it enters in the place of whatever x holds there, and at time 0. A sample
 then has two sets of modulation vectors, its first frame's and the rest's: m = 2 n of
 them, else m = n. As no network sees another first frame, and none sends a gradient into
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.kernels.rms_norm import EPS
@@ -25,15 +26,14 @@ from megatron_apt.kernels.rows import Rows
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import Backbone, FinalLayer, LayerNorm, Modulation
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import TimestepEmbedding
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.parts import (
     DTYPES,
     StreamSubmodules,
+    block_parts,
     choose_backend,
-    mmdit_block_spec,
     transformer_config,
 )
 from megatron_apt.models.stages import WHOLE, Cut, State
@@ -48,7 +48,7 @@ class NormAcrossHeads(nn.Module):
     count, K), of which each tensor-parallel rank has its H.
     """
 
-    def __init__(self, count: int, model: ModelConfig, mesh: Mesh):
+    def __init__(self, count: int, model: WanConfig, mesh: Mesh):
         super().__init__()
         self.axis, self.width = mesh.tp, model.width
         self.heads, self.head_size = model.heads // mesh.tp.size, model.head_size
@@ -68,7 +68,7 @@ class CrossAttention(nn.Module):
     """Visual tokens read the text, and the image tokens where there are any."""
 
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, parts: StreamSubmodules, attention: type, layer_number: int
+        self, model: WanConfig, mesh: Mesh, parts: StreamSubmodules, attention: type, layer_number: int
     ):
         super().__init__()
         config, d = transformer_config(model, mesh), model.width
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         self.heads, self.head_size = model.heads // mesh.tp.size, model.head_size
         self.linear_q = column_linear(parts.linear_qkv, d, d, config, mesh)
         self.q_norm = NormAcrossHeads(1, model, mesh)
-        sources = ("text", "image") if model.wan.image_width else ("text",)
+        sources = ("text", "image") if model.image_width else ("text",)
         # Output features are ordered (head, k | v, K).
         self.linear_kv = nn.ModuleDict(
             {source: column_linear(parts.linear_qkv, d, 2 * d, whole, mesh) for source in sources}
@@ -106,16 +106,16 @@ class CrossAttention(nn.Module):
         )
 
 
-def rows_of(model: ModelConfig, layout: Layout) -> Rows:
+def rows_of(model: WanConfig, layout: Layout) -> Rows:
     """Which visual tokens each of the m sets of modulation vectors acts on."""
-    return layout.first.rows if model.wan.first_frame else layout.visual.rows
+    return layout.first.rows if model.first_frame else layout.visual.rows
 
 
 class WanBlock(nn.Module):
     """Self-attention, cross-attention, MLP; the first and the last modulated and gated."""
 
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, parts: StreamSubmodules, attention: type, layer_number: int
+        self, model: WanConfig, mesh: Mesh, parts: StreamSubmodules, attention: type, layer_number: int
     ):
         super().__init__()
         config, d = transformer_config(model, mesh), model.width
@@ -131,7 +131,7 @@ class WanBlock(nn.Module):
         self.linear_proj = row_linear(parts.linear_proj, d, d, config, mesh)
         self.cross_norm = (
             LayerNorm(d, DTYPES[model.dtype], tp_partial=mesh.sequence_parallel)
-            if model.wan.cross_norm
+            if model.cross_norm
             else nn.Identity()
         )
         self.cross = CrossAttention(model, mesh, parts, attention, layer_number)
@@ -171,11 +171,13 @@ class ImageEmbedding(nn.Module):
 class Wan(Backbone):
     """v = model(x_t, t, condition) of the Wan family."""
 
+    model: WanConfig
+
     hidden = ("visual",)
     constant = ("text", "image", "c", "shared")
 
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
+        self, model: WanConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
     ):
         super().__init__(model, mesh, depth, output, cut)
         dtype, d = DTYPES[model.dtype], model.width
@@ -184,10 +186,8 @@ class Wan(Backbone):
             self.text_embed_1, self.text_embed_2 = linear(model.text_width, d, dtype), linear(d, d, dtype)
             self.time_embed = TimestepEmbedding(d, dtype)
             self.shared_modulation = linear(d, 6 * d, dtype, parameters.zeros)
-            self.image_embed = (
-                ImageEmbedding(model.wan.image_width, d, dtype) if model.wan.image_width else None
-            )
-        spec = mmdit_block_spec(choose_backend(mesh.device.type, model.dtype))
+            self.image_embed = ImageEmbedding(model.image_width, d, dtype) if model.image_width else None
+        spec = block_parts(choose_backend(mesh.device.type, model.dtype))
         self.blocks = nn.ModuleDict(
             {str(i): WanBlock(model, mesh, spec.visual, spec.core_attention, i + 1) for i in self.held}
         )
@@ -197,11 +197,11 @@ class Wan(Backbone):
         """Embeddings: visual hidden states, text (sum of lengths, D), image tokens, time
         vectors c (m, D) and the shared (m, 6 D) modulation.
         """
-        dtype, wan = self.x_embed.weight.dtype, self.model.wan
-        if wan.first_frame:
+        dtype, model = self.x_embed.weight.dtype, self.model
+        if model.first_frame:
             if condition.first is None:
                 raise ValueError(
-                    "model.wan.first_frame=True: this model is given the first frames of clips, and the "
+                    "model.first_frame=True: this model is given the first frames of clips, and the "
                     "condition has none"
                 )
             x, t = condition.over(x, layout), torch.stack((torch.zeros_like(t), t), dim=1).flatten()
@@ -215,13 +215,13 @@ class Wan(Backbone):
             return state
         if condition.image is None:
             raise ValueError(
-                f"model.wan.image_width={wan.image_width}: this model reads image tokens, and the condition "
+                f"model.image_width={model.image_width}: this model reads image tokens, and the condition "
                 "has none"
             )
-        if condition.image.shape[1:] != (wan.image_tokens, wan.image_width):
+        if condition.image.shape[1:] != (model.image_tokens, model.image_width):
             raise ValueError(
                 f"image tokens of shape {tuple(condition.image.shape[1:])}: this model reads "
-                f"{wan.image_tokens} of {wan.image_width}"
+                f"{model.image_tokens} of {model.image_width}"
             )
         return state | {"image": self.image_embed(condition.image.to(dtype))}
 
@@ -239,5 +239,8 @@ class Wan(Backbone):
         }
         shapes |= {"c": ((m, d), False), "shared": ((m, 6 * d), False)}
         return shapes | (
-            {"image": ((n, self.model.wan.image_tokens, d), False)} if self.model.wan.image_width else {}
+            {"image": ((n, self.model.image_tokens, d), False)} if self.model.image_width else {}
         )
+
+
+MODEL = Wan

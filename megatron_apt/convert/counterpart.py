@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.source import ConvertError
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.weights import Mapped, Rule, mapped
 from megatron_apt.encoders.weight_files import printable
+from megatron_apt.families.registry import build_backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patchify
-from megatron_apt.models.families import build_backbone
 from megatron_apt.models.parameters import full_shape
 from megatron_apt.parallel.mesh import Mesh
 
+SECOND = "transformer_2"  # of a pipeline of two networks
 # Fields of config.json whose null means something: as many as in_channels, or none.
 _NULLABLE = ("out_channels", "image_dim", "dual_attention_layers")
 # Of any number in a config.json: above what models have, and small enough for their
@@ -48,11 +49,35 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Family:
-    """One family of diffusers' transformers.
+class Authors:
+    """Files of a family's authors, whose names are not diffusers'.
 
     Attributes:
-        name: as in ModelConfig.family.
+        title: what they call the family.
+        names: expression of names that only such files have.
+        own_names: of names that are diffusers' in another family, and so tell such a file only
+            beside a config.json of this family.
+        architecture: `_class_name` in their config.json; "": it has none.
+        remedy: what to do with a folder of that kind.
+    """
+
+    title: str
+    names: str
+    own_names: str = ""
+    architecture: str = ""
+    remedy: str = ""
+
+
+def _as_it_is(index: dict, model: ModelConfig, file: Path, one_step: bool) -> dict:
+    return index
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """A family's counterpart in diffusers.
+
+    Attributes:
+        config: the shape of its models.
         architecture: its class in diffusers, `_class_name` of config.json.
         read_config: our shape from config.json; raises ValueError naming a field whose
             value we do not have.
@@ -60,15 +85,28 @@ class Family:
         rules: the map of weights for one shape.
         example: random inputs of n samples for a model of this shape.
         forward: the velocity (n, C, F, H, W) that diffusers' model gives for such inputs.
+        roots: the words that begin the names of its tensors in diffusers.
+        authors: by what files of its authors are known.
+        unread: expression of the names of tensors that published checkpoints hold and diffusers'
+            class leaves unread (its _keys_to_ignore_on_load_unexpected).
+        interface: fields of its shape, beside those of every family, in which a model meets the
+            other parts of a pipeline.
+        adapted: makes the model_index.json of a pipeline fit a model, from (index, model, its
+            file, whether the model is for one step); raises ConvertError where it cannot.
     """
 
-    name: str
+    config: type[ModelConfig]
     architecture: str
     read_config: Callable[[dict], ModelConfig]
     write_config: Callable[[ModelConfig], dict]
     rules: Callable[[ModelConfig], list[Rule]]
     example: Callable[[ModelConfig, int, torch.Generator], Inputs]
     forward: Callable[[nn.Module, Inputs], Tensor]
+    roots: frozenset[str]
+    authors: Authors
+    unread: str = ""
+    interface: tuple[str, ...] = ()
+    adapted: Callable[[dict, ModelConfig, Path, bool], dict] = _as_it_is
 
     def model(self, config: dict, where: Path) -> ModelConfig:
         """Our shape from the config.json of `where`.

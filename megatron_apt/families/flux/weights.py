@@ -7,16 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, flags, only, whole
-from megatron_apt.convert.hunyuan import double_blocks, single_blocks, two_layers
+from megatron_apt.convert.counterpart import Authors, Counterpart, Inputs, flags, only, whole
 from megatron_apt.convert.weights import ByHead, Reordered, Rule, layer
-from megatron_apt.models.config import FluxConfig, ModelConfig, flux_dev
+from megatron_apt.families.flux.config import FluxConfig, flux_dev
+from megatron_apt.families.single_stream.weights import ROOTS, double_blocks, single_blocks, two_layers
 from megatron_apt.models.embeddings import patch_grid, patchify, unpatchify
 
 _CLASS, _PATCH = "FluxTransformer2DModel", (1, 2, 2)
 
 
-def _read(config: dict) -> ModelConfig:
+def _read(config: dict) -> FluxConfig:
     whole(
         config,
         _CLASS,
@@ -38,12 +38,6 @@ def _read(config: dict) -> ModelConfig:
             f"config.json: in_channels={channels}, out_channels={out} of a {_CLASS} must be multiples of the "
             "4 latents in a patch"
         )
-    flux = FluxConfig(
-        double_blocks=config["num_layers"],
-        pooled_width=config["pooled_projection_dim"],
-        rope_axes=tuple(config.get("axes_dims_rope", FluxConfig.rope_axes)),
-        guidance=FluxConfig.guidance if config.get("guidance_embeds", False) else 0.0,
-    )
     return replace(
         flux_dev(),
         depth=config["num_layers"] + config["num_single_layers"],
@@ -52,11 +46,14 @@ def _read(config: dict) -> ModelConfig:
         latent_channels=out // 4,
         condition_channels=(channels - out) // 4,
         text_width=config["joint_attention_dim"],
-        flux=flux,
+        double_blocks=config["num_layers"],
+        pooled_width=config["pooled_projection_dim"],
+        rope_axes=tuple(config.get("axes_dims_rope", FluxConfig.rope_axes)),
+        guidance=FluxConfig.guidance if config.get("guidance_embeds", False) else 0.0,
     )
 
 
-def _write(model: ModelConfig) -> dict:
+def _write(model: FluxConfig) -> dict:
     if model.mlp != 4 * model.width:
         raise ValueError(f"model.mlp_width: MLPs of a {_CLASS} are 4 * {model.width} wide, here {model.mlp}")
     if model.rope_theta != 10000.0:
@@ -68,18 +65,18 @@ def _write(model: ModelConfig) -> dict:
         "patch_size": 1,
         "in_channels": 4 * (model.latent_channels + model.condition_channels),
         "out_channels": 4 * model.latent_channels,
-        "num_layers": model.flux.double_blocks,
-        "num_single_layers": model.depth - model.flux.double_blocks,
+        "num_layers": model.double_blocks,
+        "num_single_layers": model.depth - model.double_blocks,
         "attention_head_dim": model.head_size,
         "num_attention_heads": model.heads,
         "joint_attention_dim": model.text_width,
-        "pooled_projection_dim": model.flux.pooled_width,
-        "guidance_embeds": model.flux.guidance > 0,
-        "axes_dims_rope": list(model.flux.rope_axes),
+        "pooled_projection_dim": model.pooled_width,
+        "guidance_embeds": model.guidance > 0,
+        "axes_dims_rope": list(model.rope_axes),
     }
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: FluxConfig) -> list[Rule]:
     outside = "time_text_embed"
     return [
         *layer("x_embed", "x_embedder"),
@@ -95,16 +92,16 @@ def _rules(model: ModelConfig) -> list[Rule]:
     ]
 
 
-def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+def _example(model: FluxConfig, samples: int, generator: torch.Generator) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    guidance = model.flux.guidance
+    guidance = model.guidance
     return Inputs(
         normal(samples, model.latent_channels, 1, 24, 30),
         torch.rand(samples, generator=generator),
         normal(samples, 77, model.text_width),
-        pooled=normal(samples, model.flux.pooled_width),
+        pooled=normal(samples, model.pooled_width),
         given=normal(samples, model.condition_channels, 1, 24, 30) if model.condition_channels else None,
         guidance=torch.full((samples,), guidance) if guidance else None,
     )
@@ -122,4 +119,17 @@ def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     return unpatchify(v.flatten(0, 1), grid, _PATCH)
 
 
-FLUX = Family("flux", _CLASS, _read, _write, _rules, _example, _forward)
+WEIGHTS = Counterpart(
+    FluxConfig,
+    _CLASS,
+    _read,
+    _write,
+    _rules,
+    _example,
+    _forward,
+    roots=ROOTS,
+    authors=Authors(
+        "FLUX",
+        r"(double|single)_blocks\.\d|(img|txt)_in\.(weight|bias)$|(vector|guidance)_in\.in_layer",
+    ),
+)

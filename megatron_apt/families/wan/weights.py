@@ -1,20 +1,22 @@
 """Wan 2.1 and 2.2, dense: diffusers' WanTransformer3DModel, text to video and image to video."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, flags, only, whole
+from megatron_apt.convert.counterpart import SECOND, Authors, Counterpart, Inputs, flags, only, whole
+from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.weights import ByHead, ChannelsFirst, Rule, Stacked, View, joined, layer
-from megatron_apt.models.config import ModelConfig, WanConfig, wan_1_3b
+from megatron_apt.families.wan.config import WanConfig, wan_1_3b
 from megatron_apt.models.embeddings import patch_grid
 
-_CLASS = "WanTransformer3DModel"
+_CLASS, _IMAGE_TO_VIDEO = "WanTransformer3DModel", "WanImageToVideoPipeline"
 _LONGEST = 2**16  # positions of a side that diffusers keeps angles for
 
 
-def _read(config: dict) -> ModelConfig:
+def _read(config: dict) -> WanConfig:
     whole(
         config,
         _CLASS,
@@ -45,11 +47,12 @@ def _read(config: dict) -> ModelConfig:
         condition_channels=channels - out,
         patch=tuple(config["patch_size"]),
         text_width=config["text_dim"],
-        wan=WanConfig(config.get("cross_attn_norm", True), image),
+        cross_norm=config.get("cross_attn_norm", True),
+        image_width=image,
     )
 
 
-def _write(model: ModelConfig) -> dict:
+def _write(model: WanConfig) -> dict:
     if model.rope_theta != 10000.0:
         raise ValueError(f"model.rope_theta={model.rope_theta}: a {_CLASS} rotates with 10000")
     return {
@@ -63,17 +66,17 @@ def _write(model: ModelConfig) -> dict:
         "freq_dim": 256,
         "ffn_dim": model.mlp,
         "num_layers": model.depth,
-        "cross_attn_norm": model.wan.cross_norm,
+        "cross_attn_norm": model.cross_norm,
         "qk_norm": "rms_norm_across_heads",
         "eps": 1e-6,
-        "image_dim": model.wan.image_width or None,
-        "added_kv_proj_dim": model.width if model.wan.image_width else None,
+        "image_dim": model.image_width or None,
+        "added_kv_proj_dim": model.width if model.image_width else None,
         "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     }
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: WanConfig) -> list[Rule]:
     channels, row = model.latent_channels + model.condition_channels, View((1, -1), (-1,))
     outside, block, cross = "condition_embedder", "blocks.{i}", "blocks.{i}.attn2"
     return [
@@ -127,20 +130,20 @@ def _rules(model: ModelConfig) -> list[Rule]:
     ]
 
 
-def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+def _example(model: WanConfig, samples: int, generator: torch.Generator) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     size = tuple(tokens * side for tokens, side in zip((3, 4, 5), model.patch, strict=True))
-    image = model.wan.image_width
+    image = model.image_width
     return Inputs(
         normal(samples, model.latent_channels, *size),
         torch.rand(samples, generator=generator),
         # Beside image tokens, diffusers takes the last 512 for the text
         normal(samples, 512 if image else 77, model.text_width),
         given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
-        image=normal(samples, model.wan.image_tokens, image) if image else None,
-        first=normal(samples, model.latent_channels, 1, *size[1:]) if model.wan.first_frame else None,
+        image=normal(samples, model.image_tokens, image) if image else None,
+        first=normal(samples, model.latent_channels, 1, *size[1:]) if model.first_frame else None,
     )
 
 
@@ -159,4 +162,47 @@ def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     return original(latents, t, inputs.text, inputs.image, return_dict=False)[0]
 
 
-WAN = Family("wan", _CLASS, _read, _write, _rules, _example, _forward)
+def _adapted(index: dict, model: WanConfig, file: Path, one_step: bool) -> dict:
+    """What makes a pipeline give the first frame as such models read it; Wan2.2's TI2V is
+    published as text to video.
+
+    Raises:
+        ConvertError: no pipeline does, or this one gives a first frame to a model without.
+    """
+    if not model.first_frame:
+        if one_step and index.get("_class_name") == _IMAGE_TO_VIDEO and index.get("expand_timesteps"):
+            raise ConvertError(
+                f"{file}: gives a first frame among the tokens, and this checkpoint was trained without: "
+                "model.first_frame=False; give the pipeline as text to video (WanPipeline), or train with "
+                "model.first_frame"
+            )
+        return index
+    if model.patch != (1, 2, 2):
+        raise ConvertError(
+            f"{file}: {_IMAGE_TO_VIDEO} takes every second latent row and column for a token, "
+            f"model.patch={model.patch}; leave out --base"
+        )
+    given = {name: index.get(name, [None, None]) for name in ("image_encoder", "image_processor", SECOND)}
+    return index | given | {"_class_name": _IMAGE_TO_VIDEO, "expand_timesteps": True}
+
+
+WEIGHTS = Counterpart(
+    WanConfig,
+    _CLASS,
+    _read,
+    _write,
+    _rules,
+    _example,
+    _forward,
+    roots=frozenset({"patch_embedding", "condition_embedder", "blocks", "proj_out", "scale_shift_table"}),
+    authors=Authors(
+        "Wan",
+        r"head\.(modulation|head\.)|(time|text)_embedding\.\d|time_projection\.\d"
+        r"|blocks\.\d+\.(self|cross)_attn\.[qkvo]\.",
+        architecture="WanModel",
+        remedy="the layout of Wan's authors; use the repository with -Diffusers in its name",
+    ),
+    unread=r"blocks\.\d+\.attn2\.norm_added_q\.weight",
+    interface=("cross_norm", "image_width", "image_tokens"),
+    adapted=_adapted,
+)

@@ -1,5 +1,5 @@
-"""MMDiT: a diffusion transformer with separate weights for text and visual tokens and
-joint attention (Esser et al. 2024).
+"""Transformers with separate weights for text and visual tokens and joint attention
+(MMDiT, Esser et al. 2024), and their layers.
 
 Built from Megatron-Core linear layers: tensor parallelism splits heads and MLP features,
 sequence parallelism the activations between them, context parallelism the tokens of each
@@ -22,8 +22,8 @@ from megatron_apt.models.parts import (
     DTYPES,
     BlockSubmodules,
     StreamSubmodules,
+    block_parts,
     choose_backend,
-    mmdit_block_spec,
     transformer_config,
 )
 from megatron_apt.models.stages import WHOLE, Cut, State
@@ -79,7 +79,7 @@ class BlockStream(nn.Module):
 
 
 class Block(nn.Module):
-    """One MMDiT layer."""
+    """One layer."""
 
     vectors = 6  # of the visual stream's modulation
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
         return self.visual.after_attention(x, attended, vectors, layout.visual)
 
 
-class MMDiT(Backbone):
+class JointTransformer(Backbone):
     """Text and visual tokens with weights of their own, which meet in every attention."""
 
     hidden = ("visual", "text")
@@ -132,7 +132,7 @@ class MMDiT(Backbone):
             self.shared_modulation = (
                 linear(d, 6 * d, dtype, parameters.zeros) if model.modulation == "single" else None
             )
-        spec = mmdit_block_spec(choose_backend(mesh.device.type, model.dtype))
+        spec = block_parts(choose_backend(mesh.device.type, model.dtype))
         self.blocks = nn.ModuleDict({str(i): self.block(i, spec) for i in self.held})
         self.final = FinalLayer(model, mesh, spec.visual.modulation) if output and cut.last else None
 

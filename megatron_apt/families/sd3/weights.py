@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, only, whole
+from megatron_apt.convert.counterpart import Authors, Counterpart, Inputs, only, whole
 from megatron_apt.convert.weights import (
     ByHead,
     ChannelsFirst,
@@ -19,12 +19,12 @@ from megatron_apt.convert.weights import (
     joined,
     layer,
 )
-from megatron_apt.models.config import ModelConfig, Sd3Config, sd3_medium
+from megatron_apt.families.sd3.config import Sd3Config, sd3_medium
 
 _CLASS = "SD3Transformer2DModel"
 
 
-def _read(config: dict) -> ModelConfig:
+def _read(config: dict) -> Sd3Config:
     whole(
         config,
         _CLASS,
@@ -41,13 +41,6 @@ def _read(config: dict) -> ModelConfig:
     )
     out = config.get("out_channels") or channels
     only(config, _CLASS, qk_norm=(None, "rms_norm"), caption_projection_dim=heads * size)
-    sd3 = Sd3Config(
-        pooled_width=config["pooled_projection_dim"],
-        position_size=config["pos_embed_max_size"],
-        sample_size=config["sample_size"],
-        qk_norm=config.get("qk_norm") is not None,
-        dual_layers=tuple(config.get("dual_attention_layers") or ()),
-    )
     return replace(
         sd3_medium(),
         depth=config["num_layers"],
@@ -57,16 +50,20 @@ def _read(config: dict) -> ModelConfig:
         condition_channels=channels - out,
         patch=(1, patch, patch),
         text_width=config["joint_attention_dim"],
-        sd3=sd3,
+        pooled_width=config["pooled_projection_dim"],
+        position_size=config["pos_embed_max_size"],
+        sample_size=config["sample_size"],
+        qk_norm=config.get("qk_norm") is not None,
+        dual_layers=tuple(config.get("dual_attention_layers") or ()),
     )
 
 
-def _write(model: ModelConfig) -> dict:
+def _write(model: Sd3Config) -> dict:
     if model.mlp != 4 * model.width:
         raise ValueError(f"model.mlp_width: MLPs of a {_CLASS} are 4 * {model.width} wide, here {model.mlp}")
     return {
         "_class_name": _CLASS,
-        "sample_size": model.sd3.sample_size,
+        "sample_size": model.sample_size,
         "patch_size": model.patch[1],
         "in_channels": model.latent_channels + model.condition_channels,
         "num_layers": model.depth,
@@ -74,15 +71,15 @@ def _write(model: ModelConfig) -> dict:
         "num_attention_heads": model.heads,
         "joint_attention_dim": model.text_width,
         "caption_projection_dim": model.width,
-        "pooled_projection_dim": model.sd3.pooled_width,
+        "pooled_projection_dim": model.pooled_width,
         "out_channels": model.latent_channels,
-        "pos_embed_max_size": model.sd3.position_size,
-        "dual_attention_layers": list(model.sd3.dual_layers),
-        "qk_norm": "rms_norm" if model.sd3.qk_norm else None,
+        "pos_embed_max_size": model.position_size,
+        "dual_attention_layers": list(model.dual_layers),
+        "qk_norm": "rms_norm" if model.qk_norm else None,
     }
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: Sd3Config) -> list[Rule]:
     channels, last = model.latent_channels + model.condition_channels, model.depth - 1
     block, ours, outside = "transformer_blocks.{i}", "blocks.{i}", "time_text_embed"
     by_head = ByHead(model.heads, (model.head_size,) * 3)
@@ -160,16 +157,16 @@ def _text_modulation(last: int, scale_shift: Reordered) -> list[Rule]:
     ]
 
 
-def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+def _example(model: Sd3Config, samples: int, generator: torch.Generator) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    size = (1, *(min(tokens, model.sd3.position_size) * model.patch[1] for tokens in (12, 15)))
+    size = (1, *(min(tokens, model.position_size) * model.patch[1] for tokens in (12, 15)))
     return Inputs(
         normal(samples, model.latent_channels, *size),
         torch.rand(samples, generator=generator),
         normal(samples, 77, model.text_width),
-        pooled=normal(samples, model.sd3.pooled_width),
+        pooled=normal(samples, model.pooled_width),
         given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
     )
 
@@ -181,4 +178,20 @@ def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     ].unsqueeze(2)
 
 
-SD3 = Family("sd3", _CLASS, _read, _write, _rules, _example, _forward)
+WEIGHTS = Counterpart(
+    Sd3Config,
+    _CLASS,
+    _read,
+    _write,
+    _rules,
+    _example,
+    _forward,
+    roots=frozenset(
+        {"pos_embed", "context_embedder", "time_text_embed", "transformer_blocks", "norm_out", "proj_out"}
+    ),
+    authors=Authors(
+        "Stable Diffusion 3",
+        r"joint_blocks\.\d",
+        own_names=r"^x_embedder\.proj\.",  # in HunyuanVideo diffusers' name too
+    ),
+)

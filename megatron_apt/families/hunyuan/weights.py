@@ -6,14 +6,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from megatron_apt.convert.family import Family, Inputs, flags, only, positive, whole
-from megatron_apt.convert.weights import ByHead, ColumnsByHead, Reordered, Rule, Stacked, View, joined, layer
-from megatron_apt.models.config import HunyuanConfig, ModelConfig, hunyuan_video
+from megatron_apt.convert.counterpart import Authors, Counterpart, Inputs, flags, only, positive, whole
+from megatron_apt.convert.weights import ByHead, Reordered, Rule, View, joined, layer
+from megatron_apt.families.hunyuan.config import HunyuanConfig, hunyuan_video
+from megatron_apt.families.single_stream.weights import ROOTS, double_blocks, single_blocks, two_layers
 
 _CLASS = "HunyuanVideoTransformer3DModel"
 
 
-def _read(config: dict) -> ModelConfig:
+def _read(config: dict) -> HunyuanConfig:
     whole(
         config,
         _CLASS,
@@ -30,13 +31,6 @@ def _read(config: dict) -> ModelConfig:
     only(config, _CLASS, qk_norm="rms_norm", image_condition_type=None)
     heads, size, channels = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
     out, patch = config.get("out_channels") or channels, config["patch_size"]
-    hunyuan = HunyuanConfig(
-        double_blocks=config["num_layers"],
-        refiner_blocks=config["num_refiner_layers"],
-        pooled_width=config["pooled_projection_dim"],
-        rope_axes=tuple(config.get("rope_axes_dim", HunyuanConfig.rope_axes)),
-        guidance=HunyuanConfig.guidance if config.get("guidance_embeds", True) else 0.0,
-    )
     return replace(
         hunyuan_video(),
         depth=config["num_layers"] + config["num_single_layers"],
@@ -48,12 +42,16 @@ def _read(config: dict) -> ModelConfig:
         patch=(config["patch_size_t"], patch, patch),
         text_width=config["text_embed_dim"],
         rope_theta=float(config.get("rope_theta", 256.0)),
-        hunyuan=hunyuan,
+        double_blocks=config["num_layers"],
+        refiner_blocks=config["num_refiner_layers"],
+        pooled_width=config["pooled_projection_dim"],
+        rope_axes=tuple(config.get("rope_axes_dim", HunyuanConfig.rope_axes)),
+        guidance=HunyuanConfig.guidance if config.get("guidance_embeds", True) else 0.0,
     )
 
 
-def _write(model: ModelConfig) -> dict:
-    hunyuan, mlp_ratio = model.hunyuan, model.mlp / model.width
+def _write(model: HunyuanConfig) -> dict:
+    mlp_ratio = model.mlp / model.width
     if int(model.width * mlp_ratio) < model.mlp:  # diffusers rounds the product down
         mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     return {
@@ -62,23 +60,23 @@ def _write(model: ModelConfig) -> dict:
         "out_channels": model.latent_channels,
         "num_attention_heads": model.heads,
         "attention_head_dim": model.head_size,
-        "num_layers": hunyuan.double_blocks,
-        "num_single_layers": model.depth - hunyuan.double_blocks,
-        "num_refiner_layers": hunyuan.refiner_blocks,
+        "num_layers": model.double_blocks,
+        "num_single_layers": model.depth - model.double_blocks,
+        "num_refiner_layers": model.refiner_blocks,
         "mlp_ratio": mlp_ratio,
         "patch_size": model.patch[1],
         "patch_size_t": model.patch[0],
         "qk_norm": "rms_norm",
-        "guidance_embeds": hunyuan.guidance > 0,
+        "guidance_embeds": model.guidance > 0,
         "text_embed_dim": model.text_width,
-        "pooled_projection_dim": hunyuan.pooled_width,
+        "pooled_projection_dim": model.pooled_width,
         "rope_theta": model.rope_theta,
-        "rope_axes_dim": list(hunyuan.rope_axes),
+        "rope_axes_dim": list(model.rope_axes),
         "image_condition_type": None,
     }
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: HunyuanConfig) -> list[Rule]:
     channels, size, outside = (
         model.latent_channels + model.condition_channels,
         model.head_size,
@@ -111,10 +109,6 @@ def _rules(model: ModelConfig) -> list[Rule]:
     ]
 
 
-def two_layers(ours: str, theirs: str) -> list[Rule]:
-    return [rule for part in ("linear_1", "linear_2") for rule in layer(f"{ours}.{part}", f"{theirs}.{part}")]
-
-
 def _refiner(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
     return [
         *layer(f"{ours}.norm_1", f"{theirs}.norm1"),
@@ -127,63 +121,17 @@ def _refiner(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
     ]
 
 
-def double_blocks(ours: str, theirs: str, by_head: ByHead) -> list[Rule]:
-    """Blocks with separate weights, as diffusers names them in HunyuanVideo and in Flux."""
-    rules = []
-    for stream, qkv, norm, out, mlp, modulation in (
-        ("visual", "to_{}", "norm", "to_out.0", "ff", "norm1"),
-        ("text", "add_{}_proj", "norm_added", "to_add_out", "ff_context", "norm1_context"),
-    ):
-        rules += [
-            *layer(f"{ours}.{stream}.modulation.linear", f"{theirs}.{modulation}.linear"),
-            *joined(
-                f"{ours}.{stream}.linear_qkv", [f"{theirs}.attn.{qkv.format(x)}" for x in "qkv"], by_head
-            ),
-            Rule(
-                f"{ours}.{stream}.qk_norm.weight",
-                (f"{theirs}.attn.{norm}_q.weight", f"{theirs}.attn.{norm}_k.weight"),
-                Stacked(2),
-            ),
-            *layer(f"{ours}.{stream}.linear_proj", f"{theirs}.attn.{out}"),
-            *layer(f"{ours}.{stream}.linear_fc1", f"{theirs}.{mlp}.net.0.proj"),
-            *layer(f"{ours}.{stream}.linear_fc2", f"{theirs}.{mlp}.net.2"),
-        ]
-    return rules
-
-
-def single_blocks(model: ModelConfig, ours: str, theirs: str) -> list[Rule]:
-    """Blocks with shared weights, likewise; theirs are numbered from 0 again."""
-    size, mlp = model.head_size, model.mlp // model.heads
-    inputs = [*(f"{theirs}.attn.to_{x}" for x in "qkv"), f"{theirs}.proj_mlp"]
-    rules = [
-        *layer(f"{ours}.modulation.linear", f"{theirs}.norm.linear"),
-        *joined(f"{ours}.linear_in", inputs, ByHead(model.heads, (size, size, size, mlp))),
-        Rule(
-            f"{ours}.qk_norm.weight",
-            (f"{theirs}.attn.norm_q.weight", f"{theirs}.attn.norm_k.weight"),
-            Stacked(2),
-        ),
-        Rule(
-            f"{ours}.linear_out.weight",
-            (f"{theirs}.proj_out.weight",),
-            ColumnsByHead(model.heads, (size, mlp)),
-        ),
-        Rule(f"{ours}.linear_out.bias", (f"{theirs}.proj_out.bias",)),
-    ]
-    return [replace(rule, ahead=model.single_stream.double_blocks) for rule in rules]
-
-
-def _example(model: ModelConfig, samples: int, generator: torch.Generator) -> Inputs:
+def _example(model: HunyuanConfig, samples: int, generator: torch.Generator) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     size = tuple(tokens * side for tokens, side in zip((3, 4, 5), model.patch, strict=True))
-    guidance = model.hunyuan.guidance
+    guidance = model.guidance
     return Inputs(
         normal(samples, model.latent_channels, *size),
         torch.rand(samples, generator=generator),
         normal(samples, 77, model.text_width),
-        pooled=normal(samples, model.hunyuan.pooled_width),
+        pooled=normal(samples, model.pooled_width),
         given=normal(samples, model.condition_channels, *size) if model.condition_channels else None,
         guidance=torch.full((samples,), guidance) if guidance else None,
     )
@@ -198,4 +146,18 @@ def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
     )[0]
 
 
-HUNYUAN = Family("hunyuan", _CLASS, _read, _write, _rules, _example, _forward)
+WEIGHTS = Counterpart(
+    HunyuanConfig,
+    _CLASS,
+    _read,
+    _write,
+    _rules,
+    _example,
+    _forward,
+    roots=ROOTS,
+    authors=Authors(
+        "HunyuanVideo",
+        r"double_blocks\.\d+\.(img|txt)_attn_qkv|txt_in\.individual_token_refiner|img_in\.proj\."
+        r"|guidance_in\.mlp",
+    ),
+)

@@ -10,14 +10,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from megatron_apt.families.sd3.config import Sd3Config
 from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.models import parameters
 from megatron_apt.models.backbone import RMSNorm
-from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import PooledEmbedding
+from megatron_apt.models.joint import Block, JointTransformer
 from megatron_apt.models.layout import Layout
-from megatron_apt.models.mmdit import Block, MMDiT
 from megatron_apt.models.parameters import column_linear, declare, row_linear
 from megatron_apt.models.parts import DTYPES, BlockSubmodules, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut
@@ -28,7 +28,7 @@ from megatron_apt.parallel.mesh import Mesh
 class SelfAttention(nn.Module):
     """Attention of each sample's visual tokens among themselves: (a, b, D) -> (a, b, D), folded."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int):
+    def __init__(self, model: Sd3Config, mesh: Mesh, parts: BlockSubmodules, layer_number: int):
         super().__init__()
         config, d = transformer_config(model, mesh), model.width
         self.mesh, self.heads, self.head_size = mesh, model.heads // mesh.tp.size, model.head_size
@@ -54,7 +54,7 @@ class DualBlock(Block):
     vectors = 9  # shift, scale and gate of the second attention last
 
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool
+        self, model: Sd3Config, mesh: Mesh, parts: BlockSubmodules, layer_number: int, update_text: bool
     ):
         super().__init__(model, mesh, parts, layer_number, update_text)
         self.second = SelfAttention(model, mesh, parts, layer_number)
@@ -97,7 +97,7 @@ def table_rows(layout: Layout, size: int) -> Tensor:
         if frames != 1 or max(rows, columns) > size:
             raise ValueError(
                 f"a sample of {frames} x {rows} x {columns} tokens (frames, rows, columns): "
-                f"model.family='sd3' takes pictures of one frame and at most model.sd3.position_size={size} "
+                f"model.family='sd3' takes pictures of one frame and at most model.position_size={size} "
                 "tokens a side"
             )
     corners = torch.tensor(
@@ -108,14 +108,16 @@ def table_rows(layout: Layout, size: int) -> Tensor:
     return cells[:, 0] * size + cells[:, 1]
 
 
-class Sd3(MMDiT):
+class Sd3(JointTransformer):
     """v = model(x_t, t, condition) of Stable Diffusion 3 and 3.5."""
 
+    model: Sd3Config
+
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
+        self, model: Sd3Config, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
     ):
         super().__init__(model, mesh, depth, output, cut)
-        size = model.sd3.position_size
+        size = model.position_size
         if cut.first:
             # Never trained, so that nothing is saved by rounding it; what came in goes out.
             table = nn.Parameter(
@@ -124,11 +126,11 @@ class Sd3(MMDiT):
                 )
             )
             self.position_table = declare(
-                table, sines_and_cosines(size, model.sd3.sample_size // model.patch[1]), fixed=True
+                table, sines_and_cosines(size, model.sample_size // model.patch[1]), fixed=True
             )
 
     def block(self, i: int, parts: BlockSubmodules) -> nn.Module:
-        kind = DualBlock if i in self.model.sd3.dual_layers else Block
+        kind = DualBlock if i in self.model.dual_layers else Block
         return kind(self.model, self.mesh, parts, i + 1, update_text=i < self.model.depth - 1)
 
     def pooled_embedding(self) -> nn.Module:
@@ -136,6 +138,9 @@ class Sd3(MMDiT):
 
     def embed(self, x: Tensor, layout: Layout) -> Tensor:
         h = super().embed(x, layout)
-        return h + self.position_table.index_select(0, table_rows(layout, self.model.sd3.position_size)).to(
+        return h + self.position_table.index_select(0, table_rows(layout, self.model.position_size)).to(
             h.dtype
         )
+
+
+MODEL = Sd3

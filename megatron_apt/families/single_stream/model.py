@@ -1,7 +1,6 @@
-"""An MMDiT whose later layers have one set of weights for text and visual tokens: Flux,
-and HunyuanVideo (hunyuan.py).
+"""An MMDiT whose later layers have one set of weights for text and visual tokens.
 
-    double blocks   an MMDiT layer, as in mmdit.py
+    double blocks   an MMDiT layer, as in models/joint.py
     single blocks   attention and MLP side by side, from one norm, with weights that both streams share
 A scale of guidance, which distillation has folded into the published weights, enters like
 the time; here it is a constant of the model. Letters as in layout.py.
@@ -11,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_apt.families.single_stream.config import SingleStreamConfig
 from megatron_apt.kernels.gated_residual import gated_residual
 from megatron_apt.kernels.modulated_norm import modulated_norm
 from megatron_apt.models.backbone import Modulation, RMSNorm
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import PooledEmbedding, TimestepEmbedding
+from megatron_apt.models.joint import Block, JointTransformer
 from megatron_apt.models.layout import Layout, Stream
-from megatron_apt.models.mmdit import Block, MMDiT
 from megatron_apt.models.parameters import column_linear, row_linear
 from megatron_apt.models.parts import DTYPES, BlockSubmodules, transformer_config
 from megatron_apt.models.stages import WHOLE, Cut
@@ -72,19 +72,26 @@ class SingleBlock(nn.Module):
         return gated_residual(x, gate, self.linear_out(both.flatten(-2))[0], stream.rows)
 
 
-class SingleStream(MMDiT):
+class SingleStream(JointTransformer):
     """v = model(x_t, t, condition) of double blocks, then single ones."""
 
+    model: SingleStreamConfig
+
     def __init__(
-        self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE
+        self,
+        model: SingleStreamConfig,
+        mesh: Mesh,
+        depth: int | None = None,
+        output: bool = True,
+        cut: Cut = WHOLE,
     ):
         super().__init__(model, mesh, depth, output, cut)
-        self.guidance = model.single_stream.guidance
+        self.guidance = model.guidance
         if cut.first and self.guidance:
             self.guidance_embed = TimestepEmbedding(model.width, DTYPES[model.dtype])
 
     def block(self, i: int, parts: BlockSubmodules) -> nn.Module:
-        if i < self.model.single_stream.double_blocks:
+        if i < self.model.double_blocks:
             return Block(self.model, self.mesh, parts, i + 1, update_text=True)
         return SingleBlock(self.model, self.mesh, parts, i + 1)
 

@@ -1,0 +1,1 @@
+"""Families of diffusion transformers, a folder each: shape, network, weights in diffusers, encoders."""

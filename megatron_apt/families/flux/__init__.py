@@ -1,0 +1,1 @@
+"""FLUX.1: an MMDiT of pictures whose later layers share weights between text and visual tokens."""

@@ -1,0 +1,1 @@
+"""HunyuanVideo: an MMDiT with single-stream later layers, before which the text is refined."""

@@ -1,0 +1,1 @@
+"""What families with single-stream blocks have in common: Flux and HunyuanVideo."""
