@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_apt.checkpoint.state import configuration_of
 from megatron_apt.checkpoint.store import CheckpointError, latest
 from megatron_apt.config import RunConfig, to_dict
 from megatron_apt.data.identity import Identity
@@ -99,7 +100,8 @@ def check_same_run(
         CheckpointError: naming every field that may not change and has.
     """
     # A field that is missing is younger than the checkpoint
-    stored = _filled(stored, _plain(to_dict(RunConfig()) | {"model": {}}))
+    # A field that is missing is younger than the checkpoint
+    stored = _plain(to_dict(configuration_of(stored, os.fspath(folder))))
     changed = [(name, was, now) for name, was, now in _differences(stored, _plain(wanted)) if name != _SHARDS]
     found = [
         f"{_short(name)}: {_shown(was)} in the checkpoint, {_shown(now)} asked for"
@@ -118,16 +120,6 @@ def check_same_run(
             "cosine decay",
             stacklevel=2,
         )
-
-
-def _filled(stored: dict, defaults: dict) -> dict:
-    filled = {}
-    for name, default in defaults.items():
-        value = stored.get(name, default)
-        filled[name] = (
-            _filled(value, default) if isinstance(default, dict) and isinstance(value, dict) else value
-        )
-    return stored | filled
 
 
 def _differences(stored: object, wanted: object, name: str = "") -> Iterator[tuple[str, object, object]]:

@@ -153,7 +153,7 @@ class Batches:
             kind = "the mean of the text" if source.null_pooled is None else "the text encoder's own"
             raise ValueError(
                 f"{path}: pooled text is {kind}, {source.pooled_width} wide, this model reads "
-                f"{self.model.pooled_width} (families sd3, flux and hunyuan: pooled_width); encode with the "
+                f"{self.model.pooled_width} (model.pooled_width); encode with the "
                 "text encoders of its pipeline"
             )
         check_first_frames(source, self.model)

@@ -51,8 +51,8 @@ class ClipImageEncoder:
         index = read_index(folder)
         if not has_image_encoder(folder):
             raise ValueError(
-                f"{folder}/model_index.json: names no image_encoder; give the pipeline of a Wan2.1 I2V "
-                "model, or none for Wan2.2's"
+                f"{folder}/model_index.json: names no image_encoder; give a pipeline that has one, or "
+                "leave it out for a model that reads no image tokens"
             )
         processor_class = class_of_transformers(index, "image_processor")
         if processor_class is None or not hasattr(processor_class, "preprocess"):

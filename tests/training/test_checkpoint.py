@@ -27,6 +27,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.command import Inspect, Reshard, Verify, inspect, run
 from megatron_apt.checkpoint.resume import check_same_run
 from megatron_apt.checkpoint.save import superseded
+from megatron_apt.checkpoint.state import configuration_of
 from megatron_apt.config import GuardConfig, ParallelConfig, RetentionConfig, to_dict
 from megatron_apt.errors import Collapse
 from megatron_apt.methods.apt.config import AptConfig
@@ -383,7 +384,7 @@ def test_half_a_removed_checkpoint_has_no_checkpoints_name(tmp_path, mesh, datas
 def test_a_checkpoint_without_a_younger_field_continues_with_its_default(datasets, tmp_path):
     wanted = to_dict(config(datasets, tmp_path))
     older = json.loads(json.dumps(wanted))
-    del older["apt"]["reuse_fakes"], older["pipeline"], older["model"]["wan"]["first_frame"]
+    del older["apt"]["reuse_fakes"], older["pipeline"], older["model"]["rope_theta"]
     check_same_run(older, wanted, tmp_path)
     changed = to_dict(
         config(datasets, tmp_path, apt=AptConfig(ar1_lambda=10.0, ar1_sigma=0.1, reuse_fakes=True))

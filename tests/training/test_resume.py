@@ -13,10 +13,15 @@ import pytest
 from megatron_apt.checkpoint import resume, store
 from megatron_apt.checkpoint.files import point
 from megatron_apt.checkpoint.resume import begin, check_same_run
+from megatron_apt.checkpoint.state import model_of
 from megatron_apt.checkpoint.store import CheckpointError
 from megatron_apt.config import RunConfig, to_dict
 from megatron_apt.data.identity import identify
 from megatron_apt.data.shards import LatentShards
+from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.families.registry import to_stored
+from megatron_apt.families.sd3.config import Sd3Config
+from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.training.log import LogError, RunLog, read_rows
 from megatron_apt.training.train import train
 from support.runs import config, rows
@@ -213,3 +218,57 @@ with guards.Signals() as signals:
     )
     assert (done.returncode, done.stdout) == (130, f"{signal.SIGINT.value}\n")
     assert done.stderr.count("saving after this iteration; Ctrl-C again ends at once") == 1
+
+
+# --- shapes as they were stored before families had fields of their own
+
+OLD_SECTIONS = {
+    "wan": {"cross_norm": True, "image_width": 0, "image_tokens": 257, "first_frame": True},
+    "sd3": {
+        "pooled_width": 2048,
+        "position_size": 192,
+        "sample_size": 128,
+        "qk_norm": False,
+        "dual_layers": [],
+    },
+    "flux": {"double_blocks": 19, "pooled_width": 768, "rope_axes": [16, 56, 56], "guidance": 3.5},
+    "hunyuan": {
+        "double_blocks": 20,
+        "pooled_width": 768,
+        "rope_axes": [16, 56, 56],
+        "guidance": 6.0,
+        "refiner_blocks": 2,
+    },
+}
+COMMON = {"depth": 4, "width": 48, "heads": 4, "last_block_text": False, "patch": [1, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape"),
+    [
+        (
+            {"family": "mmdit", "modulation": "single", "pooled_text": True},
+            MMDiTConfig(depth=4, width=48, modulation="single"),
+        ),
+        (
+            {"family": "wan", "modulation": "single", "pooled_text": False},
+            WanConfig(depth=4, width=48, first_frame=True),
+        ),
+        (
+            {"family": "sd3", "modulation": "block", "pooled_text": True},
+            Sd3Config(depth=4, width=48),
+        ),
+    ],
+    ids=lambda value: value["family"] if isinstance(value, dict) else "",
+)
+def test_a_shape_of_an_older_version_is_read(stored, shape):
+    found = model_of({**COMMON, **stored, **OLD_SECTIONS})
+    assert found == shape and type(found) is type(shape)
+    assert model_of(json.loads(json.dumps(to_stored(shape)))) == shape
+
+
+def test_a_shape_with_what_its_family_cannot_have_is_not_read():
+    with pytest.raises(CheckpointError, match=r"unknown fields \['modulation'\]"):
+        model_of({**COMMON, **OLD_SECTIONS, "family": "wan", "modulation": "block"})
+    with pytest.raises(CheckpointError, match="family='dit': use 'mmdit', 'wan'"):
+        model_of({"family": "dit"})
