@@ -14,7 +14,7 @@ from megatron.core.extensions import transformer_engine as te
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_apt.config import ParallelConfig
-from megatron_apt.models import discriminator, mmdit, spec
+from megatron_apt.models import discriminator, joint, spec
 from megatron_apt.models.config import Fp8Config
 from megatron_apt.models.fp8 import require
 from megatron_apt.parallel import startup
@@ -66,7 +66,7 @@ def test_twenty_iterations_on_a_gpu_and_on_a_cpu(on_gpu):
 
 @pytest.mark.skipif(not te.HAVE_TE, reason="needs Transformer Engine")
 def test_transformer_engine_and_torch_layers(on_gpu, wide, monkeypatch):
-    for module in (mmdit, discriminator):
+    for module in (joint, discriminator):
         monkeypatch.setattr(module, "choose_backend", lambda *_: spec.LocalBackend())
     assert_near(on_gpu, losses(wide, COUNT), TOLERANCE)
 
