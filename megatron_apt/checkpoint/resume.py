@@ -171,7 +171,7 @@ def _plain(value):
 
 
 def warn_of_random_weights(config: RunConfig) -> None:
-    """APT and distillation of random weights run, which tests and benchmarks use; nobody else means to."""
+    """Methods that begin from checkpoints run without, for tests and benchmarks; nobody else means to."""
     empty = [f"init.{name}" for name in config.of_method.needs if not getattr(config.init, name)]
     if empty:
         warnings.warn(

@@ -182,6 +182,6 @@ class Method:
     summarise: Callable[[Values], Values] = lambda values: values
     signs_of_collapse: Callable[[Values, GuardConfig], dict[str, str]] = lambda values, guards: {}
     correlated: tuple[tuple[str, str], ...] = ()
-    measure: Callable[[dict[str, nn.Module], Microbatch], Metrics] | None = None
+    measure: Callable[[dict[str, nn.Module], Microbatch], Metrics] = lambda networks, batch: {}
     measure_every: int = 0
     least_samples: int = 1

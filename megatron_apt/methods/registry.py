@@ -4,8 +4,8 @@ methods/NAME/config.py    its settings, a MethodConfig
 methods/NAME/method.py    method(config, mesh), its networks and phases (see build.py)
 """
 
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Literal, Self
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Literal, Self, get_args
 
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.config import MethodConfig
@@ -41,5 +41,5 @@ class MethodConfigs:
 
 
 METHODS: dict[str, type[MethodConfig]] = {
-    one.name: one.type for one in fields(MethodConfigs) if one.name != "method"
+    name: type(getattr(MethodConfigs(), name)) for name in get_args(MethodName)
 }
