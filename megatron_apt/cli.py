@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -201,8 +202,9 @@ def _print_anything() -> None:
     of ending a command whose work is done.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or another's
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _quiet_libraries() -> None:

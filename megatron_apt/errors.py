@@ -65,10 +65,10 @@ def shown(name: str | os.PathLike) -> str:
     text = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, os.PathLike) else name
     if text.isprintable():
         return text
-    return "".join(c if not _unprintable(c) else _escaped(c) for c in text)
+    return "".join(_escaped(c) if _is_control(c) else c for c in text)
 
 
-def _unprintable(character: str) -> bool:
+def _is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
@@ -120,12 +120,13 @@ def _sentence(error: BaseException) -> str:
 def described_os_error(error: OSError) -> str:
     """`path: reason; remedy`, of an error that the operating system gave."""
     places = " -> ".join(_shown(name) for name in (error.filename, error.filename2) if name is not None)
-    reason = error.strerror or os.strerror(error.errno)
-    remedy = REMEDIES.get(error.errno, "")
+    code = error.errno or 0
+    reason = error.strerror or os.strerror(code)
+    remedy = REMEDIES.get(code, "")
     return f"{places or type(error).__name__}: {reason}" + (f"; {remedy}" if remedy else "")
 
 
-def _shown(name: object) -> str:
+def _shown(name: int | str | bytes | os.PathLike) -> str:
     if isinstance(name, int):
         return {0: "standard input", 1: "standard output", 2: "standard error"}.get(
             name, f"file descriptor {name}"

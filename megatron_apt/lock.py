@@ -244,7 +244,8 @@ class FolderLock:
         while not self._released.wait(self.interval):
             self.me = replace(self.me, beat=self.me.beat + 1)
             with contextlib.suppress(OSError):  # a full or absent disk; whoever commits will hear of it
-                self._write(self._file)
+                if self._file is not None:
+                    self._write(self._file)
                 self.lost = self._gone()
             if self.lost:
                 return

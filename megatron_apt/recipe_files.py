@@ -164,6 +164,7 @@ def _callables(module: ModuleType) -> list[str]:
 
 def _module(file: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec and spec.loader  # of a file that is there
     module = importlib.util.module_from_spec(spec)
     # Recipes may build on their neighbours, as with plain python
     sys.path.insert(0, str(file.resolve().parent))

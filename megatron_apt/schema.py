@@ -23,10 +23,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**53)]
 
 # Or a half of a whole pair
-_SURROGATE = (
-    re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]"),
-    re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]"),
-)
+_SURROGATE_BYTES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 # Of one JSON file: no honest one comes near, and a hostile one must not fill the memory
 MOST_BYTES = 64 << 20
@@ -89,7 +87,7 @@ def parse_json(
     """
     try:
         value = json.loads(data)
-        if _SURROGATE[isinstance(data, str)].search(data):
+        if _SURROGATE.search(data) if isinstance(data, str) else _SURROGATE_BYTES.search(data):
             # What cannot be written again cannot be printed or be the name of a file
             # either
             json.dumps(value, ensure_ascii=False).encode()

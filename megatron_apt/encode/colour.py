@@ -7,6 +7,7 @@ BT.601 in limited range, FFmpeg's rule. Primaries of SDR video are left as they 
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -55,7 +56,12 @@ def is_dolby_vision_only(frame: av.VideoFrame) -> bool:
     """Profile 5: colours that only a Dolby Vision decoder can read. Other profiles have a
     base layer that says what it is.
     """
-    return frame.color_trc in (0, 2) and any(data.type.name.startswith("DOVI") for data in frame.side_data)
+    return frame.color_trc in (0, 2) and any(name.startswith("DOVI") for name, _ in side_data(frame))
+
+
+def side_data(frame: av.VideoFrame) -> list[tuple[str, bytes]]:
+    """What comes with a frame beside its pixels: name and bytes of each."""
+    return [(data.type.name, bytes(data)) for data in cast(Any, frame.side_data)]
 
 
 def refuse_dolby_vision(frame: av.VideoFrame, path: Path) -> None:

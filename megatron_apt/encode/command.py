@@ -472,8 +472,13 @@ def _encode_part(
         if entry.note:
             notes.add(entry.path, entry.note)
         clip = _clip(config, entry)
-        meta = {"source": shown(entry.path), "size": [clip.frames, clip.height, clip.width]}
-        meta |= {"start": clip.start, "fps": clip.fps, "stride": clip.stride}
+        meta = {
+            "source": shown(entry.path),
+            "size": [clip.frames, clip.height, clip.width],
+            "start": clip.start,
+            "fps": clip.fps,
+            "stride": clip.stride,
+        }
         text, pooled = texts[entry.caption]
         shard.add(f"{i:08d}", arrays.pop("latent"), text, entry.caption, meta, pooled=pooled, **arrays)
     shard.notes += notes.lines()

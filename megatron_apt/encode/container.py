@@ -28,7 +28,7 @@ class Metered(io.FileIO):
 
     since = 0
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         if self.since > MOST_BETWEEN:
             return b""  # FFmpeg takes an exception for a damage that it can read on behind
         data = super().read(size)
@@ -52,7 +52,7 @@ class Metered(io.FileIO):
         """
         if self.since > MOST_BETWEEN:
             remedy = "the file is damaged, or was never written in full; fetch it again"
-            raise RejectedInput(Path(self.name), "payload", f"no frame in {MOST_BETWEEN} bytes", remedy)
+            raise RejectedInput(Path(str(self.name)), "payload", f"no frame in {MOST_BETWEEN} bytes", remedy)
         self.since = 0
 
 
@@ -67,7 +67,7 @@ def open_video(path: Path, file: Metered | None = None) -> av.container.InputCon
     formats = VIDEO_FORMATS if suffix_of(path) in VIDEO_SUFFIXES else VIDEO_FORMATS + ",png_pipe"
     try:
         # With file: in front, a name such as concat:a.mp4 is a name, and asks FFmpeg for nothing.
-        return av.open(file or f"file:{path}", options={"format_whitelist": formats})
+        return av.open(file or f"file:{path}", "r", options={"format_whitelist": formats})
     except av.error.ArgumentError:
         remedy = (
             "a picture, text, playlist or sound under a video's name, or damaged; name it as what it is, or "

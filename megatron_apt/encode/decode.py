@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,12 +34,15 @@ from megatron_apt.encode.policy import PixelPolicy
 from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.video import VideoInfo, choose_frames, file_size, probe
 
-try:
+if TYPE_CHECKING:  # the other one has a part of its functions, which are alike
     from megatron_apt.encode import with_dali as backend
-except ModuleNotFoundError as missing:
-    if not (missing.name or "").startswith("nvidia"):
-        raise
-    from megatron_apt.encode import without_dali as backend
+else:
+    try:
+        from megatron_apt.encode import with_dali as backend
+    except ModuleNotFoundError as missing:
+        if not (missing.name or "").startswith("nvidia"):
+            raise
+        from megatron_apt.encode import without_dali as backend
 
 DEVICES = ("cpu", "gpu")
 # An AVI whose index is damaged makes DALI end the whole program (SIGSEGV)
@@ -131,6 +135,12 @@ class _Plan:
     indices: list[int] = field(default_factory=list)
     info: VideoInfo | None = None
 
+    @property
+    def video(self) -> VideoInfo:
+        """Of the routes "video" and "pyav"."""
+        assert self.info is not None
+        return self.info
+
 
 @dataclass(frozen=True, eq=False)
 class _Picture:
@@ -203,7 +213,7 @@ def _decode_group(
 ) -> list[Tensor | RejectedInput]:
     if len(plans) == 1 and isinstance(plans[0], _Plan) and plans[0].route == "pyav":
         return [_decode_piecewise(clips[0], plans[0], device, notes)]
-    found: list[_Picture | RejectedInput] = list(plans)
+    found: list = list(plans)  # a plan is replaced by the _Picture or RejectedInput that comes of it
     routes = {
         route: [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == route]
         for route in ("pyav", "pillow")
@@ -239,7 +249,7 @@ def _or_rejected(decode, clip: Clip, plan: _Plan, device: str, notes: Notes) -> 
 
 
 def _pyav_picture(clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Picture:
-    taken = list(shots(plan.info, plan.indices, clip.policy, notes))
+    taken = list(shots(plan.video, plan.indices, clip.policy, notes))
     return _Picture(backend.as_pixels(np.stack([shot.pixels for shot in taken]), device), taken[0].shown)
 
 
@@ -252,10 +262,10 @@ def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Ten
     """A clip whose frames are scaled as they come, so that never more than CHUNK_BYTES of
     them are held in their own size.
     """
-    result, done, held = None, 0, []
-    step = max(1, CHUNK_BYTES // max(1, plan.info.frame_bytes))
+    result, done, held = torch.empty(0), 0, []
+    step = max(1, CHUNK_BYTES // max(1, plan.video.frame_bytes))
     try:
-        for shot in shots(plan.info, plan.indices, clip.policy, notes):
+        for shot in shots(plan.video, plan.indices, clip.policy, notes):
             held.append(shot)
             if len(held) < step and done + len(held) < len(plan.indices):
                 continue
@@ -265,7 +275,7 @@ def _decode_piecewise(clip: Clip, plan: _Plan, device: str, notes: Notes) -> Ten
                 return fitted
             if len(held) == len(plan.indices):
                 return fitted
-            if result is None:
+            if not done:
                 result = torch.empty(3, len(plan.indices), clip.height, clip.width)
             result[:, done : done + len(held)] = fitted
             done, held = done + len(held), []
@@ -280,7 +290,7 @@ def _decode_dali_videos(clips, plans, found: list, device: str, notes: Notes) ->
     """Fills in the clips of route "video". Clips of one file are decoded from one copy of
     it; what DALI refuses, PyAV tries, and says why.
     """
-    members: dict[Path, list[int]] = {}
+    members: dict[object, list[int]] = {}
     for i, plan in enumerate(plans):
         if isinstance(plan, _Plan) and plan.route == "video":
             members.setdefault(Path(clips[i].path), []).append(i)
@@ -305,7 +315,7 @@ def _decode_dali_videos(clips, plans, found: list, device: str, notes: Notes) ->
             found[i] = _Picture(own, own.shape[1:3])
 
 
-def _fit(clips: Sequence[Clip], found: Sequence[_Picture | RejectedInput]) -> list[Tensor | RejectedInput]:
+def _fit(clips: Sequence[Clip], found: Sequence) -> list[Tensor | RejectedInput]:
     """Scales, crops and normalises the pictures; all that are treated alike together."""
     results: list = list(found)
     calls: dict[tuple, list[int]] = {}

@@ -4,11 +4,13 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import av
 import numpy as np
+from av.filter import Graph
 
-from megatron_apt.encode.colour import dali_converts_it, refuse_dolby_vision, to_rgb
+from megatron_apt.encode.colour import dali_converts_it, refuse_dolby_vision, side_data, to_rgb
 from megatron_apt.encode.container import open_video
 from megatron_apt.encode.geometry import UPRIGHT, Orientation, orientation, shown_size
 from megatron_apt.encode.notes import Notes
@@ -96,7 +98,7 @@ def is_plain(info: VideoInfo) -> bool:
     """
     try:
         with open_video(info.path) as container:
-            stream = container.streams[info.stream]
+            stream = cast(av.VideoStream, container.streams[info.stream])
             frame = next(container.decode(stream))
             upright = _orientation(info, frame) == UPRIGHT and info.aspect in (None, 0, 1)
             return upright and not _interlaced(info, frame) and not info.alpha and dali_converts_it(frame)
@@ -135,7 +137,7 @@ def _shot(
 
 
 def _orientation(info: VideoInfo, frame: av.VideoFrame) -> Orientation:
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = next((data for name, data in side_data(frame) if name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return UPRIGHT
     try:
@@ -177,7 +179,7 @@ def deinterlaced(
         if f is not None
         and (f.format.name, f.width, f.height) == (frame.format.name, frame.width, frame.height)
     ]
-    graph = av.filter.Graph()
+    graph = Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
     )
@@ -249,7 +251,7 @@ def _decoded(info: VideoInfo, first: int) -> Iterator[tuple[int, av.VideoFrame]]
 
 def _decoded_from(info: VideoInfo, start: int | None) -> Iterator[tuple[int, av.VideoFrame]]:
     with open_video(info.path) as container:
-        stream = container.streams[info.stream]
+        stream = cast(av.VideoStream, container.streams[info.stream])
         decoder = _decoder(info, stream)
         if start is not None:
             container.seek(start, stream=stream, backward=True)
@@ -282,7 +284,7 @@ def _packets(
 def _decoder(info: VideoInfo, stream: av.VideoStream) -> av.VideoCodecContext:
     decoder = stream.codec_context
     if info.alpha and info.codec in ALPHA_DECODERS:
-        decoder = av.CodecContext.create(ALPHA_DECODERS[info.codec], "r")
+        decoder = cast(av.VideoCodecContext, av.CodecContext.create(ALPHA_DECODERS[info.codec], "r"))
         decoder.extradata = stream.codec_context.extradata
     decoder.thread_type = "AUTO"
     if stream.width * stream.height >= WIDE_FRAME:

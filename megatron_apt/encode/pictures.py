@@ -291,7 +291,7 @@ def _foreign_profile(image: Image.Image) -> bool:
 
 @cache
 def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.createProfile("sRGB")
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _in_srgb(image: Image.Image, path: Path, notes: Notes) -> Image.Image:
@@ -312,5 +312,6 @@ def _in_srgb(image: Image.Image, path: Path, notes: Notes) -> Image.Image:
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         notes.add(path, f"colour profile not applied ({' '.join(str(error).split())})")
         return image
+    assert converted is not None  # as it is where a picture is converted in place
     notes.add(path, "colour profile, converted to sRGB")
     return converted

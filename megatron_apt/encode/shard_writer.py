@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -112,8 +113,10 @@ class ShardWriter:
                 "image_encoder" if there is one; None: no first frames.
             notes: of the source as a whole; they stand before those of its files.
         """
-        parts = [self.done(number) for number in range(shards)]
-        index = [{"id": i, **line} for i, line in enumerate(line for part in parts for line in part["index"])]
+        parts = [part for number in range(shards) if (part := self.done(number))]
+        assert len(parts) == shards
+        lines_of_all = (line for part in parts for line in part["index"])
+        index: list[dict[str, Any]] = [{"id": i, **line} for i, line in enumerate(lines_of_all)]
         rejected = [line for part in parts for line in part["rejected"]]
         notes = [*notes, *(line for part in parts for line in part["notes"])]
         info = {
@@ -222,7 +225,8 @@ class OpenShard:
         """Appends a sample; key is its unique name, without dots (WebDataset cuts names
         at the first), `others` are further arrays of ARRAYS.
         """
-        line, sums = {"key": key, "shard": self.name}, {}
+        line: dict[str, Any] = {"key": key, "shard": self.name}
+        sums: dict[str, int] = {}
         for name, array in {"latent": latent, "text": text, **others}.items():
             if array is not None:
                 data = _npy_bytes(array)

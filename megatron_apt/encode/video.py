@@ -11,13 +11,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from megatron_apt.encode.coded_size import coded_size
 from megatron_apt.encode.container import Metered, open_video
 from megatron_apt.encode.rejected import RejectedInput
 
 MOST_HEADER = 4096  # bytes of a packet in which a frame's size stands
-COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 # Whose headers list every frame; others promise a number that nobody keeps (AVI counts
 # dropped frames)
 COUNTED_FORMATS = ("mov", "mp4")
@@ -213,7 +214,7 @@ def default_stream(path: Path, container: av.container.InputContainer) -> av.Vid
     return max(
         known,
         key=lambda s: (
-            bool(s.disposition & av.stream.Disposition.default),
+            bool(s.disposition & Disposition.default),
             s.width * s.height,
             s.frames != 1,
             -s.index,

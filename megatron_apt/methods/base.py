@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_apt.config import GuardConfig, OptimizerConfig
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.stages import Cut
+from megatron_apt.models.stages import Cut, Staged
 
 Grad = Literal["full", "input", "none"]
 Metrics = dict[str, Tensor]
@@ -146,7 +146,7 @@ class Role:
         lr_scale: parameter name -> multiple of the learning rate.
     """
 
-    build: Callable[[Cut], nn.Module]
+    build: Callable[[Cut], Staged]
     depth: int
     source: str = ""
     target: str = ""
@@ -182,6 +182,6 @@ class Method:
     summarise: Callable[[Values], Values] = lambda values: values
     signs_of_collapse: Callable[[Values, GuardConfig], dict[str, str]] = lambda values, guards: {}
     correlated: tuple[tuple[str, str], ...] = ()
-    measure: Callable[[dict[str, nn.Module], Microbatch], Metrics] = lambda networks, batch: {}
+    measure: Callable[[Mapping[str, Staged], Microbatch], Metrics] = lambda networks, batch: {}
     measure_every: int = 0
     least_samples: int = 1

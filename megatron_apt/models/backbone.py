@@ -17,7 +17,7 @@ from megatron_apt.models.fp8 import Fp8Blocks
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import column_linear, declare, linear
 from megatron_apt.models.parts import DTYPES, transformer_config
-from megatron_apt.models.stages import WHOLE, Cut, State, run_all
+from megatron_apt.models.stages import WHOLE, Cut, Staged, State, run_all
 from megatron_apt.parallel.megatron import (
     checkpoint,
     copy_to_tensor_model_parallel_region,
@@ -108,7 +108,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x, *self.modulation(c, shared), rows))
 
 
-class Backbone(nn.Module):
+class Backbone(Staged):
     """A diffusion transformer: v = model(x_t, t, condition).
 
     A family defines `enter`, `carried`, `hidden`, `constant`, and builds `blocks` and

@@ -24,7 +24,7 @@ from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.layout import Layout, Stream
 from megatron_apt.models.parameters import column_linear, declare, linear, row_linear
 from megatron_apt.models.parts import DTYPES, Backend, choose_backend, transformer_config
-from megatron_apt.models.stages import WHOLE, Cut, State, run_all
+from megatron_apt.models.stages import WHOLE, Cut, Staged, State, run_all
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.collectives import max_over, sum_over
 from megatron_apt.parallel.megatron import (
@@ -120,7 +120,7 @@ class QueryHead(nn.Module):
         return both[..., 1:] / both[..., :1]
 
 
-class Discriminator(nn.Module):
+class Discriminator(Staged):
     """D(x, t, condition) -> one logit per sample.
 
     Args:

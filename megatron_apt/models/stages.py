@@ -8,11 +8,10 @@ parameters keep the names they have in the whole network, whatever the number of
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_apt.models.layout import Layout, chunk
 from megatron_apt.parallel.mesh import Axis
@@ -46,7 +45,7 @@ class Cut:
 WHOLE = Cut()
 
 
-class Staged(Protocol):
+class Staged(nn.Module):
     """A network that runs stage by stage. Its forward runs all of them, where this rank holds all."""
 
     cut: Cut
@@ -54,16 +53,20 @@ class Staged(Protocol):
 
     def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
         """What the first stage begins with. Arguments as in Backbone.forward."""
+        raise NotImplementedError
 
     def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:
         """What leaves a stage; the network's output after the last one."""
+        raise NotImplementedError
 
     def carried(self, stage: int, layout: Layout) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Shape of each tensor that leaves a stage other than the last, and whether it
         depends on the network's input (not on weights alone).
         """
+        raise NotImplementedError
 
-    def output_shape(self, layout: Layout) -> tuple[int, ...]: ...
+    def output_shape(self, layout: Layout) -> tuple[int, ...]:
+        raise NotImplementedError
 
 
 def run_all(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout) -> Tensor:

@@ -310,7 +310,7 @@ def gpipe(graph: Graph) -> Built:
 def _one_forward_one_backward(graph: Graph, forwards_first: bool = False) -> list[list[int]]:
     wishes = Wishes(graph)
     due = wishes.due({branch: Wish(offset=0.0, pace=wishes.work[branch]) for branch in wishes.branches})
-    turn = {branch: number for number, branch in enumerate(wishes.branches)}
+    turn: dict[tuple[str, str], float] = {branch: number for number, branch in enumerate(wishes.branches)}
     turn |= {(phase, ""): number + 0.5 for (phase, _), number in turn.items()}  # STEP
 
     def when(number: int) -> tuple:

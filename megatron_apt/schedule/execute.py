@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.methods.base import Branch, Metrics, Segment
 from megatron_apt.models.layout import Layout
 from megatron_apt.models.parameters import frozen
-from megatron_apt.models.stages import State
+from megatron_apt.models.stages import Staged, State
 from megatron_apt.parallel.deferred import WeightGradients, deferring
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schedule.actions import Action, Task
@@ -80,7 +80,7 @@ class Executor:
 
     def __init__(self, networks: "dict[str, Network]", mesh: Mesh):
         self._networks, self.mesh = networks, mesh
-        self.modules: dict[str, nn.Module] = {name: network.module for name, network in networks.items()}
+        self.modules: dict[str, Staged] = {name: network.module for name, network in networks.items()}
         # Iteration of the first loss of this rank that was not finite, and where it arose
         self.bad_loss: tuple[int, str] | None = None
 
@@ -303,12 +303,12 @@ class _Run:
         for name, value in metrics.items():
             total[name] = total[name] + value if name in total else value
 
-    def _collect(self, segment: int, output: Tensor, chain: _Chain) -> dict[str, Tensor]:
+    def _collect(self, segment: int, output: Tensor, chain: _Chain) -> None:
         """Moves the gradient that has gathered at a segment's output to where its last stage finds it."""
         gradient, output.grad = output.grad, None
-        chain.add_gradients(
-            segment, self._last_stage(chain.branch.segments[segment].role), {_OUTPUT: gradient}
-        )
+        assert gradient is not None
+        last = self._last_stage(chain.branch.segments[segment].role)
+        chain.add_gradients(segment, last, {_OUTPUT: gradient})
 
     def _backward(self, task: Task, segment: Segment, chain: _Chain) -> None:
         s, stage = task.segment, task.stage
@@ -390,7 +390,7 @@ class _Run:
             if self._rank_of(producer, self._last_stage(producer)) == self._rank:
                 found.append(
                     Expected(
-                        r, self._executor.modules[producer].output_shape(chain.layout(r)), samples, False
+                        str(r), self._executor.modules[producer].output_shape(chain.layout(r)), samples, False
                     )
                 )
         return found
@@ -414,9 +414,9 @@ class _Run:
             if source.stage:
                 chain.add_gradients(source.segment, source.stage - 1, {one.name: tensor})
             else:
-                chain.add_gradients(
-                    one.name, self._last_stage(chain.branch.segments[one.name].role), {_OUTPUT: tensor}
-                )
+                segment = int(one.name)
+                last = self._last_stage(chain.branch.segments[segment].role)
+                chain.add_gradients(segment, last, {_OUTPUT: tensor})
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _UNDER_WAY = 8
 class Expected(NamedTuple):
     """One tensor of a message."""
 
-    name: object  # what the receiver knows it by
+    name: str  # what the receiver knows it by
     shape: tuple[int, ...]
     dtype: torch.dtype
     differentiated: bool  # a gradient goes back

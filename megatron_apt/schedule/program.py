@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megatron_apt.methods.base import Phase
 from megatron_apt.schedule.actions import Action
@@ -73,7 +74,9 @@ def read(text: str, phases: Sequence[Phase], costs: Mapping[str, Cost], message:
     head, *lines = text.splitlines() or [""]
     words = head.split()
     try:
-        sizes = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        sizes: dict[str, Any] = {
+            name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)
+        }
         if set(sizes) != {"microbatches", "iterations", "shared", "split"}:
             raise ValueError
         split = bool(sizes.pop("split"))

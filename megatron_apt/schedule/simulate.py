@@ -50,13 +50,15 @@ def simulate(graph: Graph, order: Order) -> Timeline:
             task = order[rank][at[rank]]
             begin = free[rank]
             for source in graph.before[task]:
-                if end[source] is None:
+                ended = end[source]
+                if ended is None:
                     waiting.setdefault(source, []).append(rank)
                     break
-                begin = max(begin, end[source] + graph.delay(source, task))
+                begin = max(begin, ended + graph.delay(source, task))
             else:
-                start[task], end[task] = begin, begin + graph.time[task]
-                free[rank], at[rank] = end[task], at[rank] + 1
+                start[task] = begin
+                free[rank] = end[task] = begin + graph.time[task]
+                at[rank] += 1
                 awake += waiting.pop(task, [])
                 continue
             break

@@ -130,13 +130,13 @@ def _locate(network: Network, executor: Executor, phase: Phase, batches: Load, m
     """
     found, program = "", without_update(one_rank((phase,), 1))
     loaded = {iteration: batches(iteration) for iteration in ((0, -1) if phase.repeats else (0,))}
-    for m, batch in enumerate((phase.repeats and loaded[-1]) or loaded[0]):
-        network.shards.zero_grad()
+    for m, batch in enumerate((loaded[-1] if phase.repeats else ()) or loaded[0]):
+        network.trained.zero_grad()
         with network.accumulating(last=False):
             executor.run(program, lambda iteration, m=m: loaded[iteration][m : m + 1], lambda task: None)
         # Every microbatch runs on every rank, because others may wait in its collectives;
         # the first find counts.
-        if not found and (names := network.shards.bad_gradients()):
+        if not found and (names := network.trained.bad_gradients()):
             found = (
                 f"the gradient of {_named(network, names)} is not finite in phase {phase.name}, microbatch "
                 f"{m} on rank {mesh.world.rank}; its samples: {batch.named_samples()}"

@@ -47,8 +47,14 @@ class Network:
         self.fp8.start()
         self.begin_average()
 
+    @property
+    def trained(self) -> ShardedParameters:
+        """The shards of a network that trains."""
+        assert self.shards is not None
+        return self.shards
+
     def begin_average(self) -> None:
-        if self.role.ema and self.shards is not None:
+        if self.role.ema and self.shards is not None and self.role.optimizer is not None:
             self.ema = Ema(self.shards, self.role.optimizer.ema)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -70,9 +76,11 @@ class Network:
         changed. Other stages have gone on by the time they hear of it: waiting for each
         other here would empty the pipeline.
         """
-        lr = learning_rate(self.role.optimizer, self.role.optimizer.lr, self.updates, total_updates)
+        settings = self.role.optimizer
+        assert settings is not None  # a role without one has no phase that updates it
+        lr = learning_rate(settings, settings.lr, self.updates, total_updates)
         square = 0.0
-        if self.shards is not None:
+        if self.shards is not None and self.optimizer is not None:
             self.shards.reduce_gradients()
             square = self.shards.grad_square()
             if square != square:
@@ -87,7 +95,7 @@ class Network:
 
     def _buffers(self) -> dict[str, Tensor]:
         """Every buffer laid out like the shard, by the prefix its tensors have in a checkpoint."""
-        if self.shards is None:
+        if self.shards is None or self.optimizer is None:
             return {}
         buffers = {"": self.shards.master} | {
             f"optimizer.{key}.": value for key, value in self.optimizer.state.items()
@@ -106,7 +114,8 @@ class Network:
         its own storage, because Megatron-Core copies views again.
         """
         if prefix not in self._snapshot:
-            owned = [(self.shards.names[i], self.shards.parameters[i].shape) for i in self.shards.owned()]
+            shards = self.trained
+            owned = [(shards.names[i], shards.parameters[i].shape) for i in shards.owned()]
             self._snapshot[prefix] = {
                 name: torch.empty(shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
                 for name, shape in owned
@@ -114,7 +123,7 @@ class Network:
         return self._snapshot[prefix]
 
     def _sharded(self, prefix: str, owned: dict[str, Tensor]) -> dict:
-        parameters = dict(zip(self.shards.names, self.shards.parameters, strict=True))
+        parameters = dict(zip(self.trained.names, self.trained.parameters, strict=True))
         keys = {name: f"{self.name}.{prefix}{name}" for name in owned}
         return {
             keys[name]: store.sharded(keys[name], value, parameters[name], self.mesh, replica=0)
@@ -132,7 +141,7 @@ class Network:
         state = {}
         for prefix, buffer in self._buffers().items():
             memory = self._host_memory(prefix, buffer)
-            self.shards.gather_owned(buffer, memory)
+            self.trained.gather_owned(buffer, memory)
             state |= self._sharded(prefix, memory)
         if self.mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -161,7 +170,7 @@ class Network:
         for prefix, buffer in self._buffers().items():
             memory = self._host_memory(prefix, buffer)
             loaded = store.load(stored, self._sharded(prefix, memory))
-            self.shards.scatter_owned(
+            self.trained.scatter_owned(
                 {name: loaded[f"{self.name}.{prefix}{name}"].to(buffer.device) for name in memory}, buffer
             )
         frozen = {f"{self.name}.{name}": p for name, p in self._frozen().items()}
@@ -226,7 +235,7 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
         )
         for name, p in part.items():
             p.copy_(loaded[keys[name]])
-            if id(p) in names:
+            if shards is not None and id(p) in names:
                 shards.set_master(names[id(p)], loaded[keys[name]])
     return f"{folder}:{kind}"
 

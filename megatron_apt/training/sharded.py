@@ -18,6 +18,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -113,7 +114,7 @@ class ShardedParameters:
         """This rank's slices, and every rank's fragments."""
         axis, number = self.mesh.dp_cp, {p: i for i, p in enumerate(self.parameters)}
         slices, fragments, offset = [], [[] for _ in range(axis.size)], 0
-        for buffer in self.ddp.buffers:
+        for buffer in cast(Any, self.ddp).buffers:  # Megatron-Core's, not torch's
             for bucket in buffer.buckets:
                 size = len(bucket.grad_data) // axis.size
                 own = slice(axis.rank * size, (axis.rank + 1) * size)

@@ -267,6 +267,7 @@ class _Loop:
         return [signalled, writing]
 
     def _raise(self) -> None:
+        assert self.trouble is not None
         raise self.trouble
 
     def _noting(self, action: Callable[..., None], *args) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_apt.models import parameters
 from megatron_apt.models.layout import Layout
-from megatron_apt.models.stages import Cut, State
+from megatron_apt.models.stages import Cut, Staged, State
 from megatron_apt.parallel.deferred import current
 from megatron_apt.parallel.mesh import Mesh
 
@@ -46,7 +46,7 @@ class _Stage(torch.autograd.Function):
         return dy, dy.sum(), None, None
 
 
-class Sleeper(nn.Module):
+class Sleeper(Staged):
     """A network (models/stages.py) that adds a number per block, and whose stages sleep.
 
     Args:
