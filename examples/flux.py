@@ -16,53 +16,27 @@ it as its guidance_scale. Losses, learning rates, sigma, s, averages and numbers
 updates are the APT paper's for images; batches are smaller (see examples/wan.py).
 """
 
-from dataclasses import replace
-
-from megatron_apt.config import (
-    DataConfig,
-    InitConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RetentionConfig,
-    RunConfig,
-)
+from megatron_apt.config import DataConfig, InitConfig, ParallelConfig, RunConfig
 from megatron_apt.families.flux.config import flux_dev
-from megatron_apt.methods.apt.config import AptConfig
-from megatron_apt.methods.consistency.config import ConsistencyConfig
-
-PRETRAINED = "runs/flux/pretrained"
-LENGTH = 512  # of the T5, which pads; the model reads the padding
+from megatron_apt.methods.recipes import after, distilled, paper_images
 
 
 def consistency() -> RunConfig:
     """Stage 1: nothing to fold in (guidance 1); shift 3, near that of the pipeline at 1024 x 1024."""
-    return RunConfig(
-        method="consistency",
+    base = RunConfig(
         output="runs/flux/consistency",
-        iterations=5000,
         global_batch=256,
         micro_batch=4,
         model=flux_dev(),
         parallel=ParallelConfig(tp=2, pp=2, sequence_parallel=True),
-        data=DataConfig(shards=("data/images",), text_length=LENGTH),
-        init=InitConfig(diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="adamw", lr=1e-5, weight_decay=0.01, ema=0.0),
-        consistency=ConsistencyConfig(steps=32, shift=3.0, guidance_scale=1.0),
-        save_every=500,
+        # Of the T5, which pads to this; the model reads the padding
+        data=DataConfig(shards=("data/images",), text_length=512),
+        init=InitConfig(diffusion="runs/flux/pretrained"),
     )
+    return distilled(base, shift=3.0, guidance_scale=1.0)
 
 
 def apt() -> RunConfig:
-    """Stage 2: lr 5e-6, 350 updates, aR1 sigma 0.01, s = 1."""
-    return replace(
-        consistency(),
-        method="apt",
-        output="runs/flux/apt",
-        iterations=350,
-        global_batch=1024,
-        init=InitConfig(generator="runs/flux/consistency", diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-6, alpha=0.9, ema=0.995),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.01, timestep_shift=1.0),
-        save_every=25,
-        retention=RetentionConfig(last=14),
-    )
+    """Stage 2."""
+    first = consistency()
+    return paper_images(first, output="runs/flux/apt", global_batch=1024, init=after(first))

@@ -18,73 +18,44 @@ images; batches are smaller (see examples/wan.py).
 
 from dataclasses import replace
 
-from megatron_apt.config import (
-    DataConfig,
-    InitConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RetentionConfig,
-    RunConfig,
-)
+from megatron_apt.config import DataConfig, InitConfig, ParallelConfig, RunConfig
 from megatron_apt.families.sd3.config import sd35_large, sd35_medium
-from megatron_apt.methods.apt.config import AptConfig
-from megatron_apt.methods.consistency.config import ConsistencyConfig
-
-PRETRAINED = "runs/sd35/pretrained"
-LENGTH = 77 + 256  # of CLIP and of T5; the encoders pad, and the model reads the padding
+from megatron_apt.methods.recipes import after, distilled, paper_images
 
 
 def consistency() -> RunConfig:
     """Stage 1: guidance 4.5 and the shift of 3 the model was trained with."""
-    return RunConfig(
-        method="consistency",
+    base = RunConfig(
         output="runs/sd35/consistency",
-        iterations=5000,
         global_batch=256,
         micro_batch=4,
         model=sd35_medium(),
-        parallel=ParallelConfig(),
-        data=DataConfig(shards=("data/images",), text_length=LENGTH),
-        init=InitConfig(diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="adamw", lr=1e-5, weight_decay=0.01, ema=0.0),
-        consistency=ConsistencyConfig(steps=32, shift=3.0, guidance_scale=4.5),
-        save_every=500,
+        # Of CLIP and of T5; the encoders pad to this, and the model reads the padding
+        data=DataConfig(shards=("data/images",), text_length=77 + 256),
+        init=InitConfig(diffusion="runs/sd35/pretrained"),
     )
+    return distilled(base, shift=3.0, guidance_scale=4.5)
 
 
 def apt() -> RunConfig:
-    """Stage 2: lr 5e-6, 350 updates, aR1 sigma 0.01, s = 1."""
+    """Stage 2."""
+    return _adversarial(consistency(), "runs/sd35/apt")
+
+
+def consistency_large() -> RunConfig:
+    """Stage 1 of 8B: two tensor-parallel ranks, and a pipeline of 2 stages."""
     return replace(
         consistency(),
-        method="apt",
-        output="runs/sd35/apt",
-        iterations=350,
-        global_batch=1024,
-        init=InitConfig(generator="runs/sd35/consistency", diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-6, alpha=0.9, ema=0.995),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.01, timestep_shift=1.0),
-        save_every=25,
-        retention=RetentionConfig(last=14),
-    )
-
-
-def _large(config: RunConfig) -> RunConfig:
-    """8B: two tensor-parallel ranks, and a pipeline of 2 stages."""
-    return replace(
-        config,
+        output="runs/sd35/consistency-large",
         model=sd35_large(),
-        output=f"{config.output}-large",
         parallel=ParallelConfig(tp=2, pp=2, sequence_parallel=True),
     )
 
 
-def consistency_large() -> RunConfig:
-    """Stage 1."""
-    return _large(consistency())
-
-
 def apt_large() -> RunConfig:
-    """Stage 2."""
-    return replace(
-        _large(apt()), init=InitConfig(generator="runs/sd35/consistency-large", diffusion=PRETRAINED)
-    )
+    """Stage 2 of 8B."""
+    return _adversarial(consistency_large(), "runs/sd35/apt-large")
+
+
+def _adversarial(first: RunConfig, output: str) -> RunConfig:
+    return paper_images(first, output=output, global_batch=1024, init=after(first))

@@ -49,21 +49,10 @@ gradient, so smaller batches keep the learning rate and take noisier steps.
 
 from dataclasses import replace
 
-from megatron_apt.config import (
-    DataConfig,
-    InitConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RetentionConfig,
-    RunConfig,
-)
+from megatron_apt.config import DataConfig, InitConfig, ParallelConfig, RunConfig
 from megatron_apt.families.wan.config import wan_1_3b, wan_5b_i2v, wan_14b, wan_14b_i2v
-from megatron_apt.methods.apt.config import AptConfig
-from megatron_apt.methods.consistency.config import ConsistencyConfig
+from megatron_apt.methods.recipes import after, distilled, paper_images, paper_videos
 
-PRETRAINED = "runs/wan/pretrained"
-PRETRAINED_5B = "runs/wan/pretrained-5b"
-PRETRAINED_I2V = "runs/wan/pretrained-i2v"
 LENGTH = 512  # Wan reads captions padded with zeros to this, unmasked
 
 
@@ -71,115 +60,89 @@ def consistency() -> RunConfig:
     """Stage 1, on pictures and clips: guidance 5 (Wan's own for 480p) folded in; shift 5
     for its mostly video grid.
     """
-    return RunConfig(
-        method="consistency",
+    base = RunConfig(
         output="runs/wan/consistency",
-        iterations=5000,
         global_batch=256,
         micro_batch=1,
         model=wan_1_3b(),
         parallel=ParallelConfig(tp=2, cp=2, sequence_parallel=True),
         data=DataConfig(shards=("data/videos", "data/images"), weights=(3, 1), text_length=LENGTH),
-        init=InitConfig(diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="adamw", lr=1e-5, weight_decay=0.01, ema=0.0),
-        consistency=ConsistencyConfig(steps=32, shift=5.0, guidance_scale=5.0),
-        save_every=500,
+        init=InitConfig(diffusion="runs/wan/pretrained"),
     )
+    return distilled(base, shift=5.0, guidance_scale=5.0)
 
 
 def image() -> RunConfig:
-    """Stage 2 on pictures: lr 5e-6, 350 updates, aR1 sigma 0.01, s = 1."""
-    return replace(
-        consistency(),
-        method="apt",
-        output="runs/wan/image",
-        iterations=350,
-        global_batch=1024,
-        data=DataConfig(shards=("data/images",), text_length=LENGTH),
-        init=InitConfig(generator="runs/wan/consistency", diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="rmsprop", lr=5e-6, alpha=0.9, ema=0.995),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.01, timestep_shift=1.0),
-        save_every=25,
-        retention=RetentionConfig(last=14),
-    )
+    """Stage 2 on pictures."""
+    return _images(consistency(), "runs/wan/image")
 
 
 def video() -> RunConfig:
-    """Stage 2 on clips, from the pictures' average: lr 3e-6, 300 updates, sigma 0.1, s = 12."""
-    return replace(
-        image(),
-        output="runs/wan/video",
-        iterations=300,
-        global_batch=512,
-        data=DataConfig(shards=("data/videos",), text_length=LENGTH),
-        init=InitConfig(generator="runs/wan/image:ema", diffusion=PRETRAINED),
-        optimizer=OptimizerConfig(kind="rmsprop", lr=3e-6, alpha=0.9, ema=0.995),
-        apt=AptConfig(ar1_lambda=100.0, ar1_sigma=0.1, timestep_shift=12.0),
-    )
+    """Stage 2 on clips, from the pictures' average."""
+    return _videos(image(), "runs/wan/video")
 
 
-def _large(config: RunConfig) -> RunConfig:
-    """14B: G and D of 40 blocks in a pipeline of 4 stages, 8 GPUs a stage."""
+def consistency_14b() -> RunConfig:
+    """Stage 1 of 14B: G and D of 40 blocks in a pipeline of 4 stages, 8 GPUs a stage."""
     return replace(
-        config,
+        consistency(),
+        output="runs/wan/consistency-14b",
         model=wan_14b(),
-        output=f"{config.output}-14b",
         parallel=ParallelConfig(tp=4, cp=2, pp=4, sequence_parallel=True),
     )
 
 
-def consistency_14b() -> RunConfig:
-    """Stage 1."""
-    return _large(consistency())
-
-
 def image_14b() -> RunConfig:
-    """Stage 2 on pictures."""
-    return replace(
-        _large(image()), init=InitConfig(generator="runs/wan/consistency-14b", diffusion=PRETRAINED)
-    )
+    """Stage 2 of 14B on pictures."""
+    return _images(consistency_14b(), "runs/wan/image-14b")
 
 
 def video_14b() -> RunConfig:
-    """Stage 2 on clips."""
-    return replace(_large(video()), init=InitConfig(generator="runs/wan/image-14b:ema", diffusion=PRETRAINED))
-
-
-def _image_to_video(config: RunConfig) -> RunConfig:
-    """On clips alone: a picture that is its own first frame leaves nothing to generate."""
-    return replace(
-        config, model=wan_14b_i2v(), data=DataConfig(shards=("data/videos-i2v",), text_length=LENGTH)
-    )
+    """Stage 2 of 14B on clips."""
+    return _videos(image_14b(), "runs/wan/video-14b")
 
 
 def consistency_i2v_14b() -> RunConfig:
-    """Stage 1."""
+    """Stage 1 on clips alone: a picture that is its own first frame leaves nothing to generate."""
     return replace(
-        _image_to_video(consistency_14b()),
+        consistency_14b(),
         output="runs/wan/consistency-i2v-14b",
-        init=InitConfig(diffusion=PRETRAINED_I2V),
+        model=wan_14b_i2v(),
+        data=_only("data/videos-i2v"),
+        init=InitConfig(diffusion="runs/wan/pretrained-i2v"),
     )
 
 
 def video_i2v_14b() -> RunConfig:
     """Stage 2, from the distilled model."""
-    init = InitConfig(generator="runs/wan/consistency-i2v-14b", diffusion=PRETRAINED_I2V)
-    return replace(_image_to_video(video_14b()), output="runs/wan/video-i2v-14b", init=init)
-
-
-def _five(config: RunConfig) -> RunConfig:
-    """Wan2.2's 5B on clips; one of 49 frames at 704 x 1280 is 11,440 tokens."""
-    data = DataConfig(shards=("data/videos-5b",), text_length=LENGTH)
-    return replace(config, model=wan_5b_i2v(), output=f"{config.output}-i2v-5b", data=data)
+    return _videos(consistency_i2v_14b(), "runs/wan/video-i2v-14b", "data/videos-i2v")
 
 
 def consistency_i2v_5b() -> RunConfig:
-    """Stage 1."""
-    return replace(_five(consistency()), init=InitConfig(diffusion=PRETRAINED_5B))
+    """Stage 1 of Wan2.2's 5B on clips; one of 49 frames at 704 x 1280 is 11,440 tokens."""
+    return replace(
+        consistency(),
+        output="runs/wan/consistency-i2v-5b",
+        model=wan_5b_i2v(),
+        data=_only("data/videos-5b"),
+        init=InitConfig(diffusion="runs/wan/pretrained-5b"),
+    )
 
 
 def video_i2v_5b() -> RunConfig:
     """Stage 2, from the distilled model."""
-    return replace(
-        _five(video()), init=InitConfig(generator="runs/wan/consistency-i2v-5b", diffusion=PRETRAINED_5B)
-    )
+    return _videos(consistency_i2v_5b(), "runs/wan/video-i2v-5b", "data/videos-5b")
+
+
+def _only(folder: str) -> DataConfig:
+    return DataConfig(shards=(folder,), text_length=LENGTH)
+
+
+def _images(previous: RunConfig, output: str) -> RunConfig:
+    data = _only("data/images")
+    return paper_images(previous, output=output, global_batch=1024, data=data, init=after(previous))
+
+
+def _videos(previous: RunConfig, output: str, clips: str = "data/videos") -> RunConfig:
+    data = _only(clips)
+    return paper_videos(previous, output=output, global_batch=512, data=data, init=after(previous))

@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tyro
 from PIL import Image
 
 from megatron_apt.cli import main
 from megatron_apt.config import ParallelConfig, RunConfig, check_fits
 from megatron_apt.families.mmdit.config import MMDiTConfig
-from megatron_apt.families.wan.config import wan_5b, wan_5b_i2v
 from megatron_apt.recipe_files import load_recipe
 from megatron_apt.training.train import train
 from support.runs import config
@@ -110,44 +108,6 @@ def test_recipe_mistakes_get_one_message(recipe):
 def test_configurations_that_cannot_work_name_field_and_remedy(change, message):
     with pytest.raises(ValueError, match=message):
         check_fits(replace(RunConfig(model=MMDiTConfig()), **change))
-
-
-def test_the_papers_examples_build():
-    examples = Path(__file__).parents[2] / "examples"
-    for name in ("image", "video"):
-        for stage in ("flow", "consistency", "apt"):
-            check_fits(load_recipe(f"{examples}/{name}.py:{stage}"))
-    for stage in ("consistency", "image", "video"):
-        for size in ("", "_14b"):
-            check_fits(load_recipe(f"{examples}/wan.py:{stage}{size}"))
-    for stage in ("consistency", "video"):
-        config = load_recipe(f"{examples}/wan.py:{stage}_i2v_14b")
-        check_fits(config)
-        assert (config.model.condition_channels, config.model.image_width) == (20, 1280)
-        config = load_recipe(f"{examples}/wan.py:{stage}_i2v_5b")
-        check_fits(config)
-        assert (
-            config.model == wan_5b_i2v()
-            and tyro.cli(RunConfig, default=config, args=["--model.no-first-frame"]).model == wan_5b()
-        )
-    for recipe in (
-        "hunyuan.py:consistency",
-        "hunyuan.py:image",
-        "hunyuan.py:video",
-        "flux.py:consistency",
-        "flux.py:apt",
-    ):
-        check_fits(load_recipe(f"{examples}/{recipe}"))
-    for name in ("consistency", "apt", "consistency_large", "apt_large"):
-        check_fits(load_recipe(f"{examples}/sd35.py:{name}"))
-    apt = load_recipe(f"{examples}/image.py:apt")
-    assert (
-        apt.optimizer.kind,
-        apt.optimizer.alpha,
-        apt.optimizer.ema,
-        apt.apt.ar1_lambda,
-        apt.apt.ar1_sigma,
-    ) == ("rmsprop", 0.9, 0.995, 100.0, 0.01)
 
 
 def test_captions_shorter_than_a_pipelines_are_noticed():
