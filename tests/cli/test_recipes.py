@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import tyro
 
 from megatron_apt.config import DataConfig, InitConfig, RunConfig, check_fits
+from megatron_apt.families.wan.config import wan_5b, wan_5b_i2v
 from megatron_apt.methods.recipes import after, distilled, paper_images, paper_videos
 from megatron_apt.recipe_files import load_recipe
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGES = ("consistency", "image", "video")
 RECIPES = [
     *(f"{file}.py:{stage}" for file in ("image", "video") for stage in ("flow", "consistency", "apt")),
@@ -31,6 +33,15 @@ def test_examples_are_recipes_of_the_papers_stages(recipe):
             (350, 5e-6, 0.01, 1.0) if pictures else (300, 3e-6, 0.1, 12.0)
         )
         assert (run.apt.ar1_lambda, run.optimizer.alpha, run.optimizer.ema) == (100.0, 0.9, 0.995)
+
+
+@pytest.mark.parametrize("stage", ["consistency", "video"])
+def test_wans_image_to_video(stage):
+    model = load_recipe(f"{EXAMPLES}/wan.py:{stage}_i2v_14b").model
+    assert (model.condition_channels, model.image_width) == (20, 1280)
+    run = load_recipe(f"{EXAMPLES}/wan.py:{stage}_i2v_5b")
+    assert run.model == wan_5b_i2v()
+    assert tyro.cli(RunConfig, default=run, args=["--model.no-first-frame"]).model == wan_5b()
 
 
 def test_a_stage_starts_from_the_one_before():
