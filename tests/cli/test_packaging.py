@@ -68,9 +68,11 @@ def test_the_source_archive_holds_what_builds_and_tests_it(source_archive):
     assert names.issuperset([*shipped(), *files, f"tests/{Path(__file__).relative_to(ROOT / 'tests')}"])
 
 
-def test_the_wheel_holds_examples_tools_and_kernels(wheel):
+def test_the_wheel_holds_the_package_with_examples_tools_and_kernels(wheel):
     for name, content in shipped().items():
         assert wheel.read(f"megatron_apt/{name}") == content
+    modules = [file for file in (ROOT / "megatron_apt").rglob("*") if file.suffix in (".py", ".template")]
+    assert {str(file.relative_to(ROOT)) for file in modules} <= {*wheel.namelist()}
     assert not [name for name in wheel.namelist() if not name.startswith("megatron_apt")]
 
 
