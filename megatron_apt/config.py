@@ -117,8 +117,10 @@ class DataConfig:
     """Samples that follow each other from one folder. A microbatch cut from one block is
     of one kind, which is fastest; other cuts are packed.
     """
-    text_length: int = 0
-    """Pad or cut captions to this many tokens; 0 keeps each caption's own length."""
+    text_length: int | None = None
+    """Pad or cut captions to this many tokens; 0 keeps each caption's own length; None pads
+    as the pipelines of the model's family do.
+    """
 
     def __post_init__(self):
         weights = self.weights or (1,) * len(self.shards)
@@ -129,7 +131,7 @@ class DataConfig:
             f"give one weight for each of the {len(self.shards)} folders",
         )
         require(
-            self.text_length >= 0,
+            self.text_length is None or self.text_length >= 0,
             "data.text_length",
             self.text_length,
             "must not be negative; 0 keeps each caption's length",
@@ -263,7 +265,8 @@ class RunConfig(MethodConfigs):
     the global batch. What is left of it after the last full round of microbatches is
     dealt out evenly, in smaller ones.
     """
-    model: ModelConfig = field(default_factory=registry.DEFAULT)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Left out: the model of init.diffusion or init.generator, and without those a small one."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -355,7 +358,7 @@ def check_fits(config: RunConfig) -> None:
         _check_fp8(config)
     config.of_method.check(config)
     padded = model.text_padding
-    if padded not in (None, config.data.text_length):
+    if padded is not None and config.data.text_length not in (None, padded):
         habit = (
             f"pad captions to {padded} tokens, which the model reads"
             if padded
@@ -403,7 +406,7 @@ def _check_fp8(config: RunConfig) -> None:
 def _check_ring(config: RunConfig) -> None:
     """Transformer Engine's rings know no packed samples: every microbatch must be of the uniform form."""
     parallel, ring = config.parallel, f"parallel.context_parallel={config.parallel.context_parallel!r}"
-    length = config.data.text_length
+    length = config.data.text_length or 0
     if length == 0 or length % parallel.cp:
         raise ValueError(
             f"{ring} needs captions of one length: set data.text_length={length} to a multiple of "

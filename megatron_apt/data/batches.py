@@ -119,7 +119,8 @@ class Batches:
                 f"data-parallel ranks leaves one of {fewest}; this method needs {least} in each, use a "
                 f"multiple of {micro_batch * mesh.dp.size} with micro_batch of at least {least}"
             )
-        self.data, self.model, self.mesh, self.seed = data, model, mesh, seed
+        self.model, self.mesh, self.seed = model, mesh, seed
+        self.text_length = data.text_length or 0
         self.global_batch, self.parts = global_batch, everyone[mesh.dp.rank]
         self.sources = [LatentShards(path) for path in data.shards]
         for path, source in zip(data.shards, self.sources, strict=True):
@@ -175,7 +176,7 @@ class Batches:
             shapes, self.model.patch, lambda rows, _: torch.stack([samples[i].latent for i in rows])
         )
         condition = Condition.pack(
-            [sample.text for sample in samples], self.data.text_length, stack_pooled(samples)
+            [sample.text for sample in samples], self.text_length, stack_pooled(samples)
         )
         layout = build_layout(
             tuple(patch_grid(s[1:], self.model.patch) for s in shapes), condition.lengths, self.mesh
@@ -208,7 +209,7 @@ class Batches:
         pooled = [getattr(source, f"{which}_pooled") for source in sources]
         packed = Condition.pack(
             [getattr(source, f"{which}_text") for source in sources],
-            self.data.text_length,
+            self.text_length,
             None if pooled[0] is None else torch.cat(pooled),
         )
         return packed.repeat(len(datasets) // len(sources)).to(self.mesh.device)

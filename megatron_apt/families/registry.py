@@ -53,7 +53,14 @@ def build_backbone(
     output: bool = True,
     cut: "Cut | None" = None,
 ) -> "Backbone":
-    """The diffusion transformer of this shape. Arguments as of Backbone."""
+    """The diffusion transformer of this shape. Arguments as of Backbone.
+
+    Raises:
+        ValueError: a shape with something left open.
+    """
+    for name in ("family", "latent_channels", "text_width"):
+        if not getattr(model, name):
+            raise ValueError(f"model.{name} is left open; give it, or fit the run to its dataset")
     options = {} if cut is None else {"cut": cut}
     return part(model.family, "model", "MODEL")(model, mesh, depth, output, **options)
 

@@ -51,7 +51,8 @@ class Fp8Config:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a diffusion transformer. Defaults train on a CPU in minutes.
+    """Shape of a diffusion transformer. Defaults train on a CPU in minutes. One without a
+    family is not chosen yet (see training/fit.py).
 
     Attributes:
         family: its name in families/registry.py, by which configurations are stored.
@@ -90,13 +91,14 @@ class ModelConfig:
     mlp_ratio: int = 4
     mlp_width: int = 0
     """Of the blocks' MLPs; 0: mlp_ratio * width."""
-    latent_channels: int = 4
+    latent_channels: int = 0
+    """0: those of the run's dataset."""
     condition_channels: int = 0
     """Further input channels that are given, not generated (the first frame and its mask)."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Latent frames, rows and columns that make one token."""
-    text_width: int = 32
-    """Width of the text encoder's output."""
+    text_width: int = 0
+    """Width of the text encoder's output; 0: that of the run's dataset."""
     rope_theta: float = 10000.0
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     recompute: Literal["none", "full"] = "none"
@@ -121,8 +123,9 @@ class ModelConfig:
     def _check_fields(self) -> None:
         """Each by itself. Families add theirs."""
         check_whole(self, "model.", 1, DEEPEST, "depth")
-        check_whole(self, "model.", 1, WIDEST, "width", "heads", "mlp_ratio", "latent_channels", "text_width")
+        check_whole(self, "model.", 1, WIDEST, "width", "heads", "mlp_ratio")
         check_whole(self, "model.", 0, WIDEST, "mlp_width", "condition_channels")
+        check_whole(self, "model.", 0, WIDEST, "latent_channels", "text_width")
         check_tuples(self, "model.", patch=3)
         if max(self.patch) > DEEPEST or self.mlp > 10 * WIDEST:
             raise ValueError(

@@ -26,6 +26,7 @@ from megatron_apt.parallel.mesh import Axis, Mesh
 from megatron_apt.schedule import calibration
 from megatron_apt.schedule.calibration import Calibration
 from megatron_apt.schedule.prepare import Pipeline
+from megatron_apt.training.fit import fitted
 from megatron_apt.training.optimizers import STATES
 
 GIB = 2**30
@@ -172,10 +173,12 @@ def plan(config: RunConfig, options: PlanConfig) -> None:
 
     Raises:
         ValueError: a file that cannot be read or written, before anything is counted;
-            ranks that the recipe's tp x cp x pp does not divide.
+            ranks that the recipe's tp x cp x pp does not divide; what the recipe leaves open
+            and neither a checkpoint nor a dataset tells.
     """
     outputs.check("json", options.json)
     measured = calibration.read(options.calibration) if options.calibration else None
+    config = fitted(config)
     kind = config.optimizer.kind
     ours, adam = memory(config, options.ranks), memory(config, options.ranks, optimizer="adamw")
     parallel = config.parallel

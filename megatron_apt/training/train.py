@@ -25,6 +25,7 @@ from megatron_apt.schedule.actions import Task
 from megatron_apt.schedule.execute import Executor
 from megatron_apt.schedule.prepare import Pipeline
 from megatron_apt.schema import convert
+from megatron_apt.training.fit import fitted
 from megatron_apt.training.guards import CollapseAlarm, Signals, Stopped, explain
 from megatron_apt.training.log import LogError, Means, Pieces, RunLog, write_summary
 from megatron_apt.training.networks import Network
@@ -38,6 +39,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh):
+        config = on_main(mesh, lambda: fitted(config))
         check_fits(config)
         self.config, self.mesh = config, mesh
         self.method = build_method(config, mesh)

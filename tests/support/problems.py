@@ -25,7 +25,7 @@ MIXED = ((4, 1, 4, 4), (4, 2, 4, 6), (4, 1, 8, 6), (4, 3, 4, 4))
 
 
 def model_config(**changes) -> ModelConfig:
-    return replace(MMDiTConfig(depth=3, width=48, heads=4, text_width=8), **changes)
+    return replace(MMDiTConfig(depth=3, width=48, heads=4, latent_channels=4, text_width=8), **changes)
 
 
 def run_config(
