@@ -205,7 +205,7 @@ def _write_again(
     # Nothing is trained here
     config = replace(config.without_measuring(), pipeline=PipelineConfig(chunks=1))
     check_fits(config)
-    check_model(store.Stored(folder), config.model, mesh)
+    check_model(store.Stored(folder), config.model, config.of_method.sampled, mesh)
     tensors = {}
     method = build_method(config, mesh)
     pipeline = Pipeline(config.pipeline, method, mesh)

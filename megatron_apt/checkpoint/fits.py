@@ -13,8 +13,8 @@ from megatron_apt.models.parameters import full_shape
 from megatron_apt.parallel.mesh import Mesh
 
 
-def check_model(stored: Stored, model: ModelConfig, mesh: Mesh) -> None:
-    """Compares every weight of the generator with the index, without memory for any.
+def check_model(stored: Stored, model: ModelConfig, role: str, mesh: Mesh) -> None:
+    """Compares every weight of the role that is such a model with the index, without memory for any.
 
     Raises:
         CheckpointError: state.json describes another model than the files hold.
@@ -35,7 +35,7 @@ def check_model(stored: Stored, model: ModelConfig, mesh: Mesh) -> None:
             replace(model, fp8=Fp8Config()), replace(mesh, device=torch.device("meta"))
         ).named_parameters()
     for name, parameter in parameters:
-        shape, _ = stored.index.get(f"generator.{name}", (None, None))
+        shape, _ = stored.index.get(f"{role}.{name}", (None, None))
         if shape != (described := torch.Size(full_shape(parameter, mesh))):
             held = "none" if shape is None else f"one of {tuple(shape)}"
             raise CheckpointError(

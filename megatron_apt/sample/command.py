@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.fits import check_model
-from megatron_apt.checkpoint.state import configuration_of, model_of
+from megatron_apt.checkpoint.state import configuration_of
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
 from megatron_apt.data.shards import FirstFrame, LatentShards
@@ -67,11 +67,11 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
         raise store.CheckpointError(
             f"{checkpoint}: was trained without EMA (optimizer.ema=0); use --weights raw"
         )
-    config = state["config"]
-    check_model(store.Stored(folder), model_config(config["model"]), mesh)
-    model = build_backbone(model_config(config["model"]), mesh).to(mesh.device)
+    run = configuration_of(state["config"])
+    shape = replace(run.model, fp8=Fp8Config())  # sampling is done in the dtype of the weights
+    check_model(store.Stored(folder), shape, run.of_method.sampled, mesh)
+    model = build_backbone(shape, mesh).to(mesh.device)
     load_weights(f"{checkpoint}:{weights}", model, mesh)
-    run = configuration_of(config)
     return Loaded(
         model.eval().requires_grad_(False),
         run.data.text_length,
@@ -79,11 +79,6 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
         run.of_method.two_step_time(run),
         run.of_method.one_step,
     )
-
-
-def model_config(stored: dict) -> ModelConfig:
-    """ModelConfig from its JSON form, for sampling, which is done in the dtype of the weights."""
-    return replace(model_of(stored), fp8=Fp8Config())
 
 
 def sample_latents(
