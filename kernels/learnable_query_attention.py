@@ -1,5 +1,9 @@
 """Attention of learned queries over the tokens of each sample.
 
+An alternative to learnable_query_pooling, which the discriminator uses: it takes values
+and so their projection, twice as many products (README.md). Pooling shares its softmax,
+its norm of keys and its merging of partial results.
+
 There are few queries per head, mostly one, however many tokens. For sample i and head h,
 with n_t = k_t / sqrt(mean(k_t^2) + eps), over the sample's tokens t:
     s_t    = (q_h . n_t k_scale) / sqrt(K)     scores

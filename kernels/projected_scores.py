@@ -1,5 +1,8 @@
 """learnable_query_pooling whose keys never reach memory.
 
+An alternative where memory is short: the discriminator keeps its keys, which takes less
+time (README.md).
+
 One kernel projects the keys, normalises them and multiplies them by the query:
     k_t,h = Wk_h x_t + bk_h
     s_t,h = (norm(k_t,h) k_scale . q_h) / sqrt(K)

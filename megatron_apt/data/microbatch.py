@@ -175,10 +175,10 @@ def dropped(batch: Microbatch, probability: float, purpose: str) -> Condition:
     if probability == 0:
         return batch.condition
     drop = (batch.uniform(purpose) < probability).tolist()
-    return choose(batch.null, batch.condition, drop)
+    return mixed(batch.null, batch.condition, drop)
 
 
-def choose(a: Condition, b: Condition, take_a: list[bool]) -> Condition:
+def mixed(a: Condition, b: Condition, take_a: list[bool]) -> Condition:
     """Per sample: a's text where the flag is set, else b's; b's pictures."""
     texts_a, texts_b = a.tokens.split(a.lengths), b.tokens.split(b.lengths)
     texts = [ta if flag else tb for ta, tb, flag in zip(texts_a, texts_b, take_a, strict=True)]

@@ -66,7 +66,7 @@ class Branch:
             the last segment's output alone.
         reads: numbers of the segments, besides the last, whose outputs `loss` uses.
         timings: of this branch in good schedules of the whole iteration, one for each
-            that is known: the numbers of a Wish. A search begins from those schedules.
+            that is known: the numbers of a Timing. A search begins from those schedules.
     """
 
     name: str

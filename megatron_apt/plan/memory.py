@@ -34,10 +34,6 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PlanConfig:
-    memory: bool = True
-    """Print bytes of weights, gradients, masters, optimiser states and average (all that
-    there is to plan yet).
-    """
     ranks: int = 8
     calibration: str = ""
     """A file of tools/benchmarks/gpu.sh, or FILE:FORMAT: also prints the least time of an
@@ -47,8 +43,6 @@ class PlanConfig:
     """Also writes the figures to this file."""
 
     def __post_init__(self) -> None:
-        if not self.memory:
-            raise ValueError("memory=False leaves nothing to plan; leave --memory on")
         check_number("ranks", self.ranks, 1, 2**20)
 
 

@@ -1,4 +1,4 @@
-"""Builds schedules: list scheduling of a window's tasks, its wishes found by search.
+"""Builds schedules: list scheduling of tasks, whose timings are found by search.
 
 A policy says of each branch when its microbatches want to enter the pipeline and how fast
 they want to go through it; that makes every task due at some time. Going through time, a
@@ -33,7 +33,7 @@ from megatron_apt.schedule.simulate import Order, Timeline, lower_bound, peak, s
 
 
 @dataclass(frozen=True)
-class Wish:
+class Timing:
     """When the tasks of one branch want to run.
 
     Attributes:
@@ -54,14 +54,14 @@ class Wish:
     late: float = 0.0
 
 
-Policy = dict[tuple[str, str], Wish]  # by phase and branch
+Policy = dict[tuple[str, str], Timing]  # by phase and branch
 
 
 class NoRoom(ValueError):
     """Due times ask for more memory than there is."""
 
 
-class Wishes:
+class DueTimes:
     """Turns policies into due times of a graph's tasks."""
 
     def __init__(self, graph: Graph):
@@ -97,10 +97,10 @@ class Wishes:
     def due(self, policy: Policy) -> list[float]:
         wait = {}
         for (kind, phase, branch, segment, stage), (forward, backward) in self._way.items():
-            wish = policy[phase, branch]
-            late = wish.late * self._slot if kind == "W" else 0.0
-            at = wish.offset * self._length + wish.forward * forward + wish.backward * backward + late
-            wait[kind, phase, branch, segment, stage] = at, wish.pace * self._slot
+            timing = policy[phase, branch]
+            late = timing.late * self._slot if kind == "W" else 0.0
+            at = timing.offset * self._length + timing.forward * forward + timing.backward * backward + late
+            wait[kind, phase, branch, segment, stage] = at, timing.pace * self._slot
         found = []
         for task in self._tasks:
             if task.kind == "STEP":
@@ -308,9 +308,10 @@ def gpipe(graph: Graph) -> Built:
 
 
 def _one_forward_one_backward(graph: Graph, forwards_first: bool = False) -> list[list[int]]:
-    wishes = Wishes(graph)
-    due = wishes.due({branch: Wish(offset=0.0, pace=wishes.work[branch]) for branch in wishes.branches})
-    turn: dict[tuple[str, str], float] = {branch: number for number, branch in enumerate(wishes.branches)}
+    due_times = DueTimes(graph)
+    timings = {branch: Timing(0.0, pace=due_times.work[branch]) for branch in due_times.branches}
+    due = due_times.due(timings)
+    turn: dict[tuple[str, str], float] = {branch: number for number, branch in enumerate(due_times.branches)}
     turn |= {(phase, ""): number + 0.5 for (phase, _), number in turn.items()}  # STEP
 
     def when(number: int) -> tuple:
@@ -330,17 +331,17 @@ def search(graph: Graph, policies: Sequence[Policy], cap: float, evaluations: in
     Raises:
         NoRoom: one microbatch alone takes more than `cap`.
     """
-    wishes, enough = Wishes(graph), lower_bound(graph, cap) + 1e-9
-    tried = _tried(graph, wishes, policies, cap, evaluations, random.Random(seed), enough)
+    due_times, enough = DueTimes(graph), lower_bound(graph, cap) + 1e-9
+    tried = _tried(graph, due_times, policies, cap, evaluations, random.Random(seed), enough)
     best = [tried[makespan] for makespan in sorted(tried)[: min(4, 1 + evaluations // 20)]]
-    finalists = [_plainly(graph, cap), *(list_schedule(graph, wishes.due(policy), cap) for policy in best)]
+    finalists = [_plainly(graph, cap), *(list_schedule(graph, due_times.due(policy), cap) for policy in best)]
     listed = min((justified(graph, finalist, cap, 4, enough) for finalist in finalists), key=_makespan)
     return priced(graph, justified(graph, listed, cap, min(20, evaluations // 5), enough).order, cap)
 
 
 def _tried(
     graph: Graph,
-    wishes: Wishes,
+    due_times: DueTimes,
     policies: Sequence[Policy],
     cap: float,
     evaluations: int,
@@ -364,10 +365,12 @@ def _tried(
             if number < given
             else _changed(now, rng)
             if annealing
-            else _drawn(wishes.branches, rng)
+            else _drawn(due_times.branches, rng)
         )
         try:
-            found = justified(graph, list_schedule(graph, wishes.due(policy), cap), cap, 1, enough).makespan
+            found = justified(
+                graph, list_schedule(graph, due_times.due(policy), cap), cap, 1, enough
+            ).makespan
         except NoRoom:
             continue
         tried.setdefault(found, policy)
@@ -378,8 +381,8 @@ def _tried(
 
 
 def _drawn(branches: Sequence[tuple[str, str]], rng: random.Random) -> Policy:
-    def wish() -> Wish:
-        return Wish(
+    def timing() -> Timing:
+        return Timing(
             rng.random(),
             rng.uniform(0.05, 0.65),
             rng.uniform(0.3, 2.0),
@@ -387,10 +390,10 @@ def _drawn(branches: Sequence[tuple[str, str]], rng: random.Random) -> Policy:
             rng.uniform(-1.5, 1.5),
         )
 
-    return {branch: wish() for branch in branches}
+    return {branch: timing() for branch in branches}
 
 
-# By how much a change moves each wish.
+# By how much a change moves each timing.
 _STEPS = {"offset": 0.1, "pace": 0.15, "forward": 0.4, "backward": 0.4, "late": 1.0}
 
 

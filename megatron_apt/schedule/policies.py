@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_apt.methods.base import Phase
-from megatron_apt.schedule.build import Policy, Wish
+from megatron_apt.schedule.build import Policy, Timing
 
 
 def placement(ranks: int, chunks: int) -> tuple[int, ...]:
@@ -18,6 +18,6 @@ def start(phases: Sequence[Phase]) -> tuple[Policy, ...]:
     """The schedules that are known of these phases: as many as every branch has timings."""
     timings = {(phase.name, branch.name): branch.timings for phase in phases for branch in phase.branches}
     return tuple(
-        {branch: Wish(*timing) for branch, timing in zip(timings, policy, strict=True)}
+        {branch: Timing(*timing) for branch, timing in zip(timings, policy, strict=True)}
         for policy in zip(*timings.values(), strict=False)
     )

@@ -242,7 +242,7 @@ class Means:
         return {name: total / count for name, (total, count) in totals.items()}
 
 
-class Pieces:
+class IterationValues:
     """What this rank knows of the values of some iterations, until they are joined."""
 
     def __init__(self, iterations: int):

@@ -27,7 +27,7 @@ from megatron_apt.schedule.prepare import Pipeline
 from megatron_apt.schema import convert
 from megatron_apt.training.fit import fitted
 from megatron_apt.training.guards import CollapseAlarm, Signals, Stopped, explain
-from megatron_apt.training.log import LogError, Means, Pieces, RunLog, write_summary
+from megatron_apt.training.log import IterationValues, LogError, Means, RunLog, write_summary
 from megatron_apt.training.networks import Network
 
 Report = Callable[[int, dict[str, float]], None]
@@ -125,7 +125,7 @@ class Trainer:
             BadGradient, BadLoss: on every rank. On one pipeline stage before the update,
                 on several at the end of the window.
         """
-        first, pieces = self.iteration, Pieces(count)
+        first, values = self.iteration, IterationValues(count)
         phases = {phase.name: phase for phase in self.method.phases}
 
         def batches(iteration: int) -> list[Microbatch]:
@@ -133,20 +133,20 @@ class Trainer:
             every = self.method.measure_every
             if iteration >= 0 and every and (first + iteration) % every == 0:
                 for batch in loaded:
-                    pieces.add(iteration, self.method.measure(self.executor.modules, batch))
+                    values.add(iteration, self.method.measure(self.executor.modules, batch))
             return loaded
 
         def step(task: Task) -> None:
             square, lr = self.networks[task.role].update(self.config.iterations)
-            pieces.updated(task.iteration, task.role, square, lr)
+            values.updated(task.iteration, task.role, square, lr)
             if self.mesh.pp.size == 1 and math.isnan(square):
                 raise explain(self.networks[task.role], self.executor, phases[task.phase], batches, self.mesh)
 
         for iteration, metrics in enumerate(
             self.executor.run(self.pipeline.program(len(self.batches.parts), count), batches, step)
         ):
-            pieces.add(iteration, metrics)
-        rows = pieces.joined(self.mesh)
+            values.add(iteration, metrics)
+        rows = values.joined(self.mesh)
         for row, phase in itertools.product(rows, self.method.phases):
             if math.isnan(row[f"{phase.updates}/grad_norm"]):
                 raise explain(self.networks[phase.updates], self.executor, phase, batches, self.mesh)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig, ParallelConfig
 from megatron_apt.data.batches import Batches, first_frames
-from megatron_apt.data.microbatch import choose, rolled
+from megatron_apt.data.microbatch import mixed, rolled
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips
 from megatron_apt.encode.command import EncodeConfig, encode
@@ -195,11 +195,11 @@ def test_every_condition_has_its_samples_own_first_frame(made, mesh):
     samples = [dataset[i] for i in batch.sample_ids]
     visual = torch.cat([patchify(sample.given[None], model.patch) for sample in samples])
     image = torch.stack([sample.image for sample in samples])
-    mixed = choose(batch.null, batch.condition, [True, False, True, False])
-    for condition in (batch.condition, batch.null, batch.negative, mixed, rolled(batch.condition)):
+    both = mixed(batch.null, batch.condition, [True, False, True, False])
+    for condition in (batch.condition, batch.null, batch.negative, both, rolled(batch.condition)):
         assert torch.equal(condition.visual, visual) and torch.equal(condition.image, image)
-    assert torch.equal(mixed.tokens[:8], batch.null.tokens[:8]) and torch.equal(
-        mixed.tokens[8:16], batch.condition.tokens[8:16]
+    assert torch.equal(both.tokens[:8], batch.null.tokens[:8]) and torch.equal(
+        both.tokens[8:16], batch.condition.tokens[8:16]
     )
     text_only = Batches(
         DataConfig(shards=(str(data),)), replace(MODEL, condition_channels=0), mesh, 0, 4, 4

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_apt.cli import main
 from megatron_apt.data.batches import Batches
-from megatron_apt.data.microbatch import choose, rolled
+from megatron_apt.data.microbatch import mixed, rolled
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_images
 from megatron_apt.encode.command import EncodeConfig, encode
@@ -441,7 +441,7 @@ def test_given_pooled_text_replaces_the_mean():
         )
         torch.testing.assert_close(mean.pooled, torch.stack([text.mean(0) for text in texts]))
     assert torch.equal(rolled(given).pooled, pooled.flip(0))
-    assert torch.equal(choose(rolled(given), given, [True, False]).pooled, pooled[[1, 1]])
+    assert torch.equal(mixed(rolled(given), given, [True, False]).pooled, pooled[[1, 1]])
     assert torch.equal(given.join(given).pooled, torch.cat((pooled, pooled)))
 
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,11 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from small_run import digits_run, on_ranks, write_digits
 
 from megatron_apt import scripts
-from megatron_apt.config import ParallelConfig
+from megatron_apt.config import ParallelConfig, RunConfig
 from megatron_apt.families.mmdit.config import MMDiTConfig
+from megatron_apt.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from megatron_apt.training.train import Trainer
 
 
-def time_steps(mesh, config, steps: int) -> list[float]:
+def time_steps(mesh: Mesh, config: RunConfig, steps: int) -> list[float]:
     from megatron_apt.training.train import Trainer
 
     overlapped, plain = (
@@ -61,7 +66,7 @@ def time_steps(mesh, config, steps: int) -> list[float]:
     return [statistics.median(values[2:]) for values in seconds.values()]
 
 
-def count_bytes(mesh, config) -> tuple[dict[str, int], dict[str, int]]:
+def count_bytes(mesh: Mesh, config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
     """({axis kind: bytes sent}, {axis: least possible})."""
     from megatron_apt.parallel.traffic import Traffic
     from megatron_apt.training.train import Trainer
@@ -75,7 +80,7 @@ def count_bytes(mesh, config) -> tuple[dict[str, int], dict[str, int]]:
     )
 
 
-def least(trainer, config, mesh) -> dict[str, int]:
+def least(trainer: "Trainer", config: RunConfig, mesh: Mesh) -> dict[str, int]:
     share = {
         name: (axis.size - 1) / axis.size
         for name, axis in (("tp", mesh.tp), ("cp", mesh.cp), ("dp_cp", mesh.dp_cp))
