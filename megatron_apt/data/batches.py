@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.config import DataConfig
+from megatron_apt.data.encoding import Encoding
 from megatron_apt.data.microbatch import Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
 from megatron_apt.data.shards import FirstFrame, LatentShards, stack_pooled
@@ -32,7 +33,7 @@ def deal(global_batch: int, micro_batch: int, ranks: int, rank: int) -> list[tup
     return [*full, (global_batch - rest + start, stop - start)] if stop > start else full
 
 
-def check_first_frames(source: LatentShards, model: ModelConfig) -> None:
+def check_first_frames(source: Encoding, model: ModelConfig) -> None:
     """Raises ValueError if the model is given first frames that the dataset does not hold
     in its widths. More than the model reads is no harm.
     """

@@ -64,4 +64,6 @@ def identify(source: LatentShards) -> Identity:
                 stream.seek(place - begin)
                 digest.update(stream.read(_BYTES))
         begin += size
-    return Identity(str(source.path), len(source), digest.hexdigest(), shape_of(source.info, source.path))
+    return Identity(
+        str(source.path.absolute()), len(source), digest.hexdigest(), shape_of(source.info, source.path)
+    )

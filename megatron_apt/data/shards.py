@@ -26,28 +26,21 @@ While encoding, encode.json holds the settings and shard-*.done the index lines,
 inputs and notes of each finished shard.
 """
 
-import contextlib
 import io
 import math
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
-from megatron_apt.data.index import AGAIN, ARRAYS, BLOCK, IndexLine, Place, read_index, read_info
-from megatron_apt.encoders.image import ClipImageEncoder, load_image_encoder
-from megatron_apt.encoders.load import load_codec, load_text_encoder
+from megatron_apt.data.encoding import CONDITIONS, Encoding
+from megatron_apt.data.index import AGAIN, ARRAYS, BLOCK, IndexLine, Place, read_index
 from megatron_apt.errors import shown
-
-TOKENIZER = "tokenizer.model"
-CONDITIONS = "conditions.safetensors"
 
 
 class FirstFrame(NamedTuple):
@@ -91,20 +84,12 @@ def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:
     return None if samples[0].pooled is None else torch.stack([sample.pooled for sample in samples])
 
 
-class LatentShards:
+class LatentShards(Encoding):
     """Random access to an encoded dataset, by sample id 0 .. len - 1.
 
     Attributes:
         captions, shapes: of every sample, in order; shapes are latent shapes (C, F, H,
             W).
-        null_text, negative_text: (L, E) float32 embeddings of the empty caption and of
-            the negative prompt.
-        null_pooled, negative_pooled: (1, P) float32 pooled vectors of the two, or None
-            without.
-        given_channels: C' of what is given of the first frame; 0 if the dataset holds no
-            first frames.
-        image_shape: (L', E') of the image encoder's tokens, or None without.
-        info: the contents of dataset.json.
 
     Args:
         cache_bytes: datasets up to this size are kept in memory as they are read; 0 turns
@@ -116,20 +101,10 @@ class LatentShards:
     """
 
     def __init__(self, path: str | Path, cache_bytes: int = 256 << 20):
-        self.path = Path(path)
-        self.info = read_info(self.path)
+        super().__init__(path)
         self._index = read_index(self.path, self.info)
         self.captions = [line.caption for line in self._index]
         self.shapes = [line.latent_shape for line in self._index]
-        conditions = _read_conditions(self.path / self.info["conditions"])
-        self.null_text, self.negative_text = conditions["null"], conditions["negative"]
-        self.null_pooled, self.negative_pooled = (
-            conditions.get("null_pooled"),
-            conditions.get("negative_pooled"),
-        )
-        first = self.info.get("first_frame", {})
-        self.given_channels: int = first.get("channels", 0)
-        self.image_shape: tuple[int, int] | None = tuple(first["image"]) if "image" in first else None
         total = sum(size for line in self._index for _, size in line.places())
         self._cache: dict[int, Sample] | None = {} if total <= cache_bytes else None
 
@@ -151,51 +126,6 @@ class LatentShards:
         if index not in self._cache:
             self._cache[index] = self._read(index)
         return self._cache[index]
-
-    @property
-    def pooled_width(self) -> int:
-        """Width of the pooled text a model is given: the encoder's own vectors, or
-        without them the mean of the text.
-        """
-        return (self.null_text if self.null_pooled is None else self.null_pooled).shape[1]
-
-    def codec(self, device: str = "cpu", tiling: int | None = None):
-        """The codec the latents were made with; `tiling` replaces the side of its tiles
-        (see VaeCodec), 0 for none.
-        """
-        with self._named():
-            return load_codec(
-                self.info["codec"] if tiling is None else {**self.info["codec"], "tiling": tiling}, device
-            )
-
-    def text_encoder(self, device: str = "cpu"):
-        """The text encoder the embeddings were made with."""
-        config = dict(self.info["text_encoder"])
-        if "tokenizer" in config:
-            if config["tokenizer"] != TOKENIZER:
-                raise ValueError(
-                    f"{self.path}/dataset.json: text_encoder.tokenizer={config['tokenizer']!r}, but it is "
-                    f"{TOKENIZER!r}; {AGAIN}"
-                )
-            config["tokenizer"] = str(self.path / TOKENIZER)
-        with self._named():
-            return load_text_encoder(config, device)
-
-    @contextlib.contextmanager
-    def _named(self) -> Generator[None]:
-        """Settings that no encoder has are said to be dataset.json's."""
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(f"{self.path}/dataset.json: {error}") from None
-
-    def image_encoder(self, device: str = "cpu") -> ClipImageEncoder | None:
-        """The image encoder of the first frames, or None without."""
-        return (
-            None
-            if self.image_shape is None
-            else load_image_encoder(self.info["first_frame"]["image_encoder"], device)
-        )
 
     @property
     def files(self) -> list[Path]:
@@ -221,41 +151,6 @@ class LatentShards:
         except OSError as error:
             raise ValueError(f"{file}: {error.strerror or error}; {AGAIN}") from None
         return Sample(id=index, caption=line.caption, **arrays)
-
-
-def _read_conditions(file: Path) -> dict[str, Tensor]:
-    """The contents of conditions.safetensors.
-
-    Raises:
-        ValueError: missing, damaged, or not what encode writes.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; {AGAIN}")
-    try:
-        found = load(file.read_bytes())  # by bytes: safetensors opens no name that is not UTF-8
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{file}: no readable safetensors file ({error}); {AGAIN}") from None
-    missing = [name for name in ("null", "negative") if name not in found]
-    if missing or ("null_pooled" in found) != ("negative_pooled" in found):
-        raise ValueError(
-            f"{file}: holds {sorted(map(shown, found))[:8]}, needed are null and negative, and both pooled "
-            f"or none; {AGAIN}"
-        )
-    for name in (name for name in ("null", "negative", "null_pooled", "negative_pooled") if name in found):
-        tensor, other = found[name], found["null_pooled" if name.endswith("_pooled") else "null"]
-        fits = (
-            tensor.dtype == torch.float32
-            and tensor.ndim == 2
-            and tensor.shape[1:] == other.shape[1:]
-            and tensor.numel() > 0
-        )
-        if not fits or (name.endswith("_pooled") and len(tensor) != 1) or not tensor.isfinite().all():
-            what = f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
-            raise ValueError(
-                f"{file}: {shown(name)} is {what}, expected finite float32 rows, as wide as those of the "
-                f"empty caption; {AGAIN}"
-            )
-    return found
 
 
 def _read_member(file: io.BufferedReader, line: IndexLine, name: str, shape: tuple[int, ...]) -> Tensor:

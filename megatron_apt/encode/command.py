@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from megatron_apt.data.shards import TOKENIZER
+from megatron_apt.data.encoding import TOKENIZER
 from megatron_apt.encode.decode import Clip
 from megatron_apt.encode.each import decode_all
 from megatron_apt.encode.manifest import Entry, read_entries

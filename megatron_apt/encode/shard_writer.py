@@ -18,8 +18,8 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron_apt.data.encoding import CONDITIONS, TOKENIZER
 from megatron_apt.data.index import ARRAYS, FORMAT, INDEX, POOLED_FORMAT, read_done, read_info
-from megatron_apt.data.shards import CONDITIONS, TOKENIZER
 from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.errors import shown
 from megatron_apt.files import Replacement, write_atomically

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from megatron_apt.checkpoint.fits import check_model
 from megatron_apt.checkpoint.state import configuration_of
 from megatron_apt.config import ParallelConfig
 from megatron_apt.data.batches import check_first_frames, first_frames
+from megatron_apt.data.encoding import KEPT, Encoding, KeptEncoding
 from megatron_apt.data.shards import FirstFrame, LatentShards
 from megatron_apt.errors import check_input_file, check_output_folder
 from megatron_apt.families.registry import build_backbone
@@ -43,7 +45,8 @@ class Loaded:
     Attributes:
         model: the network, in evaluation of one checkpoint's weights.
         text_length: padding its captions were trained with.
-        shards: encoded datasets of its run.
+        shards: where the first encoded dataset of its run lies, or did.
+        kept: where the run has kept what made its latents.
         two_step_t: where the two-step procedure returns to noise.
         one_step: whether it was trained to map noise to samples in one step.
     """
@@ -51,6 +54,7 @@ class Loaded:
     model: Backbone
     text_length: int
     shards: tuple[str, ...]
+    kept: Path
     two_step_t: float
     one_step: bool
 
@@ -75,10 +79,19 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     return Loaded(
         model.eval().requires_grad_(False),
         run.data.text_length,
-        run.data.shards,
+        _places(run.data.shards, state.get("data")),
+        folder.parent.parent / KEPT,
         run.of_method.two_step_time(run),
         run.of_method.one_step,
     )
+
+
+def _places(shards: tuple[str, ...], identities: Any) -> tuple[str, ...]:
+    """Where a run's first dataset may lie: as its recipe says, seen from here, and where it
+    was when the run was trained.
+    """
+    found = [one.get("path") for one in identities or () if isinstance(one, dict)] if shards else []
+    return (*shards[:1], *(path for path in found[:1] if isinstance(path, str)))
 
 
 def sample_latents(
@@ -122,12 +135,7 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         check_input_file("image", config.image)
     mesh = startup.start(ParallelConfig())
     loaded = load_generator(config.checkpoint, mesh, config.weights)
-    if not (config.dataset or loaded.shards):
-        raise ValueError(
-            f"{config.checkpoint}: was trained on no dataset, whose codec and text encoder samples need; "
-            "give one with --dataset"
-        )
-    dataset = LatentShards(config.dataset or loaded.shards[0])
+    dataset = _dataset(config, loaded)
     _check_dataset(dataset, loaded)
     device = str(mesh.device)
     shape = (dataset.shapes[0][0], *(config.size or dataset.shapes[0][1:]))
@@ -164,6 +172,28 @@ def sample_to_files(config: SampleConfig) -> list[Path]:
         files.append(grid)
     print("\n".join(map(str, files)))
     return files
+
+
+def _dataset(config: SampleConfig, loaded: Loaded) -> Encoding:
+    """The dataset asked for, or the first of the run's; where that is not there any more,
+    what the run has kept of it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
+    if config.dataset:
+        return LatentShards(config.dataset)
+    if not loaded.shards:
+        raise ValueError(
+            f"{config.checkpoint}: was trained on no dataset, whose codec and text encoder samples need; "
+            "give one with --dataset"
+        )
+    for path in loaded.shards:
+        if Path(path).is_dir():
+            return LatentShards(path)
+    if loaded.kept.is_dir():
+        return KeptEncoding(loaded.kept)
+    return LatentShards(loaded.shards[0])  # which says that it is not there
 
 
 def _check_picture(
@@ -220,9 +250,7 @@ def _remarks(config: SampleConfig, loaded: Loaded) -> list[str]:
     return found
 
 
-def _encoded(
-    config: SampleConfig, loaded: Loaded, dataset: LatentShards, prompts: Sequence[str], device: str
-):
+def _encoded(config: SampleConfig, loaded: Loaded, dataset: Encoding, prompts: Sequence[str], device: str):
     """(rows of each prompt, their pooled vectors or None, the negative prompt's condition)."""
     encoder = dataset.text_encoder(device)
     texts, pooled = encoder.encode_pooled(list(prompts))
@@ -238,14 +266,14 @@ def _encoded(
     return texts, pooled, Condition.pack(negative_text, loaded.text_length, negative_pooled)
 
 
-def _rate(config: SampleConfig, dataset: LatentShards) -> float:
+def _rate(config: SampleConfig, dataset: Encoding) -> float:
     """Frames per second of what is written."""
     encoded = dataset.info["settings"].get("fps", 0)
     return config.fps or encoded or DEFAULT_FPS
 
 
 def _first_frames(
-    config, model: ModelConfig, dataset: LatentShards, codec, prompts, shape, device: str
+    config, model: ModelConfig, dataset: Encoding, codec, prompts, shape, device: str
 ) -> list[dict[str, Tensor]]:
     """What each prompt's Condition has of a first frame: that of config.image, or of the
     dataset's first sample with this caption.
@@ -284,10 +312,15 @@ def _first_frames(
             f"size={config.size}: the dataset's first frames are of {dataset.shapes[0][1:]}; add --image "
             "FILE for another size"
         )
+    if not isinstance(dataset, LatentShards):
+        raise ValueError(
+            f"{dataset.path}: keeps no first frames, and this model is given one; add --image FILE, or give "
+            "the run's dataset with --dataset"
+        )
     return [first_frames([dataset[dataset.captions.index(prompt)].first_frame], model) for prompt in prompts]
 
 
-def _check_dataset(dataset: LatentShards, loaded: Loaded) -> None:
+def _check_dataset(dataset: Encoding, loaded: Loaded) -> None:
     model = loaded.model.model
     found, needed = (
         (dataset.shapes[0][0], dataset.null_text.shape[-1]),

@@ -6,12 +6,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from megatron_apt.checkpoint import store
 from megatron_apt.checkpoint.resume import begin, check_same_run, committed, warn_of_random_weights
 from megatron_apt.checkpoint.save import Checkpoints
 from megatron_apt.config import RunConfig, check_fits, to_dict
 from megatron_apt.data.batches import Batches
+from megatron_apt.data.encoding import keep
 from megatron_apt.data.identity import Identity, identify
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.errors import BadGradient, BadLoss, Collapse
@@ -62,6 +64,7 @@ class Trainer:
         self.iteration = 0
         self._means = Means()  # of each value since the last save
         self.data = on_main(mesh, lambda: [identify(source) for source in self.batches.sources])
+        on_main(mesh, lambda: keep(self.batches.sources[0], Path(config.output)))
         folder = on_main(mesh, lambda: store.latest(config.output))
         warn_of_random_weights(config)
         if folder is None:

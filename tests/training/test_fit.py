@@ -1,15 +1,21 @@
 """What a recipe leaves open is its checkpoint's and its dataset's; what it gives is compared with them."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_apt.checkpoint import store
 from megatron_apt.config import DataConfig, InitConfig, RunConfig
+from megatron_apt.data.encoding import KeptEncoding, keep
+from megatron_apt.data.shards import LatentShards
 from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.families.sd3.config import Sd3Config
 from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.sample.command import sample_to_files
+from megatron_apt.sample.config import SampleConfig
 from megatron_apt.training.fit import fitted, from_checkpoint
 from megatron_apt.training.train import train
 from support.runs import config
@@ -74,3 +80,39 @@ def test_what_nothing_tells_is_named():
         fitted(RunConfig(model=MMDiTConfig(latent_channels=4)))
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         fitted(RunConfig(data=DataConfig(shards=("nowhere",))))
+
+
+# --- samples of a run whose dataset is not where the recipe says
+
+
+def test_samples_are_made_from_anywhere_and_without_the_dataset(run, datasets, mesh, tmp_path, monkeypatch):
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(datasets / "images", data)
+    monkeypatch.chdir(tmp_path)
+    train(replace(run, output="run", data=DataConfig(shards=("data",))), mesh)
+    options = {"checkpoint": str(output), "prompts": ("a handwritten seven",), "steps": 2}
+    monkeypatch.chdir("/")
+    (there,) = sample_to_files(SampleConfig(**options, out=str(tmp_path / "there")))
+    data.rename(tmp_path / "elsewhere")
+    (kept,) = sample_to_files(SampleConfig(**options, out=str(tmp_path / "kept")))
+    assert kept.read_bytes() == there.read_bytes()
+    (captioned, *_) = sample_to_files(
+        SampleConfig(**options | {"prompts": ()}, out=str(tmp_path / "captions"))
+    )
+    assert "handwritten" in captioned.name
+    shutil.rmtree(output / "encoding")
+    with pytest.raises(FileNotFoundError, match="data does not exist"):
+        sample_to_files(SampleConfig(**options, out=str(tmp_path / "gone")))
+
+
+def test_a_kept_encoding_that_is_damaged_is_named(run, tmp_path):
+    shutil.copytree(Path(run.output) / "encoding", tmp_path / "encoding")
+    (tmp_path / "encoding/examples.json").write_text('{"shape": [1, 1, 8], "captions": []}')
+    with pytest.raises(ValueError, match=r"examples\.json: shape: .* give the run's dataset with --dataset"):
+        KeptEncoding(tmp_path / "encoding")
+
+
+def test_another_dataset_in_the_same_folder_is_kept_anew(run, datasets, tmp_path):
+    keep(LatentShards(datasets / "images"), tmp_path)
+    keep(LatentShards(datasets / "videos"), tmp_path)
+    assert KeptEncoding(tmp_path / "encoding").shapes == LatentShards(datasets / "videos").shapes[:1]
