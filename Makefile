@@ -1,6 +1,6 @@
 # make demo [QUICK=1] [STAGE=images]   the main job on real data, with a report
-# make test                            the tests (CPU, several processes over gloo)
-# make test-dist                       all parallel ones: every mesh x method x precision x kind of data
+# make test                            the fast tests (CPU, several processes over gloo)
+# make test-all                        all tests: every mesh x method x precision x kind of data, long campaigns; hours
 # make lint
 # make docs                            the documentation as a site in site/; its search wants a server: python -m http.server --directory site
 
@@ -18,7 +18,7 @@ comma := ,
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test test-dist lint docs install clean
+.PHONY: demo test test-all lint docs install clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -43,11 +43,14 @@ endif
 demo: $(STAMP)
 	$(BIN)/megatron-apt demo $(if $(STAGE),--stage $(STAGE)) $(if $(QUICK),--quick --root runs/demo-quick)
 
-test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+# Two workers, one of which runs what needs several processes, one test after the other (tests/conftest.py).
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-test-dist: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "dist and not gpu" $(PYTEST_ARGS)
+test: $(STAMP)
+	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP)
+	$(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

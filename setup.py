@@ -61,6 +61,7 @@ setup(
             "accelerate>=1.0,<2",
             "hypothesis>=6,<7",
             "pytest>=8,<10",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.9,<0.18",
             "ty==0.0.108",
             "scikit-video>=1.1.11,<2",

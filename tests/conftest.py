@@ -17,6 +17,17 @@ from megatron_apt.parallel.startup import start
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What goes to one worker of pytest-xdist (--dist loadgroup): a whole file, whose
+    fixtures are then made once, and first of all every test that starts several
+    processes, so that no two of those run at the same time.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("dist") is None)
+    for item in items:
+        parallel = item.get_closest_marker("dist") is not None
+        item.add_marker(pytest.mark.xdist_group("several processes" if parallel else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def mesh():
     """A mesh of this one process."""

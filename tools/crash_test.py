@@ -1,6 +1,6 @@
 """Kills training at random moments and checks that nothing is lost.
 
-    python tools/crash_test.py [--kills 50] [--kills-per-run 5] [--json FILE]
+    python tools/crash_test.py [--kills 50] [--kills-per-run 5] [--iterations 40] [--json FILE]
 
 Trains G and D on two ranks without disturbance, then again and again with `kill -9` of a
 random rank: at a random moment, while a checkpoint is being written, or between the G and
@@ -28,14 +28,13 @@ from megatron_apt import scripts
 
 HERE = Path(__file__).resolve()
 RANKS = 2
-ITERATIONS = 40
 STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
 
 
 # --- the run that is killed
 
 
-def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
+def worker(root: Path, output: Path, iterations: int, die_at: int, die_rank: int) -> None:
     """One rank. With die_at >= 0 it kills itself between the G and the D phase of that
     iteration, if it is die_rank.
     """
@@ -46,7 +45,7 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
     from megatron_apt.schedule.execute import Executor
     from megatron_apt.training.train import train
 
-    config = digits_run(root, output, iterations=ITERATIONS)
+    config = digits_run(root, output, iterations=iterations)
     mesh = startup.start(config.parallel)
     run = Executor.run
 
@@ -70,7 +69,7 @@ def worker(root: Path, output: Path, die_at: int, die_rank: int) -> None:
 class Run:
     """Both ranks of one start."""
 
-    def __init__(self, root: Path, output: Path, die_at: int = -1, die_rank: int = -1):
+    def __init__(self, root: Path, output: Path, iterations: int, die_at: int = -1, die_rank: int = -1):
         port = free_port()
         command = [
             sys.executable,
@@ -80,6 +79,7 @@ class Run:
             "--worker",
             str(root),
             str(output),
+            str(iterations),
             str(die_at),
             str(die_rank),
         ]
@@ -126,16 +126,16 @@ def iteration_of(output: Path) -> int:
     return len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
 
 
-def disturb(root: Path, output: Path, kind: str, rng: random.Random) -> dict:
+def disturb(root: Path, output: Path, iterations: int, kind: str, rng: random.Random) -> dict:
     """Starts the run and kills one rank; returns what happened."""
     victim = rng.randrange(RANKS)
     begun = iteration_of(output)
     # Beyond what an earlier start has logged, so that training is really under way
     ahead = begun + rng.randrange(3)
     if kind == "between phases":
-        run = Run(root, output, die_at=min(ahead, ITERATIONS - 1), die_rank=victim)
+        run = Run(root, output, iterations, die_at=min(ahead, iterations - 1), die_rank=victim)
     else:
-        run = Run(root, output)
+        run = Run(root, output, iterations)
         checkpoints = output / "checkpoints"
         while run.running():
             if (
@@ -170,13 +170,14 @@ def disturb(root: Path, output: Path, kind: str, rng: random.Random) -> dict:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
+        worker(Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:7]))
         return
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("--kills", type=scripts.whole(1), default=50)
     arguments.add_argument("--kills-per-run", type=scripts.whole(1), default=5)
+    arguments.add_argument("--iterations", type=scripts.whole(4), default=40)
     arguments.add_argument("--seed", type=scripts.whole(0, 2**63), default=0)
     arguments.add_argument("--json", metavar="FILE", default="", type=scripts.output_file)
     options = arguments.parse_args()
@@ -186,15 +187,16 @@ def main() -> None:
     results, done, number = [], 0, 0
     try:
         write_digits(root)
-        undisturbed = Run(root, root / "undisturbed")
+        undisturbed = Run(root, root / "undisturbed", options.iterations)
         if not undisturbed.wait(600) or not undisturbed.succeeded():
             undisturbed.kill_all()
             sys.exit(f"crash_test: the undisturbed run failed\n{undisturbed.output()}")
         while done < options.kills:
             output, kills = root / f"run{number}", []
             for _ in range(min(options.kills_per_run, options.kills - done)):
-                kills.append(disturb(root, output, kinds[(done + len(kills)) % len(kinds)], rng))
-            final = Run(root, output)
+                kind = kinds[(done + len(kills)) % len(kinds)]
+                kills.append(disturb(root, output, options.iterations, kind, rng))
+            final = Run(root, output, options.iterations)
             finished = final.wait(600) and final.succeeded()
             final.kill_all()
             comparison = (
@@ -202,7 +204,7 @@ def main() -> None:
                 if finished
                 else {"equal": False, "failed": final.output()}
             )
-            equal = comparison["equal"] and comparison["log"]["rows"] == ITERATIONS
+            equal = comparison["equal"] and comparison["log"]["rows"] == options.iterations
             results.append({"kills": kills, "equal": equal, "comparison": comparison})
             done += len(kills)
             number += 1

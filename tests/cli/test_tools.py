@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_apt.checkpoint import store
+from megatron_apt.cli import main
 from megatron_apt.config import OptimizerConfig, ParallelConfig
 from megatron_apt.models.discriminator import QueryHead
 from megatron_apt.models.layout import build_layout
@@ -142,18 +143,18 @@ def test_data_parallel_ranks_send_each_gradient_and_each_weight_once(ranks):
 # --- scripts
 
 
-def test_compare_runs_finds_the_first_difference(mesh, datasets, tmp_path):
+def test_compare_runs_finds_the_first_difference(script, mesh, datasets, tmp_path):
     run = config(datasets, tmp_path / "a", "flow", iterations=2)
     train(run, mesh)
     train(replace(run, output=str(tmp_path / "same")), mesh)
     train(replace(run, output=str(tmp_path / "other"), optimizer=replace(run.optimizer, lr=1.001e-3)), mesh)
-    same = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "same", "--json", tmp_path / "out.json")
-    assert same.returncode == 0 and "equal" in same.stdout, same.stderr
+    code, said = script("compare_runs", tmp_path / "a", tmp_path / "same", "--json", tmp_path / "out.json")
+    assert code == 0 and "equal" in said, said
     assert json.loads((tmp_path / "out.json").read_text())["equal"] is True
     other = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "other")
     assert other.returncode == 1 and "first: iteration 1: generator/lr is 0.001 and" in other.stdout
-    missing = tool(TOOLS / "compare_runs.py", tmp_path / "a", tmp_path / "nowhere")
-    assert missing.returncode == 1 and "no checkpoint there" in missing.stderr
+    code, said = script("compare_runs", tmp_path / "a", tmp_path / "nowhere")
+    assert code == 1 and "no checkpoint there" in said
 
 
 def test_compare_runs_knows_what_is_not_a_number(monkeypatch):
@@ -170,31 +171,36 @@ def test_compare_runs_knows_what_is_not_a_number(monkeypatch):
     assert tensor_difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 5.0])) == 0.25
 
 
-def test_the_checkpoint_commands(mesh, datasets, tmp_path):
+def checkpoint_command(*arguments: str) -> int:
+    """The exit code of `megatron-apt checkpoint`, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint", *arguments])
+    return ended.value.code
+
+
+def test_the_checkpoint_commands(script, capsys, mesh, datasets, tmp_path):
     run = config(datasets, tmp_path / "run", iterations=1)
     train(run, mesh)
-    command = ("-m", "megatron_apt", "checkpoint")
-    seen = tool(*command, "inspect", run.output)
+    seen = tool("-m", "megatron_apt", "checkpoint", "inspect", run.output)
     assert seen.returncode == 0 and "discriminator optimizer.square" in seen.stdout, seen.stderr
-    assert tool(*command, "reshard", run.output, tmp_path / "copy").returncode == 0
-    compared = tool(TOOLS / "compare_runs.py", run.output, tmp_path / "copy")
-    assert (
-        compared.returncode == 0
-        and f"log         not compared: none in {tmp_path / 'copy'}" in compared.stdout
-    ), compared.stderr
-    assert tool(*command, "verify", tmp_path / "copy").returncode == 0
+    copy = str(tmp_path / "copy")
+    assert checkpoint_command("reshard", run.output, copy) == 0
+    code, said = script("compare_runs", run.output, copy)
+    assert code == 0 and f"log         not compared: none in {copy}" in said, said
+    assert checkpoint_command("verify", copy) == 0
     file = next(store.latest(tmp_path / "copy").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
-    broken = tool(*command, "verify", tmp_path / "copy")
-    assert broken.returncode == 1 and file.name in broken.stdout
+    capsys.readouterr()
+    assert checkpoint_command("verify", copy) == 1 and file.name in capsys.readouterr().out
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_kills_lose_nothing(tmp_path, kills):
-    done = tool(
-        TOOLS / "crash_test.py", "--kills", kills, "--kills-per-run", kills, "--json", tmp_path / "out.json"
-    )
+@pytest.mark.parametrize(
+    ("kills", "iterations"), [(1, 12), pytest.param(3, 40, marks=pytest.mark.slow)], ids=["1", "3"]
+)
+def test_kills_lose_nothing(tmp_path, kills, iterations):
+    options = ("--kills", kills, "--kills-per-run", kills, "--iterations", iterations)
+    done = tool(TOOLS / "crash_test.py", *options, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["identical"] == found["effective"] == found["stopped"] == kills
@@ -203,9 +209,7 @@ def test_kills_lose_nothing(tmp_path, kills):
 # --- schedules
 
 
-def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
-    from megatron_apt.cli import main
-
+def test_show_schedule_prices_lists_and_refuses_what_cannot_run(script, tmp_path):
     a, b, broken, picture, figures = (
         tmp_path / name for name in ("a.txt", "b.txt", "broken.txt", "s.svg", "s.json")
     )
@@ -239,8 +243,8 @@ def test_show_schedule_prices_lists_and_refuses_what_cannot_run(tmp_path):
             if line.strip() != "SEND 1 F generator.0 i0 g/fake.0 m1"
         )
     )
-    done = tool(TOOLS / "show_schedule.py", broken)
-    assert done.returncode == 1 and "rank 0 never sends F generator.0 i0 g/fake.0 m1 to rank 1" in done.stderr
+    code, said = script("show_schedule", broken)
+    assert code == 1 and "rank 0 never sends F generator.0 i0 g/fake.0 m1 to rank 1" in said
 
 
 # --- memory of encoding
