@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_apt import scripts
+
 ROOT = Path(__file__).resolve().parents[1]
 CHECKER = Path(sys.executable).parent / "ty"
 PLACES = {  # in the copy, by what is copied
@@ -45,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    scripts.run(main)

@@ -105,29 +105,43 @@ def test_a_model_on_meta_has_the_parameters_of_one_with_layers(mesh, family, see
 # --- several processes
 
 
-def on_mesh(mesh, family):
-    """Errors of every configuration, of samples of one size where the seed is even, of a
+def on_mesh(mesh, family, seeds=SEEDS):
+    """Errors of these configurations, of samples of one size where the seed is even, of a
     packed microbatch where it is odd.
     """
     pair = [values[:2] for values in UNIFORM[family]]
     return [
         compare(mesh, family, CONFIGS[family](seed), *(PACKED[family] if seed % 2 else pair))
-        for seed in SEEDS
+        for seed in seeds
     ]
+
+
+def check_mesh(ranks, world, parallel, family, seeds=SEEDS):
+    for errors in ranks(world).run(on_mesh, parallel, family, seeds):
+        for seed, one in zip(seeds, errors, strict=True):
+            assert_parity(one, f"{family} {seed}: ")
 
 
 SPLIT = {name: parallel for name, parallel in meshes(2).items() if parallel.tp * parallel.cp == 2} | {
     "pp2": ParallelConfig(pp=2)
 }
+# Two configurations on each mesh, every configuration on one
+SHARE = {name: (2 * i % len(SEEDS), (2 * i + 1) % len(SEEDS)) for i, name in enumerate(SPLIT)}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_mesh_equals_diffusers(ranks, name, family):
-    for errors in ranks(2).run(on_mesh, SPLIT[name], family):
-        for seed, one in enumerate(errors):
-            assert_parity(one, f"{family} {seed}: ")
+    check_mesh(ranks, 2, SPLIT[name], family, SHARE[name])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SPLIT)
+def test_every_configuration_on_a_mesh_equals_diffusers(ranks, name, family):
+    check_mesh(ranks, 2, SPLIT[name], family)
 
 
 PAIRS = {
@@ -143,9 +157,7 @@ PAIRS = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", PAIRS)
 def test_four_ranks_equal_diffusers(ranks, name, family):
-    for errors in ranks(4).run(on_mesh, PAIRS[name], family):
-        for seed, one in enumerate(errors):
-            assert_parity(one, f"{family} {seed}: ")
+    check_mesh(ranks, 4, PAIRS[name], family)
 
 
 def verified(mesh, run, folder):
