@@ -100,7 +100,6 @@ def check_same_run(
         CheckpointError: naming every field that may not change and has.
     """
     # A field that is missing is younger than the checkpoint
-    # A field that is missing is younger than the checkpoint
     stored = _plain(to_dict(configuration_of(stored, os.fspath(folder))))
     changed = [(name, was, now) for name, was, now in _differences(stored, _plain(wanted)) if name != _SHARDS]
     found = [

@@ -190,10 +190,17 @@ def test_the_same_data_goes_on_under_another_path_and_other_data_under_the_same_
 
 
 def test_differences_are_shown_short(tmp_path):
-    wanted = json.loads(json.dumps(to_dict(RunConfig())))
-    stored = wanted | {"method": "x" * 300_000, **{f"field{i}": i for i in range(1000)}, "y" * 300_000: 1}
+    wanted = json.loads(json.dumps(to_dict(RunConfig(model=MMDiTConfig()))))
+    heads = {"head_layers": [1 / 3] * 100_000}
+    changed = {name: value + 1 for name, value in wanted["apt"].items() if type(value) is float and value > 0}
+    del changed["discriminator_depth"], changed["two_step_t"]  # at most 1
+    flow = {name: value / 2 for name, value in wanted["flow"].items() if value}
+    consistency = {name: value / 2 for name, value in wanted["consistency"].items()} | {"steps": 7}
+    stored = wanted | {"seed": 1, "global_batch": 7, "flow": wanted["flow"] | flow}
+    stored |= {"consistency": consistency, "apt": wanted["apt"] | changed | heads}
     with pytest.raises(
-        CheckpointError, match=r"method: 'x.*\(300002 characters\) in the checkpoint.*and 990 more"
+        CheckpointError,
+        match=r"apt.head_layers: \[0.3.*\(2000000 characters\) in the checkpoint.*and \d+ more",
     ) as refused:
         check_same_run(stored, wanted, tmp_path)
     assert len(str(refused.value)) < 5000
