@@ -78,7 +78,7 @@ def load_generator(checkpoint: str, mesh: Mesh, weights: str = "ema") -> Loaded:
     load_weights(f"{checkpoint}:{weights}", model, mesh)
     return Loaded(
         model.eval().requires_grad_(False),
-        run.data.text_length,
+        run.data.text_length or 0,
         _places(run.data.shards, state.get("data")),
         folder.parent.parent / KEPT,
         run.of_method.two_step_time(run),
