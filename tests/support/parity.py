@@ -15,7 +15,7 @@ from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schedule.actions import Task
 from megatron_apt.schedule.prepare import Pipeline
-from megatron_apt.training.log import Pieces
+from megatron_apt.training.log import IterationValues
 from megatron_apt.training.networks import Network
 from support.problems import build, microbatch, model_config, run_config, whole
 
@@ -105,7 +105,7 @@ def iterations(mesh: Mesh, config: RunConfig, data: str, defect=None, count: int
         method, networks, executor = build(config, mesh)
         pipeline = Pipeline(config.pipeline, method, mesh)
         gradients: list[dict] = [{} for _ in range(count)]
-        pieces, at = Pieces(count), [0]
+        pieces, at = IterationValues(count), [0]
         for name, network in networks.items():
             if network.optimizer is not None:
                 _record(name, network, gradients, at)
