@@ -516,7 +516,7 @@ def test_pictures_train_beside_clips(datasets, mesh, tmp_path):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["apt", "consistency", "flow"])
+@pytest.mark.parametrize("method", ["apt", "consistency", pytest.param("flow", marks=pytest.mark.slow)])
 def test_a_method_on_two_ranks_equals_one(ranks, mesh, method):
     """Two iterations, pictures among the clips: every loss, gradient, weight and average,
     in float64 to 1e-9.
@@ -535,7 +535,7 @@ def test_a_method_on_two_ranks_equals_one(ranks, mesh, method):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["apt", "consistency", "flow"])
+@pytest.mark.parametrize("method", ["apt", "consistency", pytest.param("flow", marks=pytest.mark.slow)])
 def test_in_a_pipeline_equals_one(ranks, mesh, method):
     config = deep(method, model=MODEL)
     for data in ("mixed", "videos"):

@@ -156,7 +156,10 @@ def test_a_video_of_46800_tokens(dtype):
 
 
 # Fp32 has smaller tiles, so takes more of them
-@pytest.mark.parametrize("length, dtype", [(5000, torch.float32), (46800, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "length, dtype",
+    [(5000, torch.float32), pytest.param(46800, torch.bfloat16, marks=pytest.mark.slow)],
+)
 def test_a_video_is_pooled(length, dtype):
     rows, heads, width, depth = Rows.packed([length, 3], DEVICE), 1, 8, 8
     inputs = [

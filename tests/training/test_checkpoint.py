@@ -83,14 +83,22 @@ def damaged(folder: Path, name: str, how: str) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def flow(mesh, datasets, tmp_path_factory):
+    """A run of one iteration with its checkpoint, to be copied."""
+    run_config = config(datasets, tmp_path_factory.mktemp("flow"), "flow", iterations=1)
+    train(run_config, mesh)
+    return run_config
+
+
 @pytest.mark.parametrize("name", ["*.distcp", "common.pt", "metadata.json", ".metadata", "state.json"])
 @pytest.mark.parametrize(
     ("how", "message"),
     [("bit", "bits have changed"), ("short", "were committed; it was cut short"), ("gone", "missing")],
 )
-def test_a_damaged_file_is_named(mesh, datasets, tmp_path, name, how, message):
-    run_config = config(datasets, tmp_path / "run", "flow", iterations=1)
-    train(run_config, mesh)
+def test_a_damaged_file_is_named(mesh, flow, tmp_path, name, how, message):
+    run_config = replace(flow, output=str(tmp_path / "run"))
+    shutil.copytree(flow.output, run_config.output)
     folder = store.latest(run_config.output)
     assert store.damages(folder) == []
     file = damaged(folder, name, how)
@@ -251,7 +259,7 @@ def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before
 @pytest.mark.parametrize(
     "parallel",
     [
-        pytest.param(ParallelConfig(), id="dp2"),
+        pytest.param(ParallelConfig(), id="dp2", marks=pytest.mark.slow),
         pytest.param(ParallelConfig(cp=2), id="cp2"),
         pytest.param(ParallelConfig(tp=2), id="tp2", marks=pytest.mark.slow),
     ],
