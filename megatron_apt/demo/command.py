@@ -20,15 +20,18 @@ import torch.distributed as dist
 from rich.console import Console
 
 from megatron_apt.config import ParallelConfig, RunConfig
-from megatron_apt.demo import digits, recipes, suite
+from megatron_apt.demo import digits, recipes, results, suite
 from megatron_apt.demo import files as demo_files
+from megatron_apt.demo.content import Section
 from megatron_apt.demo.files import Progress
 from megatron_apt.demo.interrupts import Interrupts
+from megatron_apt.demo.machine import this_machine
 from megatron_apt.demo.recipes import DemoConfig
 from megatron_apt.demo.report import write_report
+from megatron_apt.demo.strip import strip
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.encoders.text import train_sentencepiece
-from megatron_apt.files import write_atomically
+from megatron_apt.files import write_atomically, write_product
 from megatron_apt.lock import FolderLock
 from megatron_apt.parallel import startup
 from megatron_apt.parallel.agree import on_main
@@ -178,6 +181,7 @@ def _run_stages(config: DemoConfig, mesh: Mesh) -> None:
         finally:
             spent = progress["seconds"].get(name, 0.0) + time.perf_counter() - began
             progress["seconds"][name] = round(spent, 2)
+            progress["machine"] = this_machine()
             if mesh.is_main:
                 demo_files.save_progress(root, progress)
         if number == len(remaining) or not remaining[number].endswith("/evaluation"):
@@ -206,12 +210,13 @@ def _remaining(config: DemoConfig, progress: Progress) -> list[Stage]:
 def _conclude(config: DemoConfig, console: Console) -> None:
     report = rewrite_report(config)
     console.rule("done")
-    _print_table(console, suite.demo_results(place(config), {}))
+    progress = demo_files.found_progress(Path(config.root))
+    _print_table(console, results.demo_results(place(config), progress))
     console.print(f"report: {report}\nresults: {report.with_name('results.json')}", highlight=False)
 
 
 def rewrite_report(config: DemoConfig) -> Path:
-    """Report and results.json from what is done so far.
+    """Report, results.json and strips of pictures from what is done so far.
 
     Raises:
         ValueError: no demo there, one of its files is damaged, or the report cannot be
@@ -220,22 +225,30 @@ def rewrite_report(config: DemoConfig) -> Path:
     root = Path(config.root)
     progress = demo_files.found_progress(root)
     config = replace(config, quick=progress["quick"])
+    here = place(config)
     pending = tuple(stage.name for stage in stages(config) if stage.name not in progress["done"])
-    results = json.dumps(suite.demo_results(place(config), progress["seconds"]), indent=1)
-    text = json.dumps(
-        [asdict(recipe(place(config))) for recipe in (recipes.image_apt, recipes.video_apt)], indent=1
-    )
-    report = suite.demo_report(place(config), progress["seconds"], pending, text)
-    demo_files.write(root / "results.json", lambda file: write_atomically(file, results))
+    configurations = [asdict(recipe(here)) for recipe in (recipes.image_apt, recipes.video_apt)]
+    report = results.demo_report(here, progress, pending, json.dumps(configurations, indent=1))
+    measured = json.dumps(results.demo_results(here, progress), indent=1)
+    demo_files.write(root / "results.json", lambda file: write_atomically(file, measured))
+    for section in report.sections:
+        _write_strip(root, section, report.trial)
     demo_files.write(root / "report.html", lambda file: write_report(file, report))
     return root / "report.html"
 
 
-def _print_table(console: Console, results: dict) -> None:
-    for section in ("images", "videos"):
-        for key, distance in results.get(section, {}).get("fd", {}).items():
-            console.print(
-                f"{section:7} {key:14} Frechet distance {distance:7.3f}   accuracy "
-                f"{results[section]['accuracy'][key]:.3f}",
-                highlight=False,
-            )
+def _write_strip(root: Path, section: Section, trial: bool) -> None:
+    """strip.png of pictures, clips.gif of clips."""
+    if found := strip(section, trial):
+        data, kind = found
+        name = {"png": "strip.png", "gif": "clips.gif"}[kind]
+        demo_files.write(root / name, lambda file: write_product(file, data))
+
+
+def _print_table(console: Console, measured: dict) -> None:
+    for section in suite.SUITES:
+        figures = measured.get(section, {"fd": {}})
+        for key, distance in figures["fd"].items():
+            accuracy = figures["accuracy"][key]
+            line = f"{section:7} {key:14} Frechet distance {distance:7.3f}   accuracy {accuracy:.3f}"
+            console.print(line, highlight=False)

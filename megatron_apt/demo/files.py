@@ -6,10 +6,11 @@ import contextlib
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 from msgspec import Meta
 
+from megatron_apt.demo.machine import Machine
 from megatron_apt.demo.recipes import DemoConfig
 from megatron_apt.files import write_atomically
 from megatron_apt.lock import FolderLock
@@ -19,11 +20,14 @@ WHAT, OPTION = "a demo", "another --root"  # of its lock
 
 
 class Progress(TypedDict):
-    """progress.json: stages that are done, in order, and the seconds that each has taken so far."""
+    """progress.json: stages that are done, in order, the seconds that each has taken so
+    far, and the machine that ran the last of them.
+    """
 
     quick: bool
     done: list[str]
     seconds: dict[str, Annotated[float, Meta(ge=0, le=1e9)]]
+    machine: NotRequired[Machine]
 
 
 def prepare(config: DemoConfig) -> None:

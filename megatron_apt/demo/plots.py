@@ -26,6 +26,7 @@ _STYLE = {
 }
 MAX_POINTS = 500
 TAIL = 0.1
+COLLAPSED, HEALTHY = 0.3, 0.5  # marks of a discriminator's loss; chance is 2 ln 2 = 1.39
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,20 @@ def line(rows: list[dict], key: str, label: str) -> Line | None:
     return Line(label, *np.array(points, dtype=float).T) if points else None
 
 
+def tail(rows: list[dict], key: str) -> list[float]:
+    """The finite values of `key` over the last tenth of a log."""
+    values = [row[key] for row in rows if _finite(row.get(key))]
+    return values[len(values) - math.ceil(TAIL * len(values)) :]
+
+
 def tail_median(rows: list[dict], key: str) -> float:
-    """Median of the finite values of `key` over the last tenth of a log: where a loss
-    ended, without its noise. NaN if there are none.
+    """Where a loss ended, without its noise: the median of its tail, NaN if that is empty.
 
     The median, because a collapsed discriminator's loss is near zero with single spikes
     that would rule a mean.
     """
-    values = [row[key] for row in rows if _finite(row.get(key))]
-    return float(np.median(values[-math.ceil(TAIL * len(values)) :])) if values else math.nan
+    values = tail(rows, key)
+    return float(np.median(values)) if values else math.nan
 
 
 def stage_plots(rows: list[dict]) -> list[Plot]:
@@ -89,7 +95,7 @@ def ablation_plot(with_ar1: list[dict], without_ar1: list[dict]) -> Plot | None:
     if without is None:
         return None
     regularised = line(with_ar1, "d/loss", "with aR1")
-    thresholds = {0.5: "healthy above 0.5", 0.3: "collapsed below 0.3"}
+    thresholds = {HEALTHY: f"healthy above {HEALTHY}", COLLAPSED: f"collapsed below {COLLAPSED}"}
     return Plot(
         "Discriminator loss", tuple(found for found in (regularised, without) if found), thresholds, wide=True
     )

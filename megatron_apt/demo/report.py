@@ -1,11 +1,12 @@
 """The report of a run: one HTML file with pictures, clips, curves and numbers inside it,
 readable from the first finished stage on.
+
+Pictures come first, then quality, then curves; machine and times last.
 """
 
 import base64
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -14,48 +15,41 @@ from string import Template
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_apt.demo import plots
+from megatron_apt.demo import findings, plots
+from megatron_apt.demo.content import APT, CONSISTENCY, DIFFUSION, FLOOR, METHODS, REAL, Report, Row, Section
+from megatron_apt.demo.machine import described
+from megatron_apt.demo.strip import description, strip
 from megatron_apt.files import write_product
 from megatron_apt.sample.media import gif_bytes, png_bytes
 
-# Names that grids and table rows should use: the page explains them, orders columns by
-# them and takes its headline numbers from them.
-REAL, DIFFUSION, DIFFUSION_1, CONSISTENCY, APT, APT_2 = METHODS = (
-    "real",
-    "diffusion 25 steps",
-    "diffusion 1 step",
-    "consistency 1 step",
-    "APT 1 step",
-    "APT 2 steps",
-)
-FLOOR = "real against real"
-
 _CELL = 132  # CSS pixels for all samples of one prompt by one method
 _LARGEST = 320  # stored pixels of a sample's longer side; larger ones are averaged down
-_LEAD = """A diffusion model needs dozens of network evaluations for one sample. Adversarial
-post-training turns it into a generator that needs one: in every row below, all columns
-start from the same prompt and, where they start from noise, from the same noise."""
+_LEAD = """A diffusion model needs dozens of network evaluations for one sample. Consistency
+distillation makes a copy that needs one, adversarial post-training (APT) then trains that
+copy against real data. Below are samples of each for the same prompts and from the same noise."""
+_TRIAL = """<b>Trial run.</b> A twentieth of the training, and few samples measured: it shows
+that everything runs. Its samples are expected to look unfinished, and its figures say
+nothing about the method."""
 _HOW = (
     (
         "Stage 0 · Diffusion",
-        "The network learns to point from a noisy sample towards the clean one. Following that arrow in 25 "
-        "small steps gives good samples; one big step gives a blur.",
+        "The network learns to point from a noisy sample towards the clean one. A sample follows that arrow "
+        "in 25 small steps; in one big step it lands at the average of everything it could become.",
     ),
     (
         "Stage 1 · Consistency distillation",
         "A copy learns to land in one step where the guided diffusion model is heading, from every noise "
-        "level. The result is usable but soft, and serves only as the start of stage 2.",
+        "level. It serves as the start of stage 2.",
     ),
     (
         "Stage 2 · Adversarial post-training",
         "The generator now trains against a discriminator made from the diffusion model itself, which "
-        "compares its samples with real data rather than with a teacher. That restores detail, and can "
-        "surpass the teacher in sharpness.",
+        "compares its samples with real data rather than with a teacher.",
     ),
     (
         "Ablation · Without aR1",
-        "aR1 penalises a discriminator whose verdict changes when real data gets a little noise. Without it "
-        "the discriminator wins outright, its loss falls to zero and the generator learns nothing more.",
+        "aR1 penalises a discriminator whose verdict changes when real data gets a little noise, which keeps "
+        "it from winning outright. The last stage is trained once more without it.",
     ),
 )
 _TABLE_CAPTION = """Fréchet distance: how far the samples' distribution is from the data's,
@@ -66,56 +60,6 @@ collapse. NFE: network evaluations per sample."""
 _SAMPLES_CAPTION = "Samples of one row and place share prompt and seed; “real” shows data with that caption."
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table; NaN is shown as a dash. Name it FLOOR or one of METHODS where that fits."""
-
-    name: str
-    frechet: float
-    accuracy: float
-    diversity: float
-    nfe: float
-    seconds_per_sample: float
-
-
-@dataclass(frozen=True)
-class Section:
-    """Images or videos. Cell i of every grid, (N, 3, F, H, W) in [-1, 1], shows
-    prompts[i]; repeated prompts (other seeds) share a line.
-
-    curves: stage -> rows of its JSONL log; ablation: rows of the log without aR1.
-    Everything may be empty or partly there.
-    """
-
-    name: str
-    prompts: tuple[str, ...] = ()
-    grids: dict[str, Tensor] = field(default_factory=dict)
-    fps: float = 8.0
-    table: tuple[Row, ...] = ()
-    curves: dict[str, list[dict]] = field(default_factory=dict)
-    ablation: list[dict] = field(default_factory=list)
-
-    def __post_init__(self):
-        for name, grid in self.grids.items():
-            if grid.ndim != 5 or grid.shape[1] != 3 or len(grid) != len(self.prompts):
-                raise ValueError(
-                    f"grid {name!r} of {self.name} is {tuple(grid.shape)}; need ({len(self.prompts)} "
-                    "prompts, 3, F, H, W)"
-                )
-
-
-@dataclass(frozen=True)
-class Report:
-    """seconds: finished stage -> duration, in order; pending: stages still to come."""
-
-    title: str
-    sections: tuple[Section, ...]
-    seconds: dict[str, float]
-    config_text: str
-    notes: tuple[str, ...] = ()
-    pending: tuple[str, ...] = ()
-
-
 def write_report(path: str | Path, report: Report) -> None:
     """Write `report` as one self-contained HTML file, atomically, so that a browser can
     reload it while the run goes on.
@@ -124,22 +68,92 @@ def write_report(path: str | Path, report: Report) -> None:
 
 
 def render(report: Report) -> str:
-    parts = [f'<p class="lead">{_LEAD}</p>', _stages(report), _how()]
-    for section in report.sections:
-        parts += _section(section, report.pending)
-    if report.notes:
-        parts.append(
-            "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in report.notes) + "</ul>"
-        )
-    if report.config_text:
-        parts.append(
-            f"<details><summary>Configuration</summary><pre>{escape(report.config_text)}</pre></details>"
-        )
+    parts = [f'<p class="lead">{_LEAD}</p>', *_state(report), *_pictures(report)]
+    parts += [*_quality(report), *_curves(report), _how(), *_notes(report), *_run(report)]
     template = Template(files(__package__).joinpath("report.html.template").read_text(encoding="utf-8"))
     return template.substitute(title=escape(report.title), body="\n".join(parts))
 
 
 # --- the parts of the page
+
+
+def _state(report: Report) -> Iterator[str]:
+    """Whether it is whole, and a trial."""
+    if report.trial:
+        yield f'<p class="banner">{_TRIAL}</p>'
+    if report.pending:
+        yield "<p>The run is not finished; this page is rewritten after every stage.</p>"
+
+
+def _pictures(report: Report) -> Iterator[str]:
+    for section in report.sections:
+        yield f"<h2>{escape(section.name.capitalize())}</h2>"
+        yield from _strip(section, report.trial)
+        if section.grids:
+            yield from _expected(section, report.trial)
+            yield _samples(section, report.pending)
+        else:
+            yield (
+                '<p class="quiet">Nothing to show yet: the first pictures come with the end of the '
+                "diffusion stage.</p>"
+            )
+
+
+def _strip(section: Section, trial: bool) -> Iterator[str]:
+    if found := strip(section, trial):
+        data, kind = found
+        source, words = f"data:image/{kind};base64,{base64.b64encode(data).decode()}", description(section)
+        yield f'<p class="strip"><img src="{source}" alt="{escape(words)}"></p>'
+
+
+def _expected(section: Section, trial: bool) -> Iterator[str]:
+    """What to look for; figures of a trial say nothing."""
+    if found := [] if trial else findings.of_samples(section.rows):
+        yield f"<h3>What to look for</h3>{_list(found)}"
+
+
+def _list(sentences: list[str] | tuple[str, ...]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def _quality(report: Report) -> Iterator[str]:
+    measured = [section for section in report.sections if section.table]
+    if not measured:
+        return
+    yield "<h2>Quality and cost</h2>"
+    for section in measured:
+        yield f"<h3>{escape(section.name.capitalize())}</h3>"
+        yield from _headline(section.rows)
+        yield _table(section.table)
+    yield f'<p class="quiet">{_TABLE_CAPTION}</p>'
+
+
+def _curves(report: Report) -> Iterator[str]:
+    drawn = [part for section in report.sections for part in (*_ablation(section), *_training(section))]
+    if drawn:
+        yield "<h2>Training</h2>"
+        yield from drawn
+
+
+def _how() -> str:
+    cards = "".join(f'<div class="card"><h4>{title}</h4><p>{text}</p></div>' for title, text in _HOW)
+    return f'<h2>How it works</h2><div class="cards">{cards}</div>'
+
+
+def _notes(report: Report) -> Iterator[str]:
+    if report.notes:
+        yield f"<h2>Notes</h2>{_list(report.notes)}"
+
+
+def _run(report: Report) -> Iterator[str]:
+    """Where it ran, how long each stage took, and its configuration."""
+    if report.machine or report.seconds or report.pending:
+        yield "<h2>This run</h2>"
+    if report.machine:
+        yield f"<p>{escape(described(report.machine))}</p>"
+    yield _stages(report)
+    if report.config_text:
+        yield f"<details><summary>Configuration</summary><pre>{escape(report.config_text)}</pre></details>"
 
 
 def _stages(report: Report) -> str:
@@ -157,38 +171,11 @@ def _stages(report: Report) -> str:
         "come</time></li>"
         for name in report.pending
     ]
-    running = (
-        "<p>The run is not finished; this page is rewritten after every stage.</p>" if report.pending else ""
-    )
-    return f'{running}<ul class="stages">{"".join(items)}</ul>' if items else running
+    return f'<ul class="stages">{"".join(items)}</ul>' if items else ""
 
 
-def _how() -> str:
-    cards = "".join(f'<div class="card"><h4>{title}</h4><p>{text}</p></div>' for title, text in _HOW)
-    return f'<h2>How it works</h2><div class="cards">{cards}</div>'
-
-
-def _section(section: Section, pending: tuple[str, ...]) -> Iterator[str]:
-    yield f"<h2>{escape(section.name.capitalize())}</h2>"
-    yield from _headline(section.table)
-    if section.grids:
-        yield _samples(section, pending)
-    if section.table:
-        yield "<h3>Quality and cost</h3>" + _table(section.table)
-    if section.ablation:
-        yield from _ablation(section)
-    if section.curves:
-        yield from _curves(section)
-    if not (section.grids or section.table or section.curves):
-        yield (
-            '<p class="quiet">Nothing to show yet: the first pictures come with the end of the diffusion '
-            "stage.</p>"
-        )
-
-
-def _headline(table: tuple[Row, ...]) -> Iterator[str]:
+def _headline(rows: dict[str, Row]) -> Iterator[str]:
     """Up to three numbers that say whether the method worked, once APT's row is there."""
-    rows = {row.name: row for row in table}
     if APT not in rows:
         return
     apt, tiles = rows[APT], []
@@ -227,8 +214,8 @@ def _samples(section: Section, pending: tuple[str, ...]) -> str:
         )
         lines.append(f"<tr><th>{escape(prompt)}</th>{row}</tr>")
     return (
-        f'<div class="scroll"><table class="samples"><caption>{_SAMPLES_CAPTION}</caption>'
-        f"<thead><tr><th>prompt</th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll"><table class="samples"><thead><tr><th>prompt</th>{head}</tr></thead>'
+        f'<tbody>{"".join(lines)}</tbody></table></div><p class="quiet">{_SAMPLES_CAPTION}</p>'
     )
 
 
@@ -274,8 +261,8 @@ def _table(table: tuple[Row, ...]) -> str:
         "↑</th><th>diversity</th><th>NFE</th><th>time per sample</th>"
     )
     return (
-        f'<div class="scroll"><table class="numbers"><caption>{_TABLE_CAPTION}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -285,22 +272,18 @@ def _ablation(section: Section) -> Iterator[str]:
     plot = plots.ablation_plot(regularised, section.ablation)
     if plot is None:
         return
-    yield "<h3>What aR1 is for</h3>"
-    ends = [
-        (name, plots.tail_median(rows, "d/loss"))
-        for name, rows in (("with aR1", regularised), ("without aR1", section.ablation))
-    ]
-    ends = " and ".join(f"{_number(value)} {name}" for name, value in ends if math.isfinite(value))
-    yield f"<p>The discriminator’s loss ends at {ends} (median of the last tenth of the updates).</p>"
+    yield "<h3>With and without aR1</h3>"
+    yield _list(findings.of_ablation(regularised, section.ablation, section.rows))
     yield _figure(plot, f"{section.name}-ablation")
 
 
-def _curves(section: Section) -> Iterator[str]:
+def _training(section: Section) -> Iterator[str]:
     for stage, rows in section.curves.items():
         drawn = plots.stage_plots(rows)
         if drawn:
             figures = "".join(_figure(plot, f"{section.name}-{stage}-{i}") for i, plot in enumerate(drawn))
-            yield f'<h3>Training · {escape(stage)}</h3><div class="plots">{figures}</div>'
+            yield f"<h3>{escape(section.name.capitalize())} · {escape(stage)}</h3>"
+            yield f'<div class="plots">{figures}</div>'
 
 
 def _figure(plot: plots.Plot, name: str) -> str:

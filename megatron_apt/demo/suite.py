@@ -1,5 +1,4 @@
-"""What the demo measures of each trained network, and how its results become tables,
-results.json and the report.
+"""What the demo measures of each trained network, and the files that keep it.
 
 Sample i of every row uses the caption of real sample i and the noise of (seed, i), so
 rows differ by network and sampler alone. Images are compared in pixels. Clips are
@@ -8,10 +7,9 @@ samples.
 """
 
 import json
-import math
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,13 +20,12 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from megatron_apt.data.shards import LatentShards, stack_pooled
+from megatron_apt.demo.content import APT, APT_2, CONSISTENCY, DIFFUSION, DIFFUSION_1, WITHOUT_AR1
 from megatron_apt.demo.files import named_failure, write
-from megatron_apt.demo.plots import tail_median
 from megatron_apt.demo.recipes import Place
-from megatron_apt.demo.report import FLOOR, Report, Row, Section
 from megatron_apt.evaluate.classifier import ClassAccuracy
 from megatron_apt.evaluate.diversity import pairwise_diversity
-from megatron_apt.evaluate.frechet import frechet_distance, pooled_features, real_floor
+from megatron_apt.evaluate.frechet import frechet_distance, pooled_features
 from megatron_apt.files import write_product
 from megatron_apt.models.condition import Condition
 from megatron_apt.parallel.agree import on_main
@@ -36,7 +33,6 @@ from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.sample.command import Loaded, load_generator, sample_latents
 from megatron_apt.sample.config import SampleConfig
 from megatron_apt.schema import Count, read_bytes, read_json
-from megatron_apt.training.log import read_rows
 
 SEED = 1234
 SHOWN_SEEDS = 2  # samples of each caption in the report
@@ -59,18 +55,18 @@ class Measured:
 
 def _suite(section: str) -> tuple[Measured, ...]:
     return (
-        Measured("diffusion_25", "diffusion 25 steps", f"{section}/flow", 25, 1.0, 25),
-        Measured("diffusion_1", "diffusion 1 step", f"{section}/flow", 1, 1.0, 1),
-        Measured("consistency_1", "consistency 1 step", f"{section}/consistency", 1, 1.0, 1),
-        Measured("apt_1", "APT 1 step", f"{section}/apt", 1, 1.0, 1),
-        Measured("apt_2", "APT 2 steps", f"{section}/apt", 2, 1.0, 2),
+        Measured("diffusion_25", DIFFUSION, f"{section}/flow", 25, 1.0, 25),
+        Measured("diffusion_1", DIFFUSION_1, f"{section}/flow", 1, 1.0, 1),
+        Measured("consistency_1", CONSISTENCY, f"{section}/consistency", 1, 1.0, 1),
+        Measured("apt_1", APT, f"{section}/apt", 1, 1.0, 1),
+        Measured("apt_2", APT_2, f"{section}/apt", 2, 1.0, 2),
     )
 
 
 SUITES = {
     "images": (
         *_suite("images"),
-        Measured("apt_1_without_ar1", "APT 1 step, no aR1", "images/apt_without_ar1", 1, 1.0, 1),
+        Measured("apt_1_without_ar1", WITHOUT_AR1, "images/apt_without_ar1", 1, 1.0, 1),
     ),
     "videos": _suite("videos"),
 }
@@ -129,19 +125,15 @@ def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick:
         mine = ids.tensor_split(mesh.dp.size)[mesh.dp.rank]
         loaded = load_generator(f"{here.root}/{row.run}", mesh)
         began = time.perf_counter()
-        latents = sample_row(loaded, row, real.shards, mine, mesh)
+        made = save({"latents": sample_row(loaded, row, real.shards, mine, mesh)})
         seconds = (time.perf_counter() - began) / len(mine)
-        write(
-            _part(folder, row, mesh.dp.rank),
-            lambda file, latents=latents: file.write_bytes(save({"latents": latents})),
-        )
+        write(_part(folder, row, mesh.dp.rank), partial(_write_bytes, made))
         dist.barrier()
-        on_main(
-            mesh,
-            lambda row=row, seconds=seconds: _measure(
-                folder, row, real, ids, len(shown), seconds, mesh.dp.size
-            ),
-        )
+        on_main(mesh, partial(_measure, folder, row, real, ids, len(shown), seconds, mesh.dp.size))
+
+
+def _write_bytes(data: bytes, file: Path) -> None:
+    file.write_bytes(data)
 
 
 def _measure(
@@ -205,28 +197,6 @@ def _reading_order(caption: str) -> tuple:
     return (numbers, caption)
 
 
-def demo_results(here: Place, seconds: dict[str, float]) -> dict:
-    """The content of results.json, with what is measured so far."""
-    results: dict = {}
-    for section, suite in SUITES.items():
-        measured = {row.key: numbers for row in suite if (numbers := _numbers(here, section, row))}
-        if measured:
-            results[section] = {
-                "fd": {key: numbers["frechet"] for key, numbers in measured.items()},
-                "accuracy": {key: numbers["accuracy"] for key, numbers in measured.items()},
-                "diversity": {key: numbers["diversity"] for key, numbers in measured.items()},
-                "fd_real_halves": real_floor(real_data(here.data(section)).features, SEED),
-                "accuracy_real": real_data(here.data(section)).classifier.real_accuracy,
-            }
-    losses = {
-        name: _last_d_loss(here, run)
-        for name, run in (("d_loss_with_ar1", "images/apt"), ("d_loss_without_ar1", "images/apt_without_ar1"))
-    }
-    results["collapse"] = {name: loss for name, loss in losses.items() if loss is not None}
-    results["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
-    return results
-
-
 class Numbers(TypedDict):
     """What is measured of a row."""
 
@@ -237,13 +207,13 @@ class Numbers(TypedDict):
     seconds_per_sample: float
 
 
-def _numbers(here: Place, section: str, row: Measured) -> Numbers | None:
+def read_numbers(here: Place, section: str, row: Measured) -> Numbers | None:
     """Those of a row; None if it is not measured yet."""
     file = _file(_folder(here, section), row, ".json")
     return read_json(file, Numbers, remedy=_again(here)) if file.exists() or file.is_symlink() else None
 
 
-def _latents(here: Place, section: str, row: Measured, shape: tuple[int, ...]) -> Tensor:
+def read_shown(here: Place, section: str, row: Measured, shape: tuple[int, ...]) -> Tensor:
     """The samples of a row that are shown.
 
     Raises:
@@ -267,15 +237,15 @@ def _latents(here: Place, section: str, row: Measured, shape: tuple[int, ...]) -
 def trouble(here: Place, section: str, row: Measured) -> str:
     """What is wrong with the files of a row that has been measured; empty if nothing is."""
     try:
-        if _numbers(here, section, row) is None:
+        if read_numbers(here, section, row) is None:
             return f"{_file(_folder(here, section), row, '.json')}: missing"
-        _latents(here, section, row, _shape(real_data(here.data(section))))
+        read_shown(here, section, row, shape_shown(real_data(here.data(section))))
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _shape(real: RealData) -> tuple[int, ...]:
+def shape_shown(real: RealData) -> tuple[int, ...]:
     """Of the samples that are shown of each row."""
     return (len(shown_samples(real.shards)), *real.latents.shape[1:])
 
@@ -286,67 +256,3 @@ def _folder(here: Place, section: str) -> Path:
 
 def _again(here: Place) -> str:
     return f"`megatron-apt demo --root {here.root}` measures it again"
-
-
-def _curve(here: Place, run: str) -> list[dict]:
-    file = Path(here.root) / run / "log.jsonl"
-    return read_rows(file) if file.exists() or file.is_symlink() else []
-
-
-def _last_d_loss(here: Place, run: str) -> float | None:
-    """Where a run's discriminator loss ended."""
-    loss = tail_median(_curve(here, run), "d/loss")
-    return None if math.isnan(loss) else loss
-
-
-def demo_report(here: Place, seconds: dict[str, float], pending: tuple[str, ...], config_text: str) -> Report:
-    """Everything measured so far as a Report."""
-    sections = tuple(
-        _section(here, name) for name in SUITES if (Path(here.data(name)) / "dataset.json").exists()
-    )
-    notes = (
-        "Fréchet distances are taken in pixels for images and in 2 x 2 pooled latents for clips; the two "
-        "cannot be compared with each other.",
-        "All rows use EMA weights, the same captions and the same noise, without guidance; distillation "
-        "folds in a guidance of 2.",
-    )
-    return Report(
-        "From diffusion model to one-step generator", sections, seconds, config_text, notes, pending
-    )
-
-
-def _section(here: Place, name: str) -> Section:
-    real = real_data(here.data(name))
-    codec, shown = real.shards.codec(), shown_samples(real.shards)
-    grids = {"real": real.latents[shown]}
-    table = [
-        Row(
-            FLOOR,
-            real_floor(real.features, SEED),
-            real.classifier.real_accuracy,
-            pairwise_diversity(real.features),
-            math.nan,
-            math.nan,
-        )
-    ]
-    for row in SUITES[name]:
-        if numbers := _numbers(here, name, row):
-            grids[row.title] = _latents(here, name, row, _shape(real))
-            table.append(
-                Row(
-                    row.title,
-                    numbers["frechet"],
-                    numbers["accuracy"],
-                    numbers["diversity"],
-                    row.nfe,
-                    numbers["seconds_per_sample"],
-                )
-            )
-    decoded = {
-        title: torch.stack([codec.decode(latent).clamp(-1, 1) for latent in latents])
-        for title, latents in grids.items()
-    }
-    prompts = tuple(real.shards.captions[i] for i in shown)
-    stages = {"diffusion": f"{name}/flow", "consistency": f"{name}/consistency", "APT": f"{name}/apt"}
-    curves = {stage: rows for stage, run in stages.items() if (rows := _curve(here, run))}
-    return Section(name, prompts, decoded, 4.0, tuple(table), curves, _curve(here, f"{name}/apt_without_ar1"))

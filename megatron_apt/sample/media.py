@@ -53,8 +53,18 @@ def gif_bytes(x: Tensor, fps: float, columns: int, scale: int = 1) -> bytes:
     counts in 10 ms, at least 20 ms a frame here, because viewers slow down anything
     faster. Equal successive frames are stored as one that lasts longer.
     """
+    return gif_of(grid_frames(x, columns, scale), fps)
+
+
+def grid_frames(x: Tensor, columns: int, scale: int = 1) -> np.ndarray:
+    """(N, 3, F, H, W) as bytes (F, height, width, 3): for each frame one grid, row by row."""
     _check(x, 5, "(N, 3, F, H, W)")
-    frames = _with_palette(_grid(_pixels(x), columns, scale))
+    return _grid(_pixels(x), columns, scale)
+
+
+def gif_of(pixels: np.ndarray, fps: float) -> bytes:
+    """Bytes (F, height, width, 3) as an animated GIF; see `gif_bytes`."""
+    frames = _with_palette(pixels)
     data = io.BytesIO()
     duration = max(2, round(100 / _positive(fps))) * 10
     frames[0].save(

@@ -20,6 +20,7 @@ from megatron_apt.demo import processes as launch
 from megatron_apt.demo.command import _remaining, rewrite_report
 from megatron_apt.demo.files import load_progress, prepare
 from megatron_apt.demo.interrupts import Interrupts
+from megatron_apt.demo.machine import this_machine
 from megatron_apt.demo.recipes import DemoConfig, Place
 from megatron_apt.encode.command import EncodeConfig, encode
 from megatron_apt.lock import FolderInUse, FolderLock
@@ -91,7 +92,9 @@ def test_the_report_is_what_was_measured_and_escapes_captions(demo):
         "images/flow": 1.0,
         "total": 1.0,
     }
+    assert results["quick"] is True and "machine" not in results
     assert "images/consistency" in page.text and "still to come" in page.text
+    assert "Trial run." in page.text and (demo / "strip.png").read_bytes().startswith(b"\x89PNG")
     report(demo, quick=False)  # which of the two it is stands in progress.json
 
 
@@ -158,6 +161,7 @@ def test_a_damaged_record_is_named_with_the_command_that_makes_it_again(demo, na
         ("progress.json", {"seconds": {"a": -1}}, "seconds"),
         ("progress.json", {"seconds": {"a": 1e300}}, "seconds"),
         ("progress.json", {"seconds": []}, "seconds: Expected object"),
+        ("progress.json", {"machine": {"processor": "x"}}, "machine: "),
         *(
             (f"evaluation/images/{ROW.key}.json", {key: value}, f"{key}: ")
             for key in NUMBERS
@@ -208,7 +212,16 @@ def test_figures_that_are_damaged_are_measured_again(demo, capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["results.json", "report.html"])
+def test_the_machine_of_the_run_is_in_results_and_report(demo):
+    progress = PROGRESS | {"quick": False, "machine": this_machine() | {"processor": "A & B"}}
+    (demo / "progress.json").write_text(json.dumps(progress))
+    page = Page(report(demo).read_text(encoding="utf-8"))
+    results = json.loads((demo / "results.json").read_text())
+    assert results["machine"] == progress["machine"] and results["quick"] is False
+    assert "A & B, " in page.text and "Trial run." not in page.text
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html", "strip.png"])
 def test_a_report_that_cannot_be_written_is_named(demo, name):
     (demo / name).unlink(missing_ok=True)
     (demo / name / "x").mkdir(parents=True)
