@@ -36,7 +36,8 @@ def _demo(argv: list[str]) -> None:
 
 
 def _encode(argv: list[str]) -> None:
-    from megatron_apt.encode.command import EncodeConfig, encode
+    from megatron_apt.encode.command import encode
+    from megatron_apt.encode.config import EncodeConfig
 
     encode(_parsed(EncodeConfig, argv, "encode"))
 
@@ -180,21 +181,28 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     _print_anything()
     if not argv or argv[0] in _HELP:
-        print("usage: megatron-apt COMMAND [options]\n")
-        print("\n".join(f"  {name:10} {command.text}" for name, command in COMMANDS.items()))
-        print("\nmegatron-apt COMMAND --help shows the options of one; megatron-apt --version the version.")
-        return
-    if argv[0] in ("--version", "-V"):
-        print(f"megatron-apt {importlib.metadata.version('megatron_apt')}")
-        return
-    if argv[0] not in COMMANDS:
+        command, argv = Command(_help, "the commands"), ["--help"]
+    elif argv[0] in ("--version", "-V"):
+        command = Command(_version, "the version")
+    elif argv[0] in COMMANDS:
+        command = COMMANDS[argv[0]]
+    else:
         close = difflib.get_close_matches(argv[0].lower(), COMMANDS, 1)
         meant = f"did you mean {close[0]!r}? " if close else ""
         sys.exit(f"megatron-apt: no command {argv[0]!r}; {meant}There are {', '.join(COMMANDS)}")
     _quiet_libraries()
-    command = COMMANDS[argv[0]]
     with _readable_errors(command):
         command.run(argv[1:])
+
+
+def _help(argv: list[str]) -> None:
+    print("usage: megatron-apt COMMAND [options]\n")
+    print("\n".join(f"  {name:10} {command.text}" for name, command in COMMANDS.items()))
+    print("\nmegatron-apt COMMAND --help shows the options of one; megatron-apt --version the version.")
+
+
+def _version(argv: list[str]) -> None:
+    print(f"megatron-apt {importlib.metadata.version('megatron_apt')}")
 
 
 def _print_anything() -> None:
@@ -234,9 +242,11 @@ def _readable_errors(command: Command) -> Generator[None]:
     except KeyboardInterrupt as interrupted:
         print(f"megatron-apt: {str(interrupted) or 'interrupted; ' + command.interrupted}", file=sys.stderr)
         sys.exit(_INTERRUPTED)
-    except Exception as error:
+    except (SystemExit, Exception) as error:
         if standard_output_is_closed(error):
             _end_quietly()
+        if isinstance(error, SystemExit):
+            raise
         if is_lost_rank(error):
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:500]}"
             said = say_once(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import sys
 import unicodedata
 
@@ -172,13 +173,15 @@ def check_output_folder(field: str, path: str) -> None:
 
 
 def standard_output_is_closed(error: BaseException) -> bool:
-    """Whether whoever read our output (`| head`) has left."""
+    """Whether whoever read our output (`| head`) has left, which `error` tells of."""
+    if isinstance(error, SystemExit):  # as which rich passes it on
+        return isinstance(error.__context__, BrokenPipeError)
     if not isinstance(error, BrokenPipeError):
         return False
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    except (OSError, ValueError):
+        output = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # there is none, or it is no file
         return False
-    return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -55,7 +55,8 @@ def ranks():
 def datasets(tmp_path_factory):
     """Folders of 40 encoded digits and 24 encoded clips, made by the real encoder."""
     from megatron_apt.demo import digits
-    from megatron_apt.encode.command import EncodeConfig, encode
+    from megatron_apt.encode.command import encode
+    from megatron_apt.encode.config import EncodeConfig
     from megatron_apt.encoders.text import train_sentencepiece
 
     root = tmp_path_factory.mktemp("digits")

@@ -18,7 +18,8 @@ from megatron_apt.models.config import ModelConfig
 def write_digits(root: Path) -> None:
     """Encodes 64 digits to root/images."""
     from megatron_apt.demo import digits
-    from megatron_apt.encode.command import EncodeConfig, encode
+    from megatron_apt.encode.command import encode
+    from megatron_apt.encode.config import EncodeConfig
     from megatron_apt.encoders.text import train_sentencepiece
 
     train_sentencepiece(

@@ -9,7 +9,9 @@ from megatron_apt.checkpoint.store import CheckpointError
 from megatron_apt.convert.counterpart import Counterpart
 from megatron_apt.data.identity import Identity, Shape, shape_of
 from megatron_apt.data.index import read_info
+from megatron_apt.methods.config import MethodConfig
 from megatron_apt.methods.registry import METHODS, PRETRAINING
+from megatron_apt.models.config import ModelConfig
 
 
 def model_card(
@@ -23,76 +25,59 @@ def model_card(
         base: pipeline whose other parts were copied, or "".
         experts: what there is to say of a pipeline of two networks.
     """
-    config = state["config"]
-    trained = state["iteration"] > 0
+    config, trained = state["config"], state["iteration"] > 0
     method = from_dict(METHODS[config["method"]], config[config["method"]])
     one_step = trained and method.one_step
+    model = model_of(config["model"])
+    task = "text-to-image" if model.pictures else "text-to-video"
+    task = "image-to-video" if model.image_to_video else task
     tags = method.tags if trained else METHODS[PRETRAINING].tags
-    optimizer, model = config["optimizer"], model_of(config["model"])
-    first_frame = model.image_to_video
-    task = "image-to-video" if first_frame else "text-to-image" if model.pictures else "text-to-video"
-    # What a model is told of guidance is an input of the network, no second evaluation.
-    guidance = model.guidance
-    lines = [
-        "---",
-        f"license: {json.dumps(license)}",
-        "library_name: diffusers",
-        f"pipeline_tag: {task}",
-        f"tags: [{', '.join(tags)}]",
-        "---",
-        "",
-        f"# {'One-step generator' if one_step else 'Flow-matching model'} ({family.architecture})",
-        "",
-    ]
-    if one_step and not base:
-        lines += [
-            "Makes a sample in one evaluation, without guidance: one Euler step from noise to data, x = z - "
-            "v(z, 1).",
-            "",
-        ]
-    elif one_step:
-        lines += [
-            "Makes a sample in one evaluation, without guidance: the scheduler beside it takes one Euler "
-            "step from noise to data, x = z - v(z, 1).",
-            "",
-            "```python",
-            "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
-            f"pipeline({'image, ' if first_frame else ''}prompt, num_inference_steps=1, "
-            f"guidance_scale={guidance or 1:g}{_shape_arguments(state, task)})",
-            "```",
-            "",
-        ]
+    lines = ["---", f"license: {json.dumps(license)}", "library_name: diffusers", f"pipeline_tag: {task}"]
+    lines += [f"tags: [{', '.join(tags)}]", "---", ""]
+    lines += [f"# {'One-step generator' if one_step else 'Flow-matching model'} ({family.architecture})", ""]
+    lines += _usage(state, model, task, base) if one_step else []
     lines += ["## Recipe", ""]
-    if trained:
-        lines += [
-            f"- method `{config['method']}`, {state['iteration']} iterations of {config['global_batch']} "
-            f"samples, seed {config['seed']}",
-            f"- {optimizer['kind']}, learning rate {optimizer['lr']}"
-            + (f", weights averaged with decay {optimizer['ema']}" if average else ""),
-        ]
-        lines += [f"- {line}" for line in method.card_lines()]
+    lines += _training(state, method, average) if trained else []
     # Names alone: where the folders lay is nobody's business.
-    lines += [
-        f"- {role} started from `{_name(source)}`" for role, source in state["sources"].items() if source
-    ]
+    sources = ((role, source) for role, source in state["sources"].items() if source)
+    lines += [f"- {role} started from `{_name(source)}`" for role, source in sources]
     lines += [f"- other parts of the pipeline copied from `{_name(base)}`"] if base else []
     lines += [f"- {experts}"] if experts else []
-    lines += [
-        "",
-        "## Data",
-        "",
-        *(_datasets(state) if trained else ["Not trained further."]),
-    ]
+    lines += ["", "## Data", "", *(_datasets(state) if trained else ["Not trained further."])]
     if state.get("values"):
-        lines += [
-            "",
-            "## Metrics at the last checkpoint",
-            "",
-            "```json",
-            json.dumps(state["values"], indent=1),
-            "```",
-        ]
+        values = json.dumps(state["values"], indent=1)
+        lines += ["", "## Metrics at the last checkpoint", "", "```json", values, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _usage(state: dict, model: ModelConfig, task: str, base: str) -> list[str]:
+    """How a sample is made in one step."""
+    step = "Makes a sample in one evaluation, without guidance: "
+    if not base:
+        return [f"{step}one Euler step from noise to data, x = z - v(z, 1).", ""]
+    # What a model is told of guidance is an input of the network, no second evaluation.
+    guidance = f"guidance_scale={model.guidance or 1:g}"
+    return [
+        f"{step}the scheduler beside it takes one Euler step from noise to data, x = z - v(z, 1).",
+        "",
+        "```python",
+        "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
+        f"pipeline({'image, ' if model.image_to_video else ''}prompt, num_inference_steps=1, {guidance}"
+        f"{_shape_arguments(state, task)})",
+        "```",
+        "",
+    ]
+
+
+def _training(state: dict, method: MethodConfig, average: bool) -> list[str]:
+    config, optimizer = state["config"], state["config"]["optimizer"]
+    averaged = f", weights averaged with decay {optimizer['ema']}" if average else ""
+    return [
+        f"- method `{config['method']}`, {state['iteration']} iterations of {config['global_batch']} "
+        f"samples, seed {config['seed']}",
+        f"- {optimizer['kind']}, learning rate {optimizer['lr']}{averaged}",
+        *(f"- {line}" for line in method.card_lines()),
+    ]
 
 
 def _datasets(state: dict) -> list[str]:

@@ -163,50 +163,56 @@ def run(command: Import | Export | Verify) -> int:
 
 def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     """The command, on a mesh of one process unless it is Verify; returns the exit code."""
-    from megatron_apt.convert.counterparts import counterpart_of, counterpart_of_model
-    from megatron_apt.convert.errors import ConvertError
-    from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+    if isinstance(command, Import):
+        return _import(command, mesh)
+    return _export(command, mesh) if isinstance(command, Export) else _verify(command, mesh)
+
+
+def _import(command: Import, mesh: "Mesh") -> int:
+    from megatron_apt.convert.counterparts import counterpart_of
     from megatron_apt.convert.importer import import_checkpoint
     from megatron_apt.convert.source import open_source
 
-    if isinstance(command, Import):
-        source = open_source(command.source, command.subfolder, command.config)
-        family = counterpart_of(source.config, str(source.path))
-        with _measured(
-            "import", sum(entry.bytes for entry in source.entries.values()), command.json
-        ) as moved:
-            for note in source.notes:
-                print(f"{source.path}: {note}")
-            print(
-                import_checkpoint(
-                    source, family, Path(command.target), mesh, moved, first_frame=command.first_frame
-                )
-            )
-        return 0
-    checkpoint = Checkpoint.open(command.checkpoint, command.weights)
+    source = open_source(command.source, command.subfolder, command.config)
+    family, target = counterpart_of(source.config, str(source.path)), Path(command.target)
+    count = sum(entry.bytes for entry in source.entries.values())
+    with _measured("import", count, command.json) as moved:
+        for note in source.notes:
+            print(f"{source.path}: {note}")
+        print(import_checkpoint(source, family, target, mesh, moved, first_frame=command.first_frame))
+    return 0
+
+
+def _export(command: Export, mesh: "Mesh") -> int:
+    from megatron_apt.convert.counterparts import counterpart_of_model
+    from megatron_apt.convert.exporter import Checkpoint, export_pipeline
+
+    checkpoint, target = Checkpoint.open(command.checkpoint, command.weights), Path(command.target)
     family = counterpart_of_model(checkpoint.model, str(checkpoint.folder))
-    if isinstance(command, Export):
-        target = Path(command.target)
-        options = {
-            name: getattr(command, name)
-            for name in ("base", "part", "dtype", "discriminator", "license", "shard_bytes")
-        }
-        with _measured("export", None, command.json) as moved:
-            left_out = export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
-        if left_out:
-            print(
-                "left out of the copy: "
-                f"{', '.join(left_out[:10])}{f' and {len(left_out) - 10} more' if len(left_out) > 10 else ''}"
-            )
-        print(target)
-        return 0
+    names = ("base", "part", "dtype", "discriminator", "license", "shard_bytes")
+    options = {name: getattr(command, name) for name in names}
+    with _measured("export", None, command.json) as moved:
+        left_out = export_pipeline(checkpoint, family, target, mesh, moved=moved, **options)
+    if left_out:
+        more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
+        print(f"left out of the copy: {', '.join(left_out[:10])}{more}")
+    print(target)
+    return 0
+
+
+def _verify(command: Verify, mesh: "Mesh") -> int:
+    from megatron_apt.convert.counterparts import counterpart_of, counterpart_of_model
+    from megatron_apt.convert.errors import ConvertError
+    from megatron_apt.convert.exporter import Checkpoint
+    from megatron_apt.convert.source import open_source
     from megatron_apt.convert.verify import parity
 
+    checkpoint = Checkpoint.open(command.checkpoint, command.weights)
+    family = counterpart_of_model(checkpoint.model, str(checkpoint.folder))
     check_heads(checkpoint.model, command.parallel)
-    subfolder = command.subfolder or (
-        checkpoint.part if Path(command.source, checkpoint.part).is_dir() else ""
-    )
-    source = open_source(command.source, subfolder, command.config)
+    part = checkpoint.part
+    own = part if part and Path(command.source, part).is_dir() else ""
+    source = open_source(command.source, command.subfolder or own, command.config)
     if counterpart_of(source.config, str(source.path)) is not family:
         raise ConvertError(
             f"{source.path}: is a {source.config['_class_name']}, {checkpoint.folder} a "
@@ -216,24 +222,22 @@ def perform(command: Import | Export | Verify, mesh: "Mesh") -> int:
     found = parity(
         f"{checkpoint.folder}:{kind}", family, checkpoint.model, source, mesh, command.samples, command.seed
     )
+    if mesh.is_main:
+        _tell(command, family.architecture, mesh, found)
+    return int(found > command.tolerance)
+
+
+def _tell(command: Verify, architecture: str, mesh: "Mesh", found: float) -> None:
+    """The difference that was found, in words and as JSON if that is asked for."""
     good = found <= command.tolerance
     verdict = f"tolerance {command.tolerance:.0e}: {'equal' if good else 'NOT equal'}"
-    if mesh.is_main:
-        print(
-            f"{family.architecture}{_described(mesh)}: largest difference {found:.2e} of the largest value, "
-            f"{verdict}"
-        )
-    if command.json and mesh.is_main:
-        axes = {name: getattr(mesh, name).size for name in ("tp", "cp", "pp")}
-        result = {
-            "difference": found,
-            "tolerance": command.tolerance,
-            "equal": good,
-            "architecture": family.architecture,
-            **axes,
-        }
+    where = f"{architecture}{_described(mesh)}"
+    print(f"{where}: largest difference {found:.2e} of the largest value, {verdict}")
+    if command.json:
+        result = {"difference": found, "tolerance": command.tolerance, "equal": good}
+        result |= {"architecture": architecture}
+        result |= {name: getattr(mesh, name).size for name in ("tp", "cp", "pp")}
         outputs.write("json", command.json, json.dumps(result, indent=1))
-    return int(not good)
 
 
 def _described(mesh: "Mesh") -> str:

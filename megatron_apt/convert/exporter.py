@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_apt.checkpoint import store
-from megatron_apt.convert.base import SCHEDULER, alone, base_index, copy, left_behind, plan_copy
+from megatron_apt.convert.base import SCHEDULER, Copied, alone, base_index, copy, left_behind, plan_copy
 from megatron_apt.convert.card import model_card
 from megatron_apt.convert.checkpoint import Checkpoint
 from megatron_apt.convert.counterpart import SECOND, Counterpart
@@ -133,18 +133,13 @@ def export_pipeline(
             something.
         CheckpointError: the checkpoint is damaged.
     """
-    if os.path.lexists(target):
-        raise ConvertError(f"{target} exists already; give another target")
-    if base and target.resolve().is_relative_to(Path(base).resolve()):
-        raise ConvertError(f"{target}: lies in the base {base}, which is copied; give another target")
-    part = part or (PART if checkpoint.one_step else _remembered(checkpoint, base))
-    if part_of(part) != part:
-        raise ConvertError(f"part={part!r}: a pipeline's networks are {PART} and {SECOND}")
+    part = _checked_part(checkpoint, target, base, part)
     index = base_index(base, family, checkpoint.model, checkpoint.one_step, part) if base else None
     plan = plan_copy(Path(base), index, left_behind(checkpoint.one_step, part)) if index is not None else None
     critic = discriminator_tensors(checkpoint) if discriminator else []
     work, lock = (target.with_name(f".{target.name}.export.{kind}") for kind in ("tmp", "lock"))
     store.verify(checkpoint.folder, mesh)
+    average, experts = checkpoint.prefix.endswith("ema."), _experts(checkpoint, part, index)
     with store.lock(lock):
         try:
             _begin(work, checkpoint, part, dtype, shard_bytes)
@@ -152,25 +147,8 @@ def export_pipeline(
             if critic:
                 (work / "discriminator").mkdir()
                 export_discriminator(checkpoint, critic, work / "discriminator", dtype, moved, shard_bytes)
-            if index is not None:
-                copy(plan, work)
-                store.write_atomically(
-                    work / "model_index.json",
-                    json.dumps(alone(index) if checkpoint.one_step else index, indent=2) + "\n",
-                )
-            if checkpoint.one_step or index is None:
-                (work / "scheduler").mkdir()
-                store.write_atomically(
-                    work / "scheduler" / "scheduler_config.json", json.dumps(SCHEDULER, indent=2) + "\n"
-                )
-            card = model_card(
-                checkpoint.state,
-                family,
-                checkpoint.prefix.endswith("ema."),
-                license,
-                base,
-                _experts(checkpoint, part, index),
-            )
+            _write_around(work, checkpoint.one_step, index, plan)
+            card = model_card(checkpoint.state, family, average, license, base, experts)
             store.write_atomically(work / "README.md", card)
             work.rename(target)
             (target / _PLAN).unlink()
@@ -181,6 +159,34 @@ def export_pipeline(
         finally:
             lock.unlink(missing_ok=True)
     return plan.left_out if plan else []
+
+
+def _checked_part(checkpoint: Checkpoint, target: Path, base: str, part: str) -> str:
+    """The part of a pipeline that is written.
+
+    Raises:
+        ConvertError: the target cannot be written, or no pipeline has such a part.
+    """
+    if os.path.lexists(target):
+        raise ConvertError(f"{target} exists already; give another target")
+    if base and target.resolve().is_relative_to(Path(base).resolve()):
+        raise ConvertError(f"{target}: lies in the base {base}, which is copied; give another target")
+    part = part or (PART if checkpoint.one_step else _remembered(checkpoint, base))
+    if part_of(part) != part:
+        raise ConvertError(f"part={part!r}: a pipeline's networks are {PART} and {SECOND}")
+    return part
+
+
+def _write_around(work: Path, one_step: bool, index: dict | None, plan: Copied | None) -> None:
+    """What a pipeline has beside its networks."""
+    if index is not None and plan is not None:
+        copy(plan, work)
+        described = json.dumps(alone(index) if one_step else index, indent=2)
+        store.write_atomically(work / "model_index.json", described + "\n")
+    if one_step or index is None:
+        (work / "scheduler").mkdir()
+        scheduler = json.dumps(SCHEDULER, indent=2) + "\n"
+        store.write_atomically(work / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def _remembered(checkpoint: Checkpoint, base: str) -> str:

@@ -29,7 +29,8 @@ from megatron_apt.demo.machine import this_machine
 from megatron_apt.demo.recipes import DemoConfig
 from megatron_apt.demo.report import write_report
 from megatron_apt.demo.strip import strip
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encoders.text import train_sentencepiece
 from megatron_apt.files import write_atomically, write_product
 from megatron_apt.lock import FolderLock

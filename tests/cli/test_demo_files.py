@@ -22,7 +22,8 @@ from megatron_apt.demo.files import load_progress, prepare
 from megatron_apt.demo.interrupts import Interrupts
 from megatron_apt.demo.machine import this_machine
 from megatron_apt.demo.recipes import DemoConfig, Place
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.lock import FolderInUse, FolderLock
 from megatron_apt.training.guards import Stopped
 from support.page import Page

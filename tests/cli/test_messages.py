@@ -4,6 +4,8 @@ do, before anything is run.
 
 import io
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -179,6 +181,18 @@ def test_errors_of_the_system_are_one_message(kind, monkeypatch):
             code
             == "megatron-apt: /data/x: No space left on device; free disk space and start the command again"
         )
+
+
+@pytest.mark.parametrize("command", [["--help"], ["schedule", "--ranks", "2", "--microbatches", "2"]])
+def test_a_reader_that_has_left_ends_a_command_quietly(command):
+    """`| head`, however the output is buffered, and whether rich or print has written it."""
+    for options in ([], ["-u"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        program = [sys.executable, *options, "-m", "megatron_apt", *command]
+        done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

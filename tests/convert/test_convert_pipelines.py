@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig
 from megatron_apt.convert.errors import ConvertError
 from megatron_apt.demo.digits import write_digit_clips, write_digit_images
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encoders.load import open_text_encoder
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig

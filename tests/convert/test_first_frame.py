@@ -17,7 +17,8 @@ from megatron_apt.data.batches import Batches, first_frames
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.families.registry import build_backbone
 from megatron_apt.families.wan.codec import WanCodec
 from megatron_apt.families.wan.config import WanConfig

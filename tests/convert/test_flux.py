@@ -7,7 +7,8 @@ import torch
 
 from megatron_apt.config import DataConfig, InitConfig, OptimizerConfig
 from megatron_apt.demo.digits import write_digit_images
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encoders.load import load_text_encoder, open_text_encoder
 from megatron_apt.families.flux.text import FluxTextEncoder
 from megatron_apt.methods.apt.config import AptConfig

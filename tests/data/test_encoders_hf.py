@@ -15,7 +15,8 @@ from megatron_apt.data.batches import Batches
 from megatron_apt.data.microbatch import mixed, rolled
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_images
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encoders.codec import KlCodec
 from megatron_apt.encoders.load import load_codec, load_text_encoder, open_text_encoder
 from megatron_apt.encoders.text import HuggingFaceTextEncoder

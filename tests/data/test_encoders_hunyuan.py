@@ -11,7 +11,8 @@ import torch
 from megatron_apt.cli import main
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.demo.digits import write_digit_clips, write_digit_images
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encoders.load import load_codec, load_text_encoder, open_text_encoder
 from megatron_apt.families.hunyuan.codec import HunyuanCodec
 from megatron_apt.families.hunyuan.text import HunyuanTextEncoder

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from megatron_apt.data.shards import LatentShards
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 
 COUNT = 6
 

@@ -17,7 +17,8 @@ from megatron_apt.cli import main
 from megatron_apt.data.shards import LatentShards
 from megatron_apt.encode import command as encode_module
 from megatron_apt.encode import each as each_module
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 from megatron_apt.encode.manifest import read_entries
 from megatron_apt.encode.rejected import RejectedInput
 from megatron_apt.encode.shard_writer import EncodeStopped

@@ -24,7 +24,8 @@ import tyro
 from PIL import Image
 
 from megatron_apt import outputs, scripts
-from megatron_apt.encode.command import EncodeConfig, encode
+from megatron_apt.encode.command import encode
+from megatron_apt.encode.config import EncodeConfig
 
 MOST_PIXELS = EncodeConfig.most_pixels
 
