@@ -166,8 +166,13 @@ def verified(mesh, run, folder):
     return code, json.loads(file.read_text())["difference"] if mesh.is_main else None
 
 
+def but_slow(*families: str) -> list:
+    """Every family, these in `make test-all` alone."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in families else ()) for name in FAMILIES]
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", but_slow("sd3", "hunyuan"))
 def test_verify_on_a_mesh(ranks, mesh, tmp_path, family):
     """Also notices one number that is wrong: in the last block's second half of heads,
     which only some ranks hold.
@@ -232,7 +237,7 @@ DATA = {"wan": "mixed", "sd3": "pictures", "flux": "pictures", "hunyuan": "mixed
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", but_slow("sd3", "flux"))
 def test_apt_on_two_ranks_equals_apt_on_one(ranks, mesh, family):
     """Two iterations: every loss, gradient, weight and average of both networks, in float64 to 1e-9."""
     config, data = problem(model=SMALL[family]), DATA[family]
@@ -243,7 +248,7 @@ def test_apt_on_two_ranks_equals_apt_on_one(ranks, mesh, family):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", but_slow("wan", "hunyuan"))
 def test_apt_in_a_pipeline_equals_apt_on_one(ranks, mesh, family):
     config, data = deep(model=SMALL[family]), DATA[family]
     want = iterations(mesh, config, data, None, 2)

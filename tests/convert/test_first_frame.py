@@ -536,7 +536,9 @@ def test_a_method_on_two_ranks_equals_one(ranks, mesh, method):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("method", ["apt", "consistency", pytest.param("flow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["apt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("consistency", "flow"))]
+)
 def test_in_a_pipeline_equals_one(ranks, mesh, method):
     config = deep(method, model=MODEL)
     for data in ("mixed", "videos"):

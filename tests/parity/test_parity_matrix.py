@@ -38,15 +38,8 @@ pytestmark = pytest.mark.dist
 MESHES = [(world, name, parallel) for world in (2, 4) for name, parallel in meshes(world).items()]
 # Six samples do not go round eight data-parallel ranks, so that mesh is left out.
 EIGHT = [(8, name, parallel) for name, parallel in meshes(8).items() if parallel.tp * parallel.cp > 1]
-# Of `make test`: a group of four in each dimension, every two dimensions together, all three.
-FAST_FOUR = (
-    "tp4-sp-cp1-dp1",
-    "tp1-cp4-all_gather-dp1",
-    "tp1-cp1-dp4",
-    "tp2-sp-cp2-ulysses-dp1",
-    "tp2-cp1-dp2",
-    "tp1-cp2-ulysses-dp2",
-)
+# Of `make test`: a group of four in each dimension; two dimensions; all three.
+FAST_FOUR = ("tp4-sp-cp1-dp1", "tp1-cp4-all_gather-dp1", "tp1-cp1-dp4", "tp2-cp2-all_gather-dp1")
 FAST_EIGHT = "tp2-sp-cp2-ulysses-dp2"
 
 _references: dict = {}
@@ -127,14 +120,19 @@ def test_eight_ranks(ranks, mesh, case):
     check(ranks, mesh, world, parallel, problem(), "mixed")
 
 
+PADDED = {"tp2": ParallelConfig(tp=2, row_multiple=16), "cp2": ParallelConfig(cp=2, row_multiple=32)}
+
+
 @pytest.mark.parametrize(
-    "parallel",
-    [ParallelConfig(tp=2, row_multiple=16), ParallelConfig(cp=2, row_multiple=32)],
-    ids=["tp2", "cp2"],
+    ("name", "data"),
+    [
+        ("tp2", "images"),
+        ("cp2", "mixed"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tp2", "mixed"), ("cp2", "images"))),
+    ],
 )
-@pytest.mark.parametrize("data", ["images", "mixed"])
-def test_rows_padded_for_fp8_change_nothing(ranks, mesh, parallel, data):
-    check(ranks, mesh, 2, parallel, problem(), data)
+def test_rows_padded_for_fp8_change_nothing(ranks, mesh, name, data):
+    check(ranks, mesh, 2, PADDED[name], problem(), data)
 
 
 # A part of the tables above, for `make test`.
@@ -221,7 +219,13 @@ def test_the_other_methods_in_a_pipeline(ranks, mesh, method, schedule):
 
 @pytest.mark.parametrize(
     "change",
-    ["adamw", "recompute", "relativistic", "unmatched", "frozen backbone", "single modulation", "shallow"],
+    [
+        "relativistic",
+        "frozen backbone",
+        "single modulation",
+        "shallow",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "recompute", "unmatched")),
+    ],
 )
 def test_variants_of_apt_in_a_pipeline(ranks, mesh, change):
     config = deep(recompute="full" if change == "recompute" else "none")

@@ -232,13 +232,13 @@ def straight(mesh, datasets, tmp_path_factory):
     return run_config
 
 
-PAIRS = [("pp2-tp2", "cp2"), ("pp2-dp2", "tp2")]  # the others take minutes
+PAIR = ("pp2-tp2", "cp2")  # the others take minutes
 FIRST, SECOND = ("tp2-dp2", "cp2-dp2", "pp2-tp2", "pp2-dp2"), ("dp2", "tp2", "cp2", "pp2")
-MORE = [pytest.param(a, b, marks=pytest.mark.slow) for a in FIRST for b in SECOND if (a, b) not in PAIRS]
+MORE = [pytest.param(a, b, marks=pytest.mark.slow) for a in FIRST for b in SECOND if (a, b) != PAIR]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("before", "after"), [*PAIRS, *MORE])
+@pytest.mark.parametrize(("before", "after"), [PAIR, *MORE])
 def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before, after):
     """Ten iterations, five on each mesh, equal ten on one rank: log, weights, average, both optimisers."""
     base = straight

@@ -146,11 +146,11 @@ def ablated(mesh, run):
     "name",
     [
         "last-layer head",
-        "two thirds of the depth",
         "frozen backbone",
-        "relativistic",
-        "early heads",
         "text to the end",
+        pytest.param("two thirds of the depth", marks=pytest.mark.slow),
+        pytest.param("relativistic", marks=pytest.mark.slow),
+        pytest.param("early heads", marks=pytest.mark.slow),
     ],
 )
 def test_ablations_on_two_ranks_equal_one(ranks, mesh, datasets, tmp_path, name):
