@@ -149,6 +149,9 @@ def test_first_steps_work_as_they_are_written(tmp_path, monkeypatch, capsys):
             check_fits(load_recipe(command[1]))
         cli.main(command)
     assert all(Path("samples", run, "grid.png").exists() for run in ("flow", "consistency", "apt", "own"))
+    monkeypatch.setattr(sys, "argv", ["measure_run.py", "runs/shapes/apt", "1"])
+    exec(Path("measure_run.py").read_text(encoding="utf-8"), {})
+    assert re.search(r"runs/shapes/apt, 1 steps: \d+\.\d\d ", capsys.readouterr().out)
     assert json.loads(Path("data/shapes/dataset.json").read_text())["shapes"] == {"3x1x16x16": 40}
 
 
