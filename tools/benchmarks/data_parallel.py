@@ -96,7 +96,7 @@ def least(trainer: "Trainer", config: RunConfig, mesh: Mesh) -> dict[str, int]:
     model, width = config.model, torch.tensor([]).element_size() * config.model.width
     visual = sum(len(b.shapes) * (b.shapes[0][2] // 2) * (b.shapes[0][3] // 2) for b in batches) * width
     text = sum(len(b.shapes) * config.data.text_length for b in batches) * width
-    # Passes of the global batch through a network in one iteration (methods/apt.py):
+    # Passes of the global batch through a network in one iteration (methods/apt/method.py):
     # generator in both phases, one with gradients; discriminator on the fake ones in
     # both, and on the real ones and their perturbation together, all with gradients of
     # their inputs.
