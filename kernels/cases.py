@@ -122,8 +122,8 @@ def joint(dtype: torch.dtype, text: int = 256) -> Case:
     return Case(
         "qk_norm_rope",
         inputs,
-        lambda *x: joint_qkv(*x, table(x[0].device)),
-        lambda *x: joint_qkv_reference(*x, table(x[0].device)),
+        lambda a, b, c, d: joint_qkv(a, b, c, d, table(a.device)),
+        lambda a, b, c, d: joint_qkv_reference(a, b, c, d, table(a.device)),
         (6 * size + phases, 8 * size + phases),
     )
 

@@ -54,7 +54,10 @@ def learnable_query_attention_reference(q: Tensor, kv: Tensor, k_scale: Tensor, 
     k, v = (kv if rows.sample is None else kv.flatten(0, 1)[: rows.total]).unbind(-2)
     k, wide = rms_norm(k, k_scale), torch.promote_types(kv.dtype, torch.float32)
     parts = [_attend(one, k.to(wide), v.to(wide), rows) for one in q.to(wide).view(-1, *q.shape[-2:])]
-    return parts[0] if q.dim() == 2 else tuple(torch.stack(part, 1) for part in zip(*parts, strict=True))
+    if q.dim() == 2:
+        return parts[0]
+    top, total, acc = (torch.stack(part, 1) for part in zip(*parts, strict=True))
+    return top, total, acc
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Triple:
@@ -214,11 +217,13 @@ def merge_blocks(
     the order of the blocks.
     """
     groups, width = math.prod(top.shape[1:]), acc.shape[-1] if acc is not None else 1
-    out = [
-        None if part is None else part.new_empty(len(blocks.first) - 1, *part.shape[1:])
-        for part in (top, total, acc)
-    ]
-    grid = (len(out[0]), groups)
+    samples = len(blocks.first) - 1
+    out = (
+        top.new_empty(samples, *top.shape[1:]),
+        total.new_empty(samples, *total.shape[1:]),
+        None if acc is None else acc.new_empty(samples, *acc.shape[1:]),
+    )
+    grid = (samples, groups)
     launch(
         _merge_blocks,
         grid,
@@ -232,7 +237,7 @@ def merge_blocks(
         TILE=power_of_2(width),
         BLOCKS=32,
     )
-    return tuple(out)
+    return out
 
 
 @jit

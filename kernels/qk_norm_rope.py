@@ -193,7 +193,7 @@ def _backward(
 
 def _views(tensors: tuple[Tensor, ...], form: Form) -> list[Tensor]:
     """q, k, v as views (n, l, G, H / G, K) of the joint tensors, or of their gradients."""
-    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    tensors = tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
     if form == "by_rank":
         return list(tensors[0].transpose(0, 1).unsqueeze(0).unbind(-2))
     q, *others = (t.unsqueeze(2) for t in tensors)
@@ -281,7 +281,7 @@ class _JointQkv(torch.autograd.Function):
                 grid, *_ = _grid(ctx.samples, length, x.shape[-3], x.shape[-1])
                 parts = torch.empty(math.prod(grid), *weight.shape, dtype=torch.float32, device=x.device)
             _launch(_backward, joint, start, length, x, weight, phases, dx, parts)
-            found.append((dx, None if weight is None else parts.sum(0).to(weight.dtype)))
+            found.append((dx, None if parts is None else parts.sum(0).to(weight.dtype)))
             start += length
         (dtext, dtext_weight), (dvisual, dvisual_weight) = found
         return dtext, dvisual, dtext_weight, dvisual_weight, None, None, None, None, None

@@ -4,7 +4,7 @@ function that returns a RunConfig (see examples/).
 
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_apt.errors import require
 from megatron_apt.families import registry
@@ -305,7 +305,7 @@ class RunConfig(MethodConfigs):
         _check_numbers(self)
 
 
-def _check_numbers(config: object, prefix: str = "") -> None:
+def _check_numbers(config: Any, prefix: str = "") -> None:
     """No field of a configuration, or of one inside it, is infinite, not a number, or
     larger than any count there is.
     """
@@ -356,7 +356,7 @@ def check_fits(config: RunConfig) -> None:
         _check_ring(config)
     if model.fp8.recipe != "none":
         _check_fp8(config)
-    config.of_method.check(config)
+    config.of_method.check(config)  # ty: ignore[invalid-argument-type]  # the same class by two ways
     padded = model.text_padding
     if padded is not None and config.data.text_length not in (None, padded):
         habit = (

@@ -13,7 +13,7 @@ import tyro
 
 from megatron_apt import outputs
 from megatron_apt.checkpoint import files, store
-from megatron_apt.checkpoint.state import configuration_of
+from megatron_apt.checkpoint.state import State, configuration_of
 from megatron_apt.config import ParallelConfig, PipelineConfig, RetentionConfig, check_fits
 from megatron_apt.lock import FolderLock
 from megatron_apt.parallel.mesh import Mesh
@@ -193,7 +193,7 @@ def _finish(target: Path, state: dict, mesh: Mesh) -> None:
 
 
 def _write_again(
-    folder: Path, state: dict, command: Reshard, stored: dict, mesh: Mesh, lock: FolderLock
+    folder: Path, state: State, command: Reshard, stored: dict, mesh: Mesh, lock: FolderLock
 ) -> None:
     from megatron_apt.checkpoint.fits import check_model
     from megatron_apt.checkpoint.save import Checkpoints

@@ -288,9 +288,11 @@ def _of_torch(root: object) -> Index:
             raise Unreadable(f"{key!r} is compressed, which no tensor of ours is")
         if (key, offsets) not in shapes:
             raise Unreadable(f"has a place for a chunk of {key!r} that the tensor does not list")
-        record = inert.whole_numbers((place.get("offset"), place.get("length")))
+        start, length = inert.whole_numbers((place.get("offset"), place.get("length")))
         index[key].chunks.append(
-            Chunk(offsets, shapes[key, offsets], inert.of_kind(place.get("relative_path"), str), record)
+            Chunk(
+                offsets, shapes[key, offsets], inert.of_kind(place.get("relative_path"), str), (start, length)
+            )
         )
     return index
 

@@ -10,6 +10,7 @@ make of those is up to the reader.
 import pickletools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 # Some 10 seconds and 1 GB at most; the index of a 14B APT run written by 64 ranks has
 # about half as many
@@ -80,7 +81,7 @@ class _Machine:
         self.stack: list = []
         self.below: list[list] = []  # stacks under the marks
         self.memo: dict[int, object] = {}
-        self.steps: dict[str, Callable[[object], None]] = {
+        self.steps: dict[str, Callable[[Any], object]] = {
             **dict.fromkeys(_PUSHED, self._push),
             **{name: lambda _, value=value: self.stack.append(value) for name, value in _CONSTANTS.items()},
             **{f"TUPLE{n}": lambda _, n=n: self._tuple(n) for n in (1, 2, 3)},

@@ -18,7 +18,9 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -109,7 +111,7 @@ class Checkpoints:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise CheckpointError(_FAILED.format(folder=temporary, reason=reason)) from error
         self._validated = True
-        buckets = request.preload_fn() if request.preload_fn else []
+        buckets = request.preload_fn() if request.preload_fn is not None else []
         self._pending = pending = _Pending(iteration, temporary, state, prune, request, buckets)
         pending.thread = threading.Thread(
             target=_write, args=(pending,), name=f"save-{iteration}", daemon=True
@@ -119,7 +121,8 @@ class Checkpoints:
     @property
     def writing(self) -> bool:
         """Whether this rank is still writing."""
-        return self._pending is not None and self._pending.thread.is_alive()
+        thread = self._pending.thread if self._pending is not None else None
+        return thread is not None and thread.is_alive()
 
     def commit(self) -> Path | None:
         """Waits for the pending save, if any, and commits it; returns its folder.
@@ -130,11 +133,12 @@ class Checkpoints:
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
-        pending.thread.join()
+        if pending.thread is not None:
+            pending.thread.join()
         final = self.root / name(pending.iteration)
         mine = pending.error, pending.sums, pending.written
-        everyone: list[tuple] | None = [()] * self.mesh.world.size if self.mesh.is_main else None
-        dist.gather_object(mine, everyone, dst=0)
+        everyone: list[tuple] = [()] * self.mesh.world.size
+        dist.gather_object(mine, everyone if self.mesh.is_main else None, dst=0)
 
         def publish() -> None:
             if errors := [error for error, *_ in everyone if error]:
@@ -194,12 +198,12 @@ def _write(pending: _Pending) -> None:
     request = pending.request
     if request.async_fn is None:
         return  # this rank owns nothing
-    transforms = request.async_fn.args[0]
+    transforms = cast(partial, request.async_fn).args[0]
     try:
         for i, bucket in enumerate(pending.buckets):
-            answers = queue.Queue()
+            answers: Any = queue.Queue()  # in place of the queues of processes that it expects
             filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                transforms, i, bucket, answers, _Count(), use_fsync=True
+                transforms, i, bucket, answers, cast(Any, _Count()), use_fsync=True
             )
             _, answer = answers.get()
             if isinstance(answer, Exception):
@@ -245,12 +249,15 @@ def superseded(root: Path, newest: str, retention: RetentionConfig) -> list[Path
         for path in root.glob("iteration-*")
         if (iteration := iteration_of(path.name)) is not None and path.is_dir()
     }
-    folders = [path for iteration, path in sorted(found.items()) if iteration <= iteration_of(newest)]
+    last = iteration_of(newest)
+    assert last is not None
+    found = {iteration: found[iteration] for iteration in sorted(found) if iteration <= last}
+    folders = list(found.values())
     if not retention.last:
         return []
     kept = {path.name for path in folders[-retention.last :]}
     if retention.every:
-        kept |= {path.name for path in folders if iteration_of(path.name) % retention.every == 0}
+        kept |= {path.name for iteration, path in found.items() if iteration % retention.every == 0}
     if retention.best:
         kept |= _best(root, folders, retention)
     return [path for path in folders if path.name not in kept]
@@ -260,7 +267,8 @@ def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[st
     """The folder whose saved value of `retention.best` is best, which `best` then names,
     and those whose values cannot be read.
     """
-    values, unreadable = {}, set()
+    values: dict[str, float] = {}
+    unreadable: set[str] = set()
     for folder in folders:
         try:
             value = read_values(folder).get(retention.best)
@@ -277,6 +285,6 @@ def _best(root: Path, folders: list[Path], retention: RetentionConfig) -> set[st
             values[folder.name] = value
     if not values:
         return unreadable
-    best = (min if retention.best_is == "lowest" else max)(values, key=values.get)
+    best = (min if retention.best_is == "lowest" else max)(values, key=lambda name: values[name])
     write_atomically(root / "best", best)
     return {best, *unreadable}

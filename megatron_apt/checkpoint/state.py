@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, get_type_hints
+from typing import Any, NotRequired, TypedDict, cast, get_type_hints
 
 from megatron_apt import schema
 from megatron_apt.checkpoint.files import CheckpointError
@@ -77,7 +77,8 @@ def read_state(folder: Path) -> State:
             f"{file}: iteration: is {found['iteration']} in a folder {folder.name}; {DAMAGED}"
         )
     config = configuration_of(found["config"], str(file), "config")
-    return found | {"config": json.loads(json.dumps(to_dict(config)))}
+    found["config"] = json.loads(json.dumps(to_dict(config)))
+    return cast(State, found)
 
 
 def read_values(folder: Path) -> dict[str, float]:
@@ -123,7 +124,7 @@ def from_dict(kind: type, stored: object, where: str = "configuration", at: str 
     return schema.convert(stored, kind, where, at=at, remedy=DAMAGED, error=CheckpointError)
 
 
-def _check_known(kind: type, stored: object, where: str) -> None:
+def _check_known(kind: Any, stored: object, where: str) -> None:
     if not isinstance(stored, dict):
         return  # which the conversion tells of
     hints = get_type_hints(kind)

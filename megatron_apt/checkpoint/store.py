@@ -34,6 +34,7 @@ from megatron_apt.checkpoint.inert import Unreadable
 from megatron_apt.checkpoint.state import FORMAT, iteration_of, read_state
 from megatron_apt.checkpoint.sums import SUMS, checksum, damages, seal, sealed, verify
 from megatron_apt.files import sync, write_atomically
+from megatron_apt.models.parameters import declared
 from megatron_apt.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ def sharded(key: str, tensor: Tensor, parameter: nn.Parameter, mesh: Mesh, repli
     """
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    if parameter.sharded_dim is None:
+    dimension = declared(parameter).sharded_dim
+    if dimension is None:
         return ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, mesh.tp.rank, replica))
     return ShardedTensor.from_rank_offsets(
-        key, tensor, (parameter.sharded_dim, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica)
+        key, tensor, (dimension, mesh.tp.rank, mesh.tp.size), replica_id=(0, 0, replica)
     )
 
 
@@ -256,7 +258,11 @@ def load(source: Path | Stored, wanted: "Mapping[str, ShardedTensor]") -> dict[s
                 f"{tuple(tensor.global_shape)}; use the checkpoint's own model configuration (state.json "
                 "beside it)"
             )
-    return {key: stored.fill(key, tensor.data, tensor.global_offset) for key, tensor in wanted.items()}
+    filled = {}
+    for key, tensor in wanted.items():
+        assert tensor.data is not None  # as `sharded` makes them
+        filled[key] = stored.fill(key, tensor.data, tensor.global_offset)
+    return filled
 
 
 __all__ = [

@@ -146,4 +146,4 @@ def _read_state(folder: Path) -> dict:
     state = store.read_state(folder)
     remedy = "the checkpoint is damaged: use an older one"
     schema.convert(state, _State, f"{folder}/state.json", remedy=remedy, error=store.CheckpointError)
-    return state
+    return dict(state)

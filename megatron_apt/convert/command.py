@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,7 +256,7 @@ def _give_memory_back() -> None:
 
 
 @contextmanager
-def _measured(name: str, total: int | None, file: str) -> "Iterator[Moved]":
+def _measured(name: str, total: int | None, file: str) -> Generator["Moved"]:
     """A progress bar with bytes and speed, and the figures at the end."""
     columns = (
         TextColumn("{task.description}"),

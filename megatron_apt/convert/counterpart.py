@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_apt.convert.errors import ConvertError
 from megatron_apt.convert.weights import Mapped, Rule, mapped
@@ -14,7 +15,7 @@ from megatron_apt.families.registry import build_backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import ModelConfig
 from megatron_apt.models.embeddings import patchify
-from megatron_apt.models.parameters import full_shape
+from megatron_apt.models.parameters import declared, full_shape
 from megatron_apt.parallel.mesh import Mesh
 
 SECOND = "transformer_2"  # of a pipeline of two networks
@@ -98,15 +99,15 @@ class Counterpart:
     config: type[ModelConfig]
     architecture: str
     read_config: Callable[[dict], ModelConfig]
-    write_config: Callable[[ModelConfig], dict]
-    rules: Callable[[ModelConfig], list[Rule]]
-    example: Callable[[ModelConfig, int, torch.Generator], Inputs]
-    forward: Callable[[nn.Module, Inputs], Tensor]
+    write_config: Callable[[Any], dict]
+    rules: Callable[[Any], list[Rule]]
+    example: Callable[[Any, int, torch.Generator], Inputs]
+    forward: Callable[[Any, Inputs], Tensor]
     roots: frozenset[str]
     authors: Authors
     unread: str = ""
     interface: tuple[str, ...] = ()
-    adapted: Callable[[dict, ModelConfig, Path, bool], dict] = _as_it_is
+    adapted: Callable[[dict, Any, Path, bool], dict] = _as_it_is
 
     def model(self, config: dict, where: Path) -> ModelConfig:
         """Our shape from the config.json of `where`.
@@ -130,7 +131,9 @@ class Counterpart:
         with torch.device("meta"):  # shapes without memory
             parameters = dict(build_backbone(model, mesh).named_parameters())
         shapes = {name: torch.Size(full_shape(p, mesh)) for name, p in parameters.items()}
-        return mapped(self.rules(model), shapes, {name for name, p in parameters.items() if p.fixed})
+        return mapped(
+            self.rules(model), shapes, {name for name, p in parameters.items() if declared(p).fixed}
+        )
 
 
 def only(config: dict, architecture: str, **values) -> None:

@@ -308,10 +308,10 @@ def _dtypes(stored: store.Stored, prefix: str, tensors: list[Mapped]) -> dict[st
     Raises:
         ConvertError: one is not there, or of another shape.
     """
-    found = {}
+    found: dict[str, torch.dtype] = {}
     for mapped in tensors:
         shape, dtype = stored.index.get(_key(prefix, mapped), (None, None))
-        if shape != mapped.shape:
+        if shape != mapped.shape or dtype is None:
             there = (
                 "is not in it"
                 if shape is None

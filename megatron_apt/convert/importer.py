@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import msgspec
 import torch
@@ -54,7 +54,7 @@ class _Hashed(io.RawIOBase):
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
         self.failure: OSError | None = None  # torch.save tells of it in other words
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Any, /) -> int:
         for start in range(0, len(data), _PIECE):
             piece = data[start : start + _PIECE]
             try:
@@ -118,7 +118,7 @@ def import_checkpoint(
         if not interrupted:
             work = _begin(root / ".import.tmp", parts, plan)
             # SHA-256 sees more, and every file is compared with it
-            no_crc = serialization.patch("save.compute_crc32", False)
+            no_crc = cast(Any, serialization).patch("save.compute_crc32", False)
             with no_crc, ThreadPoolExecutor(1) as sealing, ThreadPoolExecutor(_WRITERS) as writing:
 
                 def write(i: int) -> Future:
@@ -196,7 +196,7 @@ def _write(work: _Work, i: int, source: Source, moved: Moved) -> None:
             for mapped in part:
                 start = stream.size
                 tensor = mapped.change.ours([source.read(name) for name in mapped.theirs])
-                torch.save(tensor, stream)
+                torch.save(tensor, cast(BinaryIO, stream))
                 places[f"{ROLE}.{mapped.name}"] = start, stream.size - start
                 moved(tensor.nbytes)
                 del tensor  # not while the next one is made
@@ -216,10 +216,10 @@ def _main_dtype(source: Source) -> str:
     """What the model is run in, unless a recipe says otherwise: bfloat16 where most
     numbers are; float16 would not hold training's range.
     """
-    numbers = Counter()
+    numbers: Counter[torch.dtype] = Counter()
     for entry in source.entries.values():
         numbers[entry.dtype] += entry.shape.numel()
-    return "bfloat16" if max(numbers, key=numbers.get) == torch.bfloat16 else "float32"
+    return "bfloat16" if max(numbers, key=lambda dtype: numbers[dtype]) == torch.bfloat16 else "float32"
 
 
 def _dtype(mapped: Mapped, source: Source) -> torch.dtype:

@@ -9,13 +9,14 @@ empty has one microbatch less.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from megatron_apt.config import DataConfig
 from megatron_apt.data.encoding import Encoding
-from megatron_apt.data.microbatch import Microbatch, pack_latents
+from megatron_apt.data.microbatch import LatentShape, Microbatch, pack_latents
 from megatron_apt.data.order import SampleOrder
 from megatron_apt.data.shards import FirstFrame, LatentShards, stack_pooled
 from megatron_apt.models.condition import Condition
@@ -172,7 +173,7 @@ class Batches:
         places = [self.order.at(position) for position in positions]
         samples = [self.sources[source][index] for source, index in places]
         dtype = torch.float64 if self.model.dtype == "float64" else torch.float32
-        shapes = tuple(tuple(sample.latent.shape) for sample in samples)
+        shapes = tuple(cast(LatentShape, tuple(sample.latent.shape)) for sample in samples)
         tokens = pack_latents(
             shapes, self.model.patch, lambda rows, _: torch.stack([samples[i].latent for i in rows])
         )

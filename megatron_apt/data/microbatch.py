@@ -33,12 +33,12 @@ def pack_latents(
     """
     if len(set(shapes)) == 1:
         return patchify(make(list(range(len(shapes))), shapes[0]), patch)
-    parts: list[Tensor | None] = [None] * len(shapes)
+    parts: dict[int, Tensor] = {}
     for shape in dict.fromkeys(shapes):
         rows = [i for i, other in enumerate(shapes) if other == shape]
         for i, tokens in zip(rows, patchify(make(rows, shape), patch).chunk(len(rows)), strict=True):
             parts[i] = tokens
-    return torch.cat(parts)
+    return torch.cat([parts[i] for i in range(len(shapes))])
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,8 @@ def stack_pooled(samples: Sequence[Sample]) -> Tensor | None:
     """(n, P) pooled vectors of samples of datasets that all have them, or None where none
     has: what Condition.pack takes.
     """
-    return None if samples[0].pooled is None else torch.stack([sample.pooled for sample in samples])
+    pooled = [sample.pooled for sample in samples if sample.pooled is not None]
+    return torch.stack(pooled) if pooled else None
 
 
 class LatentShards(Encoding):

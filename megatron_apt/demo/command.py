@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -101,6 +102,7 @@ def ensure_digits(here: recipes.Place, section: str) -> None:
         # into whole groups of four frames: a first frame that stands alone would leave
         # channels at exactly zero in real data, by which a discriminator knows every
         # generated sample.
+        bucket: dict[str, Any]
         if section == "images":
             manifest = digits.write_digit_images(source)
             bucket = {

@@ -121,7 +121,7 @@ def write_grey_vp9(path: Path, clip: np.ndarray, fps: int = FPS) -> None:
             for plane, values in zip(frame.planes, (luma, 128, 128), strict=True):  # chroma 128 is grey
                 rows = np.zeros((plane.height, plane.line_size), np.uint8)  # rows are padded to line_size
                 rows[:, : plane.width] = values
-                plane.update(rows)
+                plane.update(rows.tobytes())
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 

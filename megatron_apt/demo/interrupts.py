@@ -43,7 +43,7 @@ class Interrupts:
                 f"megatron-apt: {self.config.root}: the demo was interrupted; the same command goes on",
                 file=sys.stderr,
             )
-        code = error.code if isinstance(error, Stopped) else INTERRUPTED
+        code = int(error.code or 0) if isinstance(error, Stopped) else INTERRUPTED
         if self.mesh.world.size == 1:
             if self._before is not None:
                 signal.signal(signal.SIGINT, self._before)

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ _STAND_INS = {f"#0a0a0{i}": f"var(--s{i})" for i in range(1, 5)} | {
     "#0b0b02": "var(--rule)",
 }
 _SERIES, (_MUTED, _RULE) = list(_STAND_INS)[:4], list(_STAND_INS)[4:]
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron_apt",
     "font.size": 8.5,
@@ -171,7 +172,8 @@ def _inline(text: str, name: str, title: str) -> str:
     """matplotlib's SVG file as an element of a page."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    view_box = re.search(r'viewBox="[^"]*"', text)[0]
+    found = re.search(r'viewBox="[^"]*"', text)
+    view_box = found[0] if found else ""
     text = re.sub(
         r"<svg[^>]*>", f'<svg {view_box} role="img" aria-label="{title}">', text, count=1, flags=re.DOTALL
     )

@@ -8,6 +8,7 @@ samples.
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -106,7 +107,7 @@ def real_data(folder: str) -> RealData:
     return RealData(shards, latents, features, labels, ClassAccuracy.fit(features, labels))
 
 
-def evaluate(here: Place, section: str, rows: list[Measured], mesh: Mesh, quick: bool = False) -> None:
+def evaluate(here: Place, section: str, rows: Sequence[Measured], mesh: Mesh, quick: bool = False) -> None:
     """Samples each row for the real captions, every rank its part; writes its numbers and
     the samples shown to the results folder.
 

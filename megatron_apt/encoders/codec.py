@@ -7,10 +7,11 @@ PixelCodec can also cut clips into whole groups, F = k * temporal, where no late
 has components that are always zero.
 """
 
+import abc
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -146,7 +147,8 @@ class PixelCodec:
         t, s, k = self.config.temporal, self.config.spatial, self.config.channels
         x = pixels.float()
         if k == 1:
-            x = sum(weight * x[..., i : i + 1, :, :, :] for i, weight in enumerate(LUMA))
+            grey = (weight * x[..., i : i + 1, :, :, :] for i, weight in enumerate(LUMA))
+            x = sum(grey, start=x.new_zeros(()))
         if self.config.causal:
             x = torch.cat(
                 (x[..., :1, :, :].expand(*x.shape[:-3], t, *x.shape[-2:]), x[..., 1:, :, :]), dim=-3
@@ -178,7 +180,7 @@ class PixelCodec:
         return x.expand(*x.shape[:-4], 3, *x.shape[-3:]).contiguous() if k == 1 else x
 
 
-class VaeCodec:
+class VaeCodec(abc.ABC):
     """A VAE of diffusers from a local folder; latents are normalised with the numbers in
     its config.json. See WanCodec, HunyuanCodec and KlCodec.
 
@@ -199,6 +201,9 @@ class VaeCodec:
     """
 
     kind = class_name = ""
+    latent_channels: int
+    _temporal: int  # frames, and pixels of a side, that become one
+    _spatial: int
 
     def __init__(self, path: str | Path, device: str = "cpu", dtype: str = "float32", tiling: int = 0):
         import diffusers  # seconds to import, and only these codecs need it
@@ -256,6 +261,27 @@ class VaeCodec:
         )
         return pixels.cpu().view(*latent.shape[:-4], *pixels.shape[1:])
 
+    @property
+    def given_channels(self) -> int:
+        """Channels of what image-to-video models read beside a clip's latents; 0 of others."""
+        return 0
+
+    @abc.abstractmethod
+    def _read(self, folder: Path, config: Any) -> None:
+        """Sets the attributes above from the VAE's configuration."""
+
+    @abc.abstractmethod
+    def _tile(self, side: int) -> None:
+        """Makes the VAE work in tiles of so many pixels."""
+
+    @abc.abstractmethod
+    def _normalised(self, mode: Tensor) -> Tensor:
+        """What a diffusion model sees of the VAE's latents."""
+
+    @abc.abstractmethod
+    def _raw(self, latent: Tensor) -> Tensor:
+        """Undoes `_normalised`."""
+
     def _mode(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels).latent_dist.mode()
 
@@ -273,7 +299,7 @@ class _KlFields(msgspec.Struct):
     shift_factor: float | None = None
 
 
-def read_fields(config, kind: type, folder: Path):
+def read_fields(config: Any, kind: type, folder: Path):
     """What a codec reads of a VAE's config.json.
 
     Raises:
@@ -306,7 +332,7 @@ class KlCodec(VaeCodec):
 
     kind, class_name = "kl", "AutoencoderKL"
 
-    def _read(self, folder: Path, config) -> None:
+    def _read(self, folder: Path, config: Any) -> None:
         if config.latents_mean is not None or config.latents_std is not None:
             raise ValueError(
                 f"{folder}/config.json: has latents_mean or latents_std; codec 'kl' knows shift_factor and "

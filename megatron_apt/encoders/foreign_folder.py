@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -139,7 +139,7 @@ def checked_model_folder(path: str | Path, expected: str) -> Path:
     return folder
 
 
-def load_frozen(model_class: type, folder: Path, device: str, **dtype: torch.dtype) -> torch.nn.Module:
+def load_frozen(model_class: Any, folder: Path, device: str, **dtype: torch.dtype) -> Any:
     """A model of diffusers or transformers with every weight from the folder; both
     libraries only warn of those they make up.
 
@@ -184,7 +184,7 @@ def model_folder(model_class: type, folder: Path, weights: Weights) -> Generator
         yield staged
 
 
-def read_pretrained(kind: type, folder: Path, links: Iterable[str], objects: Iterable[str], what: str):
+def read_pretrained(kind: Any, folder: Path, links: Iterable[str], objects: Iterable[str], what: str):
     """What a library makes of these files of a folder, if they are there: a tokenizer, or
     a preparation of pictures.
 
@@ -274,7 +274,7 @@ def _held(weights: Weights) -> dict[str, Announced]:
     return held
 
 
-def _bound(model_class: type, staged: Path, config: dict, held: dict[str, Announced]) -> None:
+def _bound(model_class: Any, staged: Path, config: dict, held: dict[str, Announced]) -> None:
     """Compares what config.json asks for with what the files hold, on a model without
     memory.
 

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from megatron_apt.encoders.codec import KlCodec, PixelCodec, PixelCodecConfig, VaeCodec
 from megatron_apt.encoders.foreign_folder import checked_settings
@@ -90,7 +91,7 @@ def load_text_encoder(config: dict, device: str = "cpu") -> TextEncoder:
         ValueError: unknown kind or setting.
     """
     kind, settings = checked_settings(config, "text encoder")
-    folders = {HuggingFaceTextEncoder.kind: HuggingFaceTextEncoder} | pipeline_encoders()
+    folders: dict[str, Any] = {HuggingFaceTextEncoder.kind: HuggingFaceTextEncoder} | pipeline_encoders()
     try:
         if kind == BuiltinTextEncoder.kind:
             return BuiltinTextEncoder(**settings)

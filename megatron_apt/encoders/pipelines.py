@@ -9,6 +9,7 @@ the embeddings are a pipeline's to the last bit.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ def _read_tokenizer(tokenizer_class: type, folder: Path):
     return tokenizer
 
 
-def load_model(folder: Path, class_name: str, device: str, dtype: str) -> torch.nn.Module:
+def load_model(folder: Path, class_name: str, device: str, dtype: str) -> Any:
     """The frozen model of a folder, of a class of transformers.
 
     Raises:
@@ -120,7 +121,7 @@ def load_model(folder: Path, class_name: str, device: str, dtype: str) -> torch.
     return load_frozen(getattr(transformers, class_name), folder, device, dtype=getattr(torch, dtype))
 
 
-def padded_tokens(tokenizer, captions: list[str], length: int, model: torch.nn.Module):
+def padded_tokens(tokenizer, captions: list[str], length: int, model: Any):
     """Ids and mask of captions, padded to a length.
 
     Raises:
@@ -147,7 +148,7 @@ def padded_tokens(tokenizer, captions: list[str], length: int, model: torch.nn.M
     return tokens
 
 
-def clip_length(tokenizer, clip: torch.nn.Module, folder: Path) -> int:
+def clip_length(tokenizer, clip: Any, folder: Path) -> int:
     """How many tokens CLIP is given.
 
     Raises:

@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import sentencepiece
 import tokenizers
@@ -253,7 +253,7 @@ class HuggingFaceTextEncoder(TextEncoder):
         return [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
 
 
-def load_t5(folder: Path, device: str, dtype: str) -> torch.nn.Module:
+def load_t5(folder: Path, device: str, dtype: str) -> Any:
     """The frozen T5EncoderModel or UMT5EncoderModel of a folder.
 
     Raises:

@@ -80,6 +80,7 @@ class Weights:
     def plain_index(self, stem: str) -> str:
         """The index with those names in it, as JSON."""
         names = {file.name: name for file, name in self.plain(stem).items()}
+        assert self.index is not None
         index = _read_index(self.index)
         places = {key: names[place] for key, place in index.weight_map.items()}
         return (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_apt.config import GuardConfig, OptimizerConfig
 from megatron_apt.data.microbatch import Microbatch
 from megatron_apt.models.condition import Condition
+from megatron_apt.models.parameters import declared
 from megatron_apt.models.stages import Cut, Staged
 
 Grad = Literal["full", "input", "none"]
@@ -157,7 +158,7 @@ class Role:
 
     def trained(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether the optimiser changes this parameter."""
-        return self.optimizer is not None and self.trains(name) and not parameter.fixed
+        return self.optimizer is not None and self.trains(name) and not declared(parameter).fixed
 
 
 @dataclass(frozen=True)

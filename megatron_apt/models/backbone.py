@@ -2,6 +2,8 @@
 recomputation, FP8, norms, modulation, and the last layer.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,7 +85,11 @@ class Modulation(nn.Module):
             )
 
     def forward(self, c: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
-        vectors = shared[:, : len(self.offset)] + self.offset if self.single else self.linear(F.silu(c))[0]
+        if self.single:
+            assert shared is not None
+            vectors = shared[:, : len(self.offset)] + self.offset
+        else:
+            vectors = self.linear(F.silu(c))[0]
         if self.mesh.sequence_parallel:
             # Each rank uses the vectors on its own tokens only, so their gradients are parts of a sum.
             vectors = copy_to_tensor_model_parallel_region(vectors, group=self.mesh.tp.group)
@@ -105,7 +111,8 @@ class FinalLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, c: Tensor, shared: Tensor | None, rows: Rows) -> Tensor:
-        return self.linear(modulated_norm(x, *self.modulation(c, shared), rows))
+        shift, scale = self.modulation(c, shared)
+        return self.linear(modulated_norm(x, shift, scale, rows))
 
 
 class Backbone(Staged):
@@ -127,6 +134,8 @@ class Backbone(Staged):
 
     hidden: tuple[str, ...]  # what blocks change, the visual tokens first
     constant: tuple[str, ...]  # what they read
+    blocks: nn.ModuleDict  # that this rank holds, by number
+    final: Any  # FinalLayer, or None where there is no output
 
     def __init__(
         self, model: ModelConfig, mesh: Mesh, depth: int | None = None, output: bool = True, cut: Cut = WHOLE

@@ -1,6 +1,7 @@
 """Embeddings of time, position and patches."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -80,7 +81,7 @@ def patchify(latents: Tensor, patch: Grid) -> Tensor:
         ValueError: a latent size that the patch does not divide.
     """
     n, c, *size = latents.shape
-    grid = patch_grid(tuple(size), patch)
+    grid = patch_grid(size, patch)
     x = latents.view(n, c, grid[0], patch[0], grid[1], patch[1], grid[2], patch[2])
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(n * math.prod(grid), -1)
 
@@ -91,11 +92,12 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
     return x.reshape(len(x), x.shape[1], *(g * p for g, p in zip(grid, patch, strict=True)))
 
 
-def patch_grid(size: Grid, patch: Grid) -> Grid:
+def patch_grid(size: Sequence[int], patch: Grid) -> Grid:
     """Tokens over (frames, rows, columns) of a latent of this size."""
     if any(s % p for s, p in zip(size, patch, strict=True)):
         raise ValueError(
-            f"latent of frames x rows x columns = {size} does not split into patches of {patch}; encode to a "
-            "size that is a multiple"
+            f"latent of frames x rows x columns = {tuple(size)} does not split into patches of {patch}; "
+            "encode to a size that is a multiple"
         )
-    return tuple(s // p for s, p in zip(size, patch, strict=True))
+    frames, rows, columns = (s // p for s, p in zip(size, patch, strict=True))
+    return frames, rows, columns

@@ -125,9 +125,8 @@ def without(module: nn.Module) -> Generator[None]:
     """Inside, every product has the dtype of the weights: passes that belong to no update
     would leave their maxima to the next version's scales.
     """
-    blocks = [
-        network.fp8 for network in module.modules() if isinstance(getattr(network, "fp8", None), Fp8Blocks)
-    ]
+    parts = (getattr(network, "fp8", None) for network in module.modules())
+    blocks = [part for part in parts if isinstance(part, Fp8Blocks)]
     for part in blocks:
         part.off = True
     try:
@@ -166,7 +165,7 @@ class Fp8State:
 
     @staticmethod
     @torch.no_grad()
-    def _begin(blocks: Fp8Blocks, number: int, layers: dict[str, nn.Module]) -> None:
+    def _begin(blocks: Fp8Blocks, number: int, layers: dict[str, Any]) -> None:
         """Makes the state before the first pass, so that a checkpoint can be read into it."""
         with blocks.products(number):
             for layer in layers.values():

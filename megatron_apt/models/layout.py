@@ -16,6 +16,7 @@ ranks.
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,12 +283,14 @@ def _attention_groups(
         by_length.setdefault((len(query), len(key)), []).append((query, key))
     members = [pair for same in by_length.values() for pair in same]
     groups = tuple(AttentionGroup(len(same), lq, lk) for (lq, lk), same in by_length.items())
-    queries, keys = (Order.of(rows, mesh.device) for rows in zip(*members, strict=True))
+    queries = Order.of([query for query, _ in members], mesh.device)
+    keys = Order.of([key for _, key in members], mesh.device)
     return groups, queries, keys
 
 
 def _gathered_rows(visual: tuple[int, ...], text: tuple[int, ...], ranks: int) -> dict:
-    rows, offset = {"base": []}, 0
+    rows: dict[Any, Any] = {"base": []}
+    offset = 0
     for r in range(ranks):
         rows["base"].append(offset)
         parts: list[list[Tensor]] = [[] for _ in visual]

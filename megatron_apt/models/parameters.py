@@ -12,6 +12,7 @@ Every parameter carries three facts set where it is built:
 import contextlib
 import math
 from collections.abc import Callable, Generator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +50,32 @@ def declare(
     fixed: bool = False,
 ) -> nn.Parameter:
     """Attaches the facts of this module's docstring to a parameter."""
-    parameter.initial = init
-    parameter.sharded_dim = sharded_dim
-    parameter.tp_partial = tp_partial
-    parameter.fixed = fixed
+    one = declared(parameter)
+    one.initial = init
+    one.sharded_dim = sharded_dim
+    one.tp_partial = tp_partial
+    one.fixed = fixed
     parameter.requires_grad_(not fixed)
     return parameter
+
+
+class Declared(nn.Parameter):
+    """The type of a parameter with the facts of this module's docstring; nothing is of this class.
+
+    Attributes:
+        main_grad: where Megatron-Core gathers the gradient of one that trains.
+    """
+
+    initial: Init
+    sharded_dim: int | None
+    tp_partial: bool
+    fixed: bool
+    main_grad: Tensor
+
+
+def declared(parameter: nn.Parameter) -> Declared:
+    """The same parameter, whose facts a type checker knows."""
+    return cast(Declared, parameter)
 
 
 def column_linear(
@@ -117,16 +138,16 @@ def linear(
 ) -> nn.Linear:
     """A linear layer that every tensor-parallel rank holds whole."""
     layer = _Linear(width_in, width_out, dtype=dtype)
-    declare(layer.weight, init, tp_partial=tp_partial)
-    declare(layer.bias, zeros, tp_partial=tp_partial)
+    for parameter, start in ((layer.weight, init), (layer.bias, zeros)):
+        declare(cast(nn.Parameter, parameter), start, tp_partial=tp_partial)
     return layer
 
 
 def full_shape(parameter: nn.Parameter, mesh: Mesh) -> tuple[int, ...]:
     """Shape of the parameter over all tensor-parallel ranks."""
-    shape = list(parameter.shape)
-    if parameter.sharded_dim is not None:
-        shape[parameter.sharded_dim] *= mesh.tp.size
+    shape, dimension = list(parameter.shape), declared(parameter).sharded_dim
+    if dimension is not None:
+        shape[dimension] *= mesh.tp.size
     return tuple(shape)
 
 
@@ -143,9 +164,10 @@ def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(derive_key(seed, "weights", name) >> 1)
         whole = torch.empty(full_shape(parameter, mesh))
-        parameter.initial(whole, generator)
-        if parameter.sharded_dim is not None:
-            whole = whole.chunk(mesh.tp.size, parameter.sharded_dim)[mesh.tp.rank]
+        one = declared(parameter)
+        one.initial(whole, generator)
+        if one.sharded_dim is not None:
+            whole = whole.chunk(mesh.tp.size, one.sharded_dim)[mesh.tp.rank]
         parameter.copy_(whole)
 
 

@@ -5,6 +5,7 @@ the package asks which machine it is.
 import copy
 import functools
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_te_version, is_te_min_version
 
+from megatron_apt.models.parameters import declared
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.context import RINGS
 from megatron_apt.parallel.mesh import Mesh
@@ -26,7 +28,13 @@ from megatron_apt.parallel.mesh import Mesh
 OLDEST = "2.8.0"
 
 
-class _FusedBias:
+if TYPE_CHECKING:  # the linear layer that the next two classes are put before
+    _Linear = Any
+else:
+    _Linear = object
+
+
+class _FusedBias(_Linear):
     """Linear without communication as one call: bias inside the matrix product, and no
     weight gradient when the weight is frozen.
 
@@ -64,7 +72,7 @@ class LocalRowParallelLinear(_FusedBias, RowParallelLinear):
         return super().forward(input_)
 
 
-class _Layer:
+class _Layer(_Linear):
     """Transformer Engine's linear among several networks and branches. Never run: there
     was no GPU to run it on.
 
@@ -110,9 +118,9 @@ def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _add_to_buffer(parameter: torch.Tensor) -> None:
+def _add_to_buffer(parameter: torch.nn.Parameter) -> None:
     if parameter.grad is not None:  # called too where a function returns no gradient for it
-        parameter.main_grad.add_(parameter.grad)
+        declared(parameter).main_grad.add_(parameter.grad)
         parameter.grad = None
 
 
@@ -157,9 +165,10 @@ class TransformerEngineAttention(torch.nn.Module):
         heads = config.num_attention_heads // config.tensor_model_parallel_size
         if mesh.context_parallel == "ulysses" and not cross:
             heads //= mesh.cp.size
-        if config.kv_channels % 8 and layer_number == 1:
+        size = config.kv_channels or 0
+        if size % 8 and layer_number == 1:
             warnings.warn(
-                f"model.width / model.heads = {config.kv_channels} is no multiple of 8, which Transformer "
+                f"model.width / model.heads = {size} is no multiple of 8, which Transformer "
                 "Engine's fused attention needs: its other one keeps all scores in memory; use another "
                 "number of heads",
                 stacklevel=2,

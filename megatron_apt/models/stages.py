@@ -8,6 +8,7 @@ parameters keep the names they have in the whole network, whatever the number of
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,11 @@ class Staged(nn.Module):
     """A network that runs stage by stage. Its forward runs all of them, where this rank holds all."""
 
     cut: Cut
-    dtype: torch.dtype  # of the tensors that travel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors that travel."""
+        raise NotImplementedError
 
     def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
         """What the first stage begins with. Arguments as in Backbone.forward."""
@@ -71,10 +76,10 @@ class Staged(nn.Module):
 
 def run_all(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout) -> Tensor:
     """The output of a network that this rank holds whole."""
-    state = network.enter(x, t, condition, layout)
+    made: State | Tensor = network.enter(x, t, condition, layout)
     for stage in range(network.cut.stages):
-        state = network.run_stage(stage, state, layout)
-    return state
+        made = network.run_stage(stage, cast(State, made), layout)
+    return cast(Tensor, made)  # by the last stage
 
 
 @torch.no_grad()
@@ -96,8 +101,8 @@ def run_line(network: Staged, x: Tensor, t: Tensor, condition, layout: Layout, a
         for tensor in state.values():
             dist.recv(tensor, before, group=axis.group)
     out = network.run_stage(axis.rank, state, layout)
-    if after is None:
-        return out
+    if after is None or isinstance(out, Tensor):
+        return cast(Tensor, out)
     for name in network.carried(axis.rank, layout):
         dist.send(out[name].contiguous(), after, group=axis.group)
     return None

@@ -22,7 +22,7 @@ class _Sum(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # ty: ignore[incompatible-method-override]  # torch says *grads
         dx = dy.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(dx, group=ctx.group)
         return dx, None
@@ -55,7 +55,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(gathered.chunk(axis.size), sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # ty: ignore[incompatible-method-override]  # torch says *grads
         longest = max(ctx.sizes)
         padded = dy.new_zeros(ctx.axis.size, longest, *dy.shape[1:])
         for row, part in zip(padded, dy.split(ctx.sizes), strict=True):

@@ -130,12 +130,13 @@ class _Permuted(torch.autograd.Function):
         return x.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # ty: ignore[incompatible-method-override]  # torch says *grads
         return dy.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def _attend_groups(q: Tensor, k: Tensor, v: Tensor, layout: Layout, attention) -> Tensor:
     groups = layout.groups
+    assert layout.queries is not None and layout.keys is not None  # as in every packed layout
     q = _Permuted.apply(q, layout.queries.rows, layout.queries.back).split(
         [g.samples * g.queries for g in groups]
     )

@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
         return nn.functional.linear(_gathered(x, group) if gather else x, weight, bias)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # ty: ignore[incompatible-method-override]  # torch says *grads
         (x,), weight, bias, group, gather = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.group, ctx.gather
 
         @torch.no_grad()

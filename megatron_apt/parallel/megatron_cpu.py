@@ -49,7 +49,7 @@ def _set_cuda_rng_state(new_state, device=-1, graph_safe=False):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):
-        original = source = self.get_source(fullname)
+        original = source = self.get_source(fullname) or ""
         for old, new in _RULES:
             source = source.replace(old, new)
         source += _APPENDED.get(fullname, "")

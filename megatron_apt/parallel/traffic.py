@@ -55,8 +55,8 @@ class Traffic(TorchDispatchMode):
         self._axes = {axis.group.group_name: (name, axis.size) for name, axis in reversed(axes.items())}
         self.sent, self.payload, self.calls = Counter(), Counter(), Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and (known := _KINDS.get(function._opname)):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and (known := _KINDS.get(func._opname)):
             name, factor, index = known
             group = next(
                 dist.ProcessGroup.unbox(a)
@@ -67,4 +67,4 @@ class Traffic(TorchDispatchMode):
             self.payload[axis, name] += size(args[index])
             self.sent[axis, name] += round(factor * size(args[index]) * (ranks - 1) / ranks)
             self.calls[axis, name] += 1
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

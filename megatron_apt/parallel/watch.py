@@ -73,7 +73,8 @@ class Watch:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             self._explain(error, lost)
         self._ended.set()
-        self._thread.join(timeout=2 * self.interval)
+        if self._thread is not None:
+            self._thread.join(timeout=2 * self.interval)
         if lost:
             # Leaving the process group may wait for the lost rank.
             threading.Thread(target=_end_after, args=(GRACE,), name="watch-end", daemon=True).start()

@@ -18,7 +18,7 @@ from megatron_apt import outputs
 from megatron_apt.config import ParallelConfig, RunConfig, check_heads
 from megatron_apt.methods.base import Role
 from megatron_apt.methods.build import build_method
-from megatron_apt.models.parameters import full_shape
+from megatron_apt.models.parameters import declared, full_shape
 from megatron_apt.models.stages import Cut
 from megatron_apt.outputs import check_number
 from megatron_apt.parallel import startup
@@ -134,12 +134,13 @@ def _held(
     frozen = 0
     for parameter_name, p in module.named_parameters():
         whole = torch.Size(full_shape(p, mesh)).numel()
-        held = whole // parallel.tp if p.sharded_dim is not None else whole
+        held = whole // parallel.tp if declared(p).sharded_dim is not None else whole
         if role.trained(parameter_name, p):
             trained[p.dtype] += held
         else:
             frozen += held * p.dtype.itemsize
-    kind = (optimizer or role.optimizer.kind) if trained else ""
+    settings = role.optimizer
+    kind = (optimizer or settings.kind) if trained and settings is not None else ""
     return role_memory(name, trained, frozen, ranks // (parallel.tp * parallel.pp), kind, role.ema)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_apt.conventions import interpolate, one_step_sample, predict_sample, shift
 from megatron_apt.kernels.keyed_noise import derive_key, keyed_normal
+from megatron_apt.models.backbone import Backbone
 from megatron_apt.models.condition import Condition
 from megatron_apt.models.embeddings import patch_grid, patchify, unpatchify
 from megatron_apt.models.layout import build_layout
@@ -36,7 +37,7 @@ class Sampler:
             Where they have first frames, so do the samples made.
     """
 
-    model: nn.Module
+    model: Backbone
     mesh: Mesh
     condition: Condition
     negative: Condition
@@ -46,7 +47,7 @@ class Sampler:
         other two in one pass.
         """
         model = self.model.model
-        grid = patch_grid(tuple(x.shape[2:]), model.patch)
+        grid = patch_grid(x.shape[2:], model.patch)
         guided = guidance_scale != 1.0
         condition = self.condition.join(self.negative) if guided else self.condition
         tokens = patchify(torch.cat((x, x)) if guided else x, model.patch)
@@ -85,6 +86,6 @@ class Sampler:
         """Latents whose first frames are those given, which no velocity moves."""
         if self.condition.first is None or x.shape[2] == 1:
             return x
-        _, rows, columns = patch_grid(tuple(x.shape[2:]), self.model.model.patch)
+        _, rows, columns = patch_grid(x.shape[2:], self.model.model.patch)
         first = unpatchify(self.condition.first.to(x.dtype), (1, rows, columns), self.model.model.patch)
         return torch.cat((first, x[:, :, 1:]), dim=2)

@@ -11,6 +11,7 @@ from megatron_apt.checkpoint import store
 from megatron_apt.methods.base import Role
 from megatron_apt.methods.registry import METHODS
 from megatron_apt.models.fp8 import Fp8State
+from megatron_apt.models.parameters import declared
 from megatron_apt.models.stages import WHOLE, Cut, Staged
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.training.optimizers import AdamW, Ema, RMSProp, learning_rate, make_optimizer
@@ -217,7 +218,7 @@ def load_weights(source: str, module: nn.Module, mesh: Mesh, network: Network | 
     store.verify(folder, mesh)
     stored, keys, wanted = store.Stored(folder), {}, {}
     for name, p in module.named_parameters():
-        keys[name] = f"{role}.ema.{name}" if kind == "ema" and not p.fixed else f"{role}.{name}"
+        keys[name] = f"{role}.ema.{name}" if kind == "ema" and not declared(p).fixed else f"{role}.{name}"
         wanted[name] = p
     shards = network.shards if network is not None else None
     names = {id(p): name for name, p in zip(shards.names, shards.parameters, strict=True)} if shards else {}

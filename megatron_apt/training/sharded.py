@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from megatron_apt.config import OptimizerConfig
 from megatron_apt.kernels import rmsprop_ema
+from megatron_apt.models.parameters import declared
 from megatron_apt.parallel.mesh import Mesh
 
 
@@ -97,13 +98,14 @@ class ShardedParameters:
         mine = self.fragments[mesh.dp_cp.rank]
         self.stretches = self._stretches(mine, [lr_scale(name) for name in self.names])
         self._grads = [self._grad(fragment) for fragment in mine]
-        partial = [p.tp_partial and mesh.tp.size > 1 for p in self.parameters]
+        partial = [declared(p).tp_partial and mesh.tp.size > 1 for p in self.parameters]
         self._partial = [
             grad for grad, fragment in zip(self._grads, mine, strict=True) if partial[fragment.parameter]
         ]
         # A gradient that every tensor-parallel rank holds whole counts once in the norm over all ranks.
         copies = [
-            1.0 if self.parameters[f.parameter].sharded_dim is not None else 1.0 / mesh.tp.size for f in mine
+            1.0 if declared(self.parameters[f.parameter]).sharded_dim is not None else 1.0 / mesh.tp.size
+            for f in mine
         ]
         self._weights = torch.tensor(copies, dtype=torch.float64, device=mesh.device)
         self.adopt()
@@ -243,7 +245,7 @@ class ShardedParameters:
         return [
             name
             for name, p in zip(self.names, self.parameters, strict=True)
-            if not torch.isfinite(p.main_grad).all()
+            if not torch.isfinite(declared(p).main_grad).all()
         ]
 
     def zero_grad(self) -> None:

@@ -34,6 +34,7 @@ from megatron_apt.models.condition import Condition
 from megatron_apt.models.config import Fp8Config, ModelConfig
 from megatron_apt.models.embeddings import rotary_table
 from megatron_apt.models.layout import Layout, build_layout
+from megatron_apt.models.parameters import declared
 from megatron_apt.models.stages import Cut
 from megatron_apt.parallel import deferred
 from megatron_apt.parallel.mesh import Axis, Mesh
@@ -86,7 +87,7 @@ def build(model: ModelConfig, mesh: Mesh, **parts) -> MMDiT:
 def buffers(network: torch.nn.Module) -> None:
     """The fp32 gradients that training has, into which the weight gradients' products add."""
     for p in network.parameters():
-        p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+        declared(p).main_grad = torch.zeros_like(p, dtype=torch.float32)
 
 
 class BlockProblem:

@@ -42,7 +42,7 @@ class _NoGradient(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy):  # ty: ignore[incompatible-method-override]  # torch says *grads
         return torch.zeros_like(dy), None
 
 

@@ -53,6 +53,7 @@ from megatron_apt.config import ParallelConfig, PipelineConfig, RunConfig
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.base import Method
 from megatron_apt.methods.build import build_method
+from megatron_apt.models.parameters import declared
 from megatron_apt.parallel.mesh import Mesh
 from megatron_apt.schedule.actions import Action, Task
 from megatron_apt.schedule.execute import Executor, _Run
@@ -207,7 +208,8 @@ def gradients(
     def note(role: str) -> None:
         shards = networks[role].shards
         found[role] = {
-            name: p.main_grad.clone() for name, p in zip(shards.names, shards.parameters, strict=True)
+            name: declared(p).main_grad.clone()
+            for name, p in zip(shards.names, shards.parameters, strict=True)
         }
         shards.zero_grad()
 

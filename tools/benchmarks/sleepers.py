@@ -37,7 +37,7 @@ class _Stage(torch.autograd.Function):
         return x + weight
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor):  # ty: ignore[incompatible-method-override]  # torch says *grads
         time.sleep(ctx.seconds.I)
         if ctx.weight_gradient is not None:
             ctx.weight_gradient(dy.sum())

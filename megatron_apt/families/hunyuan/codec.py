@@ -1,6 +1,7 @@
 """AutoencoderKLHunyuanVideo, the codec of HunyuanVideo pipelines."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from torch import Tensor
@@ -25,7 +26,7 @@ class HunyuanCodec(VaeCodec):
 
     kind, class_name = "hunyuan", "AutoencoderKLHunyuanVideo"
 
-    def _read(self, folder: Path, config) -> None:
+    def _read(self, folder: Path, config: Any) -> None:
         config = read_fields(config, _HunyuanFields, folder)
         for name in ("temporal_compression_ratio", "spatial_compression_ratio"):
             if (ratio := getattr(config, name)).bit_count() != 1:

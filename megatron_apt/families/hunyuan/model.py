@@ -80,6 +80,7 @@ class Refiner(nn.Module):
     def forward(self, tokens: Tensor, lengths: tuple[int, ...], t: Tensor) -> Tensor:
         rows = _packed(lengths, tokens.device)
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        assert rows.sample is not None  # as in packed rows
         mean = (
             wide.new_zeros(len(lengths), wide.shape[1]).index_add(0, rows.sample, wide)
             / wide.new_tensor(lengths)[:, None]
@@ -99,7 +100,7 @@ def _packed(lengths: tuple[int, ...], device: torch.device) -> Rows:
 class Hunyuan(SingleStream):
     """v = model(x_t, t, condition) of HunyuanVideo."""
 
-    model: HunyuanConfig
+    model: HunyuanConfig  # ty: ignore[incompatible-mutable-override]  # is never set anew
 
     def text_embedding(self) -> nn.Module:
         return Refiner(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,8 @@ class HunyuanTextEncoder(TextEncoder):
         self.path, self.max_length, self.dtype = str(path), max_length, dtype
         folder = Path(path)
         index = read_index(folder)
-        self._template, self._crop = (
-            DEFAULT_PROMPT_TEMPLATE["template"],
-            DEFAULT_PROMPT_TEMPLATE["crop_start"],
-        )
+        self._template = str(DEFAULT_PROMPT_TEMPLATE["template"])
+        self._crop = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
         self._tokenizer = load_fast_tokenizer(folder / "tokenizer")
         self._check_tokenizer(folder / "tokenizer")
         self._clip_tokenizer = load_tokenizer(index, "tokenizer_2", folder / "tokenizer_2")
@@ -103,7 +102,7 @@ class HunyuanTextEncoder(TextEncoder):
         return rows, self._clip(ids.to(self._clip.device)).pooler_output.float().cpu()
 
 
-def _without_last_layers(llama: torch.nn.Module, skipped: int) -> torch.nn.Module:
+def _without_last_layers(llama: Any, skipped: int) -> Any:
     """A LlamaModel whose output is that of an earlier layer, not normalised. Asked for
     hidden states instead, it would keep those of all layers.
     """

@@ -13,13 +13,13 @@ class MMDiTConfig(ModelConfig):
 
     family: ClassVar[str] = "mmdit"
 
-    modulation: Literal["block", "single"] = "block"
+    modulation: Literal["block", "single"] = "block"  # ty: ignore[incompatible-attribute-override]
     """AdaLN: a projection per block, or one shared projection plus a learned offset per
     block (AdaLN-single).
     """
-    pooled_text: bool = True
+    pooled_text: bool = True  # ty: ignore[incompatible-attribute-override]
     """Also adds the projected mean of the text embedding to the timestep embedding."""
-    last_block_text: bool = False
+    last_block_text: bool = False  # ty: ignore[incompatible-attribute-override]
     """Gives the last block a full text stream, whose output nothing reads (kept where a
     published parameter count has it).
     """

@@ -25,7 +25,7 @@ class Sd3Config(ModelConfig):
     """Rows and columns of a latent: over the whole table its angles grow from 0 to as
     many as such a latent has tokens in a row.
     """
-    qk_norm: bool = False
+    qk_norm: bool = False  # ty: ignore[incompatible-attribute-override]
     """RMSNorm of queries and keys (3.5)."""
     dual_layers: tuple[int, ...] = ()
     """Blocks (from 0) in which visual tokens also attend to each other alone (3.5 medium)."""

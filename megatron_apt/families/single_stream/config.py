@@ -16,7 +16,7 @@ class SingleStreamConfig(ModelConfig):
     """Width of the pooled text, which CLIP gives for the whole caption."""
     rope_axes: tuple[int, int, int] = (16, 56, 56)
     """Numbers of a head that frame, row and column turn."""
-    guidance: float = 0.0
+    guidance: float = 0.0  # ty: ignore[incompatible-attribute-override]
     """The scale of guidance that the model is told, which its pipeline calls
     guidance_scale; 0: a model without that input.
     """

@@ -53,7 +53,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(c, shared)
         qkv, mlp = self._project(x, shift, scale, layout.visual)
         text_qkv, text_mlp = self._project(text, shift, scale, layout.text)
-        norms = (self.qk_norm.weight,) * 2
+        norms = self.qk_norm.weight, self.qk_norm.weight
         text_out, out = joint_attention(text_qkv, qkv, norms, rotary, layout, self.mesh, self.attention)
         return self._join(x, gate, out, mlp, layout.visual), self._join(
             text, gate, text_out, text_mlp, layout.text

@@ -1,6 +1,7 @@
 """AutoencoderKLWan, the codec of Wan pipelines."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -24,7 +25,7 @@ class WanCodec(VaeCodec):
 
     kind, class_name = "wan", "AutoencoderKLWan"
 
-    def _read(self, folder: Path, config) -> None:
+    def _read(self, folder: Path, config: Any) -> None:
         config = read_fields(config, _WanFields, folder)
         self.latent_channels = config.z_dim
         self._temporal = 2 ** sum(config.temperal_downsample)

@@ -25,7 +25,7 @@ class WanConfig(ModelConfig):
     (Wan2.1 I2V); 0: there are none.
     """
     image_tokens: int = 257
-    first_frame: bool = False
+    first_frame: bool = False  # ty: ignore[incompatible-attribute-override]
     """A clip's first latent frame is given: clean and at time 0 among the noisy ones
     (Wan2.2 TI2V as image to video). The weights are those of text to video, so this is a
     recipe's choice. Samples of one frame are pictures, generated from text.

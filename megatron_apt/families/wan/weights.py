@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_apt.convert.counterpart import SECOND, Authors, Counterpart, Inputs, flags, only, whole
 from megatron_apt.convert.errors import ConvertError
@@ -147,7 +148,7 @@ def _example(model: WanConfig, samples: int, generator: torch.Generator) -> Inpu
     )
 
 
-def _forward(original: nn.Module, inputs: Inputs) -> Tensor:
+def _forward(original: Any, inputs: Inputs) -> Tensor:
     latents, t = inputs.latents, 1000 * inputs.t
     # As WanImageToVideoPipeline with expand_timesteps: a time for every token, 0 for
     # those of the first frame
