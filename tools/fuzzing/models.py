@@ -28,7 +28,7 @@ def write_pipelines(valid: Path) -> None:
     """A tiny pipeline of each family, as diffusers saves them, and a checkpoint of ours
     imported from the first.
     """
-    from pipelines import save_flux, save_hunyuan, save_sd3, save_wan
+    from support.pipelines import save_flux, save_hunyuan, save_sd3, save_wan
 
     encoding.write_tokenizer(valid / "tokenizer.model")
     source = valid / "source"
