@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.multiprocessing as mp
 
@@ -26,7 +27,11 @@ def write_digits(root: Path) -> None:
         [f"a handwritten {word}" for word in digits.WORDS], str(root / "tokenizer.model"), vocab_size=512
     )
     manifest = digits.write_digit_images(root / "files", count=64)
-    settings = {"pixel_channels": 1, "tokenizer": str(root / "tokenizer.model"), "text_width": 8}
+    settings: dict[str, Any] = {
+        "pixel_channels": 1,
+        "tokenizer": str(root / "tokenizer.model"),
+        "text_width": 8,
+    }
     encode(
         EncodeConfig(str(manifest), str(root / "images"), frames=1, height=8, width=8, **settings),
         progress=False,

@@ -70,7 +70,7 @@ def write_report(path: str | Path, report: Report) -> None:
 def render(report: Report) -> str:
     parts = [f'<p class="lead">{_LEAD}</p>', *_state(report), *_pictures(report)]
     parts += [*_quality(report), *_curves(report), _how(), *_notes(report), *_run(report)]
-    template = Template(files(__package__).joinpath("report.html.template").read_text(encoding="utf-8"))
+    template = Template(files("megatron_apt.demo").joinpath("report.html.template").read_text("utf-8"))
     return template.substitute(title=escape(report.title), body="\n".join(parts))
 
 

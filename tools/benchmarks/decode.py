@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -50,7 +51,7 @@ def write_moving_noise(path: Path, codec: str, count: int, height: int = 360, wi
         options = (
             {"cpu-used": "8", "deadline": "realtime", "b": "2M"} if "vp" in codec else {"preset": "veryfast"}
         )
-        stream = container.add_stream(codec, rate=25, options=options)
+        stream: Any = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for k in range(count):
             frame = av.VideoFrame.from_ndarray(

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def write_clip(path: Path, codec: str, pixels: str, frames: int = FRAMES) -> Pat
 
     base = _texture(7)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream: Any = container.add_stream(codec, rate=25)
         stream.width = stream.height = SIZE
         stream.pix_fmt = pixels
         stream.codec_context.gop_size = 6
