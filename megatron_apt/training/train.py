@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_apt.checkpoint import store
@@ -41,7 +41,10 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh):
-        config = on_main(mesh, lambda: fitted(config))
+        found = on_main(mesh, lambda: fitted(config))
+        # No more than what was open: other differences between ranks must show
+        data = replace(config.data, text_length=found.data.text_length)
+        config = replace(config, model=found.model, data=data)
         check_fits(config)
         self.config, self.mesh = config, mesh
         self.method = build_method(config, mesh)
