@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.progress import (
@@ -234,8 +234,8 @@ def _tell(command: Verify, architecture: str, mesh: "Mesh", found: float) -> Non
     where = f"{architecture}{_described(mesh)}"
     print(f"{where}: largest difference {found:.2e} of the largest value, {verdict}")
     if command.json:
-        result = {"difference": found, "tolerance": command.tolerance, "equal": good}
-        result |= {"architecture": architecture}
+        result: dict[str, Any] = {"difference": found, "tolerance": command.tolerance, "equal": good}
+        result["architecture"] = architecture
         result |= {name: getattr(mesh, name).size for name in ("tp", "cp", "pp")}
         outputs.write("json", command.json, json.dumps(result, indent=1))
 

@@ -6,8 +6,8 @@ outlives one that goes off.
 
 import random
 import struct
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _PROTO = b"\x80\x04"
 
@@ -205,7 +205,7 @@ def planted(rng: random.Random, canary: Path, around: bytes | None = None) -> tu
     Returns:
         bytes and description.
     """
-    chosen: dict[str, Callable[[], bytes] | bytes] = expressions(canary) if rng.random() < 0.75 else bombs()
+    chosen: Any = expressions(canary) if rng.random() < 0.75 else bombs()
     what = rng.choice(list(chosen))
     hostile = chosen[what]
     if around is not None and rng.random() < 0.6:
