@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -89,53 +88,51 @@ def ensure_digits(here: recipes.Place, section: str) -> None:
     with _lock(Path(here.root) / "data"):
         if (Path(output) / "dataset.json").exists():
             return
-        tokenizer = here.data("tokenizer.model")
-        if not Path(tokenizer).exists():
-            things = [f"a handwritten {word}" for word in digits.WORDS]
-            train_sentencepiece(
-                things + [f"{t} moving {d}" for t in things for d in digits.DIRECTIONS],
-                tokenizer,
-                vocab_size=512,
-            )
-        source = here.data(f"{section}-files")
-        # Shift and scale bring latents near zero mean and unit variance. Clips are cut
-        # into whole groups of four frames: a first frame that stands alone would leave
-        # channels at exactly zero in real data, by which a discriminator knows every
-        # generated sample.
-        bucket: dict[str, Any]
+        tokenizer, files = _ensure_tokenizer(here), here.data(f"{section}-files")
         if section == "images":
-            manifest = digits.write_digit_images(source)
-            bucket = {
-                "frames": 1,
-                "height": 8,
-                "width": 8,
-                "pixel_temporal": 1,
-                "pixel_shift": -0.39,
-                "pixel_scale": 0.75,
-            }
+            manifest, settings = digits.write_digit_images(files), _PICTURES
         else:
-            manifest = digits.write_digit_clips(source, frames=8, height=8, width=16, step=1)
-            bucket = {
-                "frames": 8,
-                "height": 8,
-                "width": 16,
-                "pixel_causal": False,
-                "pixel_shift": -0.69,
-                "pixel_scale": 0.6,
-            }
-        # The negative prompt is the empty one: a model that has read nothing but these
-        # captions knows no other.
-        encode(
-            EncodeConfig(
-                str(manifest),
-                output,
-                **bucket,
-                pixel_channels=1,
-                tokenizer=tokenizer,
-                text_width=32,
-                negative_prompt="",
-            )
-        )
+            manifest, settings = digits.write_digit_clips(files, frames=8, height=8, width=16, step=1), _CLIPS
+        encode(replace(settings, source=str(manifest), output=output, tokenizer=tokenizer))
+
+
+# Shift and scale bring latents near zero mean and unit variance. The negative prompt is
+# the empty one: a model that has read nothing but these captions knows no other.
+_PICTURES = EncodeConfig(
+    "",
+    "",
+    frames=1,
+    height=8,
+    width=8,
+    pixel_channels=1,
+    pixel_temporal=1,
+    pixel_shift=-0.39,
+    pixel_scale=0.75,
+    text_width=32,
+    negative_prompt="",
+)
+# Clips are cut into whole groups of four frames: a first frame that stands alone would
+# leave channels at exactly zero in real data, by which a discriminator knows every
+# generated sample.
+_CLIPS = replace(
+    _PICTURES,
+    frames=8,
+    width=16,
+    pixel_temporal=4,
+    pixel_causal=False,
+    pixel_shift=-0.69,
+    pixel_scale=0.6,
+)
+
+
+def _ensure_tokenizer(here: recipes.Place) -> str:
+    """A sentencepiece model of all the captions there can be, so that images and clips share one."""
+    file = here.data("tokenizer.model")
+    if not Path(file).exists():
+        things = [f"a handwritten {word}" for word in digits.WORDS]
+        moving = [f"{thing} moving {direction}" for thing in things for direction in digits.DIRECTIONS]
+        train_sentencepiece(things + moving, file, vocab_size=512)
+    return file
 
 
 @contextlib.contextmanager
