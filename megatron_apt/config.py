@@ -356,7 +356,7 @@ def check_fits(config: RunConfig) -> None:
         _check_ring(config)
     if model.fp8.recipe != "none":
         _check_fp8(config)
-    config.of_method.check(config)  # ty: ignore[invalid-argument-type]  # the same class by two ways
+    config.of_method.check(config)
     padded = model.text_padding
     if padded is not None and config.data.text_length not in (None, padded):
         habit = (
