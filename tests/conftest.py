@@ -39,15 +39,18 @@ def ranks():
     """ranks(world) -> running processes, started again if a failed test ended them."""
     from support.ranks import Ranks
 
-    pools: dict[int, Ranks] = {}
+    pools: list[Ranks] = []
 
     def get(world: int) -> Ranks:
-        if world not in pools or not all(process.is_alive() for process in pools[world].processes):
-            pools[world] = Ranks(world)
-        return pools[world]
+        """At most one pool lives, because idle processes of another take time, too."""
+        if pools and (pools[0].world != world or not all(p.is_alive() for p in pools[0].processes)):
+            pools.pop().close()
+        if not pools:
+            pools.append(Ranks(world))
+        return pools[0]
 
     yield get
-    for pool in pools.values():
+    for pool in pools:
         pool.close()
 
 
