@@ -20,12 +20,15 @@ from megatron_apt.models.checks import (
 # without memory in seconds
 MOST_BLOCKS = 1000
 
+Dtype = Literal["float32", "bfloat16", "float64"]
+Recipe = Literal["none", "current", "delayed", "blockwise", "mxfp8"]
+
 
 @dataclass(frozen=True)
 class Fp8Config:
     """FP8 matrix products in the blocks, with Transformer Engine on a chip that has them."""
 
-    recipe: Literal["none", "current", "delayed", "blockwise", "mxfp8"] = "none"
+    recipe: Recipe = "none"
     """current: one scale per tensor, from the tensor. delayed: from the largest values of
     recent updates, which saves a pass over each tensor. blockwise: a scale per 128
     numbers (Hopper). mxfp8: per 32 (Blackwell).
@@ -100,7 +103,7 @@ class ModelConfig:
     text_width: int = 0
     """Width of the text encoder's output; 0: that of the run's dataset."""
     rope_theta: float = 10000.0
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Dtype = "float32"
     recompute: Literal["none", "full"] = "none"
     """`full` keeps only each block's input and runs the block again in the backward pass."""
     fp8: Fp8Config = Fp8Config()

@@ -85,23 +85,19 @@ def least(trainer: "Trainer", config: RunConfig, mesh: Mesh) -> dict[str, int]:
         name: (axis.size - 1) / axis.size
         for name, axis in (("tp", mesh.tp), ("cp", mesh.cp), ("dp_cp", mesh.dp_cp))
     }
-    found = {
-        "dp_cp": round(
-            2
-            * share["dp_cp"]
-            * sum(p.numel() * p.itemsize for n in trainer.networks.values() for p in n.shards.parameters)
-        )
-    }
+    trained = [network.shards for network in trainer.networks.values() if network.shards is not None]
+    weights = sum(p.numel() * p.itemsize for shards in trained for p in shards.parameters)
+    found = {"dp_cp": round(2 * share["dp_cp"] * weights)}
     batches = trainer.batches.iteration(0)
     model, width = config.model, torch.tensor([]).element_size() * config.model.width
     visual = sum(len(b.shapes) * (b.shapes[0][2] // 2) * (b.shapes[0][3] // 2) for b in batches) * width
-    text = sum(len(b.shapes) * config.data.text_length for b in batches) * width
+    text = sum(len(b.shapes) * (config.data.text_length or 0) for b in batches) * width
     # Passes of the global batch through a network in one iteration (methods/apt/method.py):
     # generator in both phases, one with gradients; discriminator on the fake ones in
     # both, and on the real ones and their perturbation together, all with gradients of
     # their inputs.
     forward, inputs, of_discriminator = 2 + 4, 1 + 4, 4
-    passes, heads = forward + inputs, len(trainer.networks["discriminator"].module.heads)
+    passes, heads = forward + inputs, len(config.apt.head_layers)
     if mesh.sequence_parallel:
         gathered_visual = model.depth * 4 * passes + heads * 2 * of_discriminator + inputs
         # The last block reads text for keys and values only. In the G phase nothing asks

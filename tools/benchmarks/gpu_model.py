@@ -31,7 +31,7 @@ from megatron_apt.families.mmdit.model import MMDiT
 from megatron_apt.kernels.bench import one_line
 from megatron_apt.kernels.launch import implementation
 from megatron_apt.models.condition import Condition
-from megatron_apt.models.config import Fp8Config, ModelConfig
+from megatron_apt.models.config import Fp8Config, ModelConfig, Recipe
 from megatron_apt.models.embeddings import rotary_table
 from megatron_apt.models.layout import Layout, build_layout
 from megatron_apt.models.parameters import declared
@@ -105,7 +105,8 @@ class BlockProblem:
         self.gradients = [torch.randn_like(t) for t in self.inputs[:2]]
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return self.network._run(1, *self.inputs, *self.rest)
+        visual, text = self.network._run(1, tuple(self.inputs), *self.rest)
+        return visual, text
 
     def both(self) -> None:
         for t in self.inputs:
@@ -237,12 +238,13 @@ def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
     }
 
 
-def fp8_recipes(device: torch.device) -> list[str]:
+def fp8_recipes(device: torch.device) -> list[Recipe]:
     """Recipes this machine can run, with the reason on the screen where there is none."""
     from megatron_apt.models.fp8 import require
 
-    able = []
-    for recipe in ("current", "delayed", "blockwise", "mxfp8"):
+    able: list[Recipe] = []
+    recipes: tuple[Recipe, ...] = ("current", "delayed", "blockwise", "mxfp8")
+    for recipe in recipes:
         try:
             require(Fp8Config(recipe), device)
             able.append(recipe)

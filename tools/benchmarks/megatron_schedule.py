@@ -77,43 +77,50 @@ class _Chunk(nn.Module):
         self.segment = branch.segments[number]
         self.network = networks[self.segment.role].module
         self.ends = stage == self.network.cut.stages - 1
+        self._input: Tensor | None = None
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        (self.arrived,) = tensors
+        (self._input,) = tensors
+
+    @property
+    def arrived(self) -> Tensor:
+        """What the stage before sent; a first stage has it only if its segment reads another."""
+        assert self._input is not None
+        return self._input
 
     def forward(self, batch: Microbatch, outputs: dict[int, Tensor]) -> Tensor:
         """What leaves this stage, packed; the branch's output as it is. `outputs` notes
         those of segments that end on this rank.
         """
-        arrived, segment = self.arrived, self.segment
+        segment = self.segment
         with torch.no_grad() if segment.grad == "none" else contextlib.nullcontext():
             condition = segment.condition(batch)
             layout = batch.layout_for(condition)
             if self.stage:
                 carried = self.network.carried(self.stage - 1, layout)
-                state = unpacked(arrived, {name: shape for name, (shape, _) in carried.items()})
+                state = unpacked(self.arrived, {name: shape for name, (shape, _) in carried.items()})
                 # A frozen network takes no gradient on paths that lead to its weights alone.
                 state = {
                     name: value if carried[name][1] or segment.grad == "full" else value.detach()
                     for name, value in state.items()
                 }
             else:
-                read = {
-                    r: unpacked(arrived, {"": output_shape(self.networks, self.branch.segments[r], batch)})[
-                        ""
-                    ]
-                    for r in segment.reads
-                }
+                segments = self.branch.segments
+                shapes = {r: output_shape(self.networks, segments[r], batch) for r in segment.reads}
+                read = {r: unpacked(self.arrived, {"": shape})[""] for r, shape in shapes.items()}
                 state = self.network.enter(*segment.feed(batch, read), condition, layout)
             made = self.network.run_stage(self.stage, state, layout)
         if self.ends:
+            assert isinstance(made, Tensor)  # as every network's last stage makes
             outputs[self.number] = made.detach()
             if self.number == len(self.branch.segments) - 1:
                 return made
         made = packed(made if isinstance(made, dict) else {"": made}, self.size).view(
             -1, 1, self.config.hidden_size
         )
-        return _NoGradient.apply(arrived, made) if segment.grad == "none" and arrived is not None else made
+        if segment.grad == "none" and self._input is not None:
+            return _NoGradient.apply(self._input, made)
+        return made
 
 
 def packed(state: State, size: int) -> Tensor:
@@ -171,7 +178,7 @@ class MegatronSchedule:
             schedule(
                 forward_step_func=forward_step,
                 data_iterator=[iter(range(len(batches))) for _ in range(chunks)],
-                model=model,
+                model=list[torch.nn.Module](model),
                 num_microbatches=len(batches),
                 seq_length=rows,
                 micro_batch_size=1,

@@ -28,6 +28,7 @@ messages and waiting add up as the simulator says.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -145,7 +146,8 @@ class Notes:
                 self.ended[last] = time.perf_counter()
                 self.spent[key_of(last)][-1] += self.ended[last] - began
 
-        _Run.compute, Mail.post = timed_compute, timed_post
+        # As methods, whose `self` has another name here
+        _Run.compute, Mail.post = timed_compute, timed_post  # ty: ignore[invalid-assignment]
         try:
             yield
         finally:
@@ -207,6 +209,7 @@ def gradients(
 
     def note(role: str) -> None:
         shards = networks[role].shards
+        assert shards is not None  # roles that are updated train
         found[role] = {
             name: declared(p).main_grad.clone()
             for name, p in zip(shards.names, shards.parameters, strict=True)
@@ -273,6 +276,9 @@ class Contest:
             else self.megatron.run(self.batches, step)
         )
 
+    def _once(self, name: str, step: Callable[[str], None]) -> None:
+        self._run(name, step)
+
     def gradient_differences(self) -> dict[str, dict[str, float]]:
         """Of each schedule's gradients from Megatron-Core's, by role.
 
@@ -280,8 +286,7 @@ class Contest:
             RuntimeError: they are not the same.
         """
         found = {
-            name: gradients(self.networks[name], lambda step, name=name: self._run(name, step))
-            for name in self.once
+            name: gradients(self.networks[name], functools.partial(self._once, name)) for name in self.once
         }
         reference = found.pop(MEGATRON)
         differences = {
@@ -306,7 +311,7 @@ class Contest:
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         dist.all_reduce(ours)
         seconds = float(most[0])
-        return max(0.0, float(most[1] - ours) / (os.cpu_count() * seconds)), seconds, notes
+        return max(0.0, float(most[1] - ours) / ((os.cpu_count() or 1) * seconds)), seconds, notes
 
     def quietest(self, name: str, patience: float) -> tuple[tuple[float, float, Notes | None], float]:
         """The least disturbed of the runs until one is quiet; and the patience left."""
@@ -390,9 +395,10 @@ class Problem:
         method = build_method(self.config, mesh)
         if not self.sleep:
             return method
+        times = self.sleep
 
         def build(logits: bool):
-            sleep, model = Sleep(*(self.unit * time for time in self.sleep)), self.config.model
+            sleep, model = Sleep(*(self.unit * time for time in times)), self.config.model
             return lambda cut: Sleeper(
                 cut, mesh, model.depth, self.config.micro_batch, sleep, logits, model.patch_width
             )

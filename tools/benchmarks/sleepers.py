@@ -80,6 +80,7 @@ class Sleeper(Staged):
         return parameters.declare(nn.Parameter(torch.zeros((), dtype=Sleeper.dtype)), parameters.zeros)
 
     def enter(self, x: Tensor, t: Tensor, condition, layout: Layout) -> State:
+        assert self.entry is not None  # a first stage's
         return {"h": x + self.entry}
 
     def run_stage(self, stage: int, state: State, layout: Layout) -> State | Tensor:

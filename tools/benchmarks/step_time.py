@@ -22,6 +22,7 @@ from megatron_apt.families.mmdit.config import MMDiTConfig
 from megatron_apt.families.mmdit.model import MMDiT
 from megatron_apt.models import parameters
 from megatron_apt.models.condition import Condition
+from megatron_apt.models.config import Dtype
 from megatron_apt.models.layout import build_layout
 from megatron_apt.models.parts import DTYPES
 from megatron_apt.parallel.startup import start
@@ -36,8 +37,8 @@ class Step:
 
     def __init__(self, model: torch.nn.Module, loss, mesh):
         for parameter in model.parameters():
-            if not hasattr(parameter, "sharded_dim"):
-                parameter.sharded_dim, parameter.tp_partial = None, False
+            if not hasattr(parameter, "sharded_dim"):  # of a model that is not ours
+                parameters.declare(parameter, parameters.zeros)
         config = OptimizerConfig(kind="adamw")
         self.loss, self.shards = loss, ShardedParameters(model, mesh, config)
         self.optimizer = AdamW(self.shards, config)
@@ -61,7 +62,7 @@ class Step:
         return {name: statistics.median(values[1:]) for name, values in self.seconds.items()}
 
 
-def ours(dtype: str, mesh) -> Step:
+def ours(dtype: Dtype, mesh) -> Step:
     shape = MMDiTConfig(
         depth=LAYERS,
         width=HEADS * HEAD,
@@ -80,7 +81,7 @@ def ours(dtype: str, mesh) -> Step:
 
 
 def theirs(dtype: str, mesh) -> Step:
-    from diffusers import SD3Transformer2DModel
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     model = SD3Transformer2DModel(
         sample_size=SIDE,

@@ -4,6 +4,7 @@ import json
 import random
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 _EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x10000000)
 
@@ -187,7 +188,7 @@ def _places(value: object, path: tuple = ()) -> list[tuple]:
     return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
 
 
-def _replaced(value: object, path: tuple, new: object) -> object:
+def _replaced(value: Any, path: tuple, new: object) -> object:
     if not path:
         return new
     copy = value.copy()
@@ -195,7 +196,7 @@ def _replaced(value: object, path: tuple, new: object) -> object:
     return copy
 
 
-def _without(value: object, path: tuple) -> object:
+def _without(value: Any, path: tuple) -> object:
     copy = value.copy()
     if len(path) == 1:
         del copy[path[0]]

@@ -94,9 +94,11 @@ def _make(rng: random.Random, valid: Path, folder: Path) -> Input:
         )
     else:
         file = rng.choice(files)
-        damage = beside_marker if rng.random() < 0.35 else bytes_damage
-        extra = (_MARKERS, 24) if damage is beside_marker else (rng.choice(files).read_bytes(),)
-        data, what = damage(rng, file.read_bytes(), *extra)
+        if rng.random() < 0.35:
+            data, what = beside_marker(rng, file.read_bytes(), _MARKERS, 24)
+        else:
+            other = rng.choice(files).read_bytes()
+            data, what = bytes_damage(rng, file.read_bytes(), other)
         name, what = file.name, f"{file.name}: {what}"
     (source / name).write_bytes(data)
     (source / name).with_suffix(".txt").write_text("a damaged file", encoding="utf-8")

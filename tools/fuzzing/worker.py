@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,13 +83,14 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
             self._process = None
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
@@ -106,9 +108,9 @@ class Worker:
 
     def _ask(self, request: dict, limit: float) -> tuple[dict, tuple[str, str, int] | None]:
         """The answer, or the fault that kept the process from giving one: kind, message, MiB."""
-        if self._process is None:
-            self._start()
-        process, end, most = self._process, time.monotonic() + limit, 0
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None  # both are pipes
+        end, most = time.monotonic() + limit, 0
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
@@ -180,12 +182,16 @@ def serve(root: Path, scratch: Path, seed: int, limit: float) -> None:
         answers.flush()
 
 
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", "prepare")
+
+
 def _answer(request: dict, root: Path, scratch: Path, seed: int, limit: float) -> dict:
     from fuzzing import BOUNDARIES
     from fuzzing.boundary import attempt
 
     boundary = BOUNDARIES[request.get("prepare") or request.get("boundary") or request["describe"]]
-    valid = root / "valid" / f"{boundary.prepare.__module__.rpartition('.')[2]}.{boundary.prepare.__name__}"
+    valid = root / "valid" / f"{boundary.prepare.__module__.rpartition('.')[2]}.{_name(boundary.prepare)}"
     if "prepare" in request:
         if boundary.name not in _WARM:
             _prepare(boundary, valid, scratch)
