@@ -17,6 +17,7 @@ from megatron_apt.parallel.startup import start
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What goes to one worker of pytest-xdist (--dist loadgroup): a whole file, whose
     fixtures are then made once, and first of all every test that starts several

@@ -126,6 +126,7 @@ MODEL = WanConfig(
     depth=2,
     width=48,
     heads=4,
+    latent_channels=4,
     text_width=8,
     dtype="float64",
     first_frame=True,
