@@ -60,7 +60,7 @@ setup(
         "dev": [
             "accelerate>=1.0,<2",
             "hypothesis>=6,<7",
-            "pytest>=8,<10",
+            "pytest>=8,<9.1",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.9,<0.18",
             "ty==0.0.108",

@@ -39,3 +39,10 @@ def test_no_test_module_imports_another():
 def test_every_test_module_lies_in_a_folder_of_its_part():
     assert {file.parent.name for file in TESTS.rglob("test_*.py")} == set(FOLDERS)
     assert not list((TESTS / "support").glob("test_*.py"))
+
+
+def test_a_worker_knows_the_groups_of_tests(request):
+    """Without them tests of several processes would run side by side."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("one process runs all tests")
+    assert request.node.nodeid.endswith("@test_layout.py")
