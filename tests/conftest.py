@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 
 import megatron_apt  # noqa: F401  (must stand before any import of megatron.core)
 from megatron_apt.config import ParallelConfig
-from megatron_apt.parallel.startup import start
+from megatron_apt.parallel import startup
+from support.tiers import LATER
 
 torch.set_num_threads(1)
 
@@ -23,16 +24,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     fixtures are then made once, and first of all every test that starts several
     processes, so that no two of those run at the same time.
     """
+    for item in items:
+        if item.nodeid.endswith(LATER):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("dist") is None)
     for item in items:
         parallel = item.get_closest_marker("dist") is not None
         item.add_marker(pytest.mark.xdist_group("several processes" if parallel else item.path.name))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _commands_leave_the_mesh():
+    """A command that is called in this process does not end the mesh that tests share."""
+    if torch.cuda.is_available():
+        yield
+        return
+    stop, startup.stop = startup.stop, lambda: None
+    yield
+    startup.stop = stop
+
+
 @pytest.fixture(scope="session")
 def mesh():
     """A mesh of this one process."""
-    return start(ParallelConfig())
+    return startup.start(ParallelConfig())
 
 
 @pytest.fixture(scope="session")
