@@ -10,7 +10,9 @@ from megatron_apt.errors import require
 from megatron_apt.families import registry
 from megatron_apt.methods.registry import MethodConfigs
 from megatron_apt.models.config import ModelConfig
+from megatron_apt.moved import names_of
 
+__getattr__ = names_of(__name__)
 _MOST_MINUTES = 366 * 24 * 60
 
 

@@ -15,6 +15,9 @@ from megatron_apt.models.checks import (
     check_tuples,
     check_whole,
 )
+from megatron_apt.moved import names_of
+
+__getattr__ = names_of(__name__)
 
 # Of a model that a file describes: ten times those of any published one, and built
 # without memory in seconds
