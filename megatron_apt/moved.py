@@ -8,6 +8,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -132,7 +133,7 @@ class _Finder:
         return ModuleSpec(name, _Loader(), origin="moved", is_package=package)
 
 
-class _Loader:
+class _Loader(Loader):
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType | None:
         return None
