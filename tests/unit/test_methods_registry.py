@@ -15,8 +15,8 @@ from megatron_apt.methods.build import build_method
 from megatron_apt.methods.registry import DEFAULT, METHODS, PRETRAINING, MethodConfigs
 
 PACKAGE = Path(megatron_apt.__file__).parent
-# Recipes choose methods, and methods know themselves
-OWN = ("methods", "demo", "examples")
+# Recipes choose methods, methods know themselves, and old names are old names
+OWN = ("methods", "demo", "examples", "moved.py")
 NAMES = tuple(METHODS)
 CLASSES = {kind.__name__ for kind in METHODS.values()}
 # A name, a field of its settings ("apt.ar1_lambda ..."), or a choice of it ("... method='apt'").
