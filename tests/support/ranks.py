@@ -13,6 +13,16 @@ import traceback
 import torch
 import torch.multiprocessing as mp
 
+# Imported once, in a process that all ranks are forked from: an import takes each of them seconds
+_IMPORTED = ("megatron_apt.training.train", "megatron_apt.models.spec", "megatron.core.parallel_state")
+
+
+def forks():
+    """Starts processes from one that has imported what they need, and has never computed."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([*_IMPORTED])
+    return context
+
 
 def _free_port() -> int:
     with socket.socket() as s:
@@ -70,7 +80,7 @@ class Ranks:
     def __init__(self, world: int):
         self.world = world
         self.parallel = None  # the mesh they are on
-        context = mp.get_context("spawn")
+        context = forks()
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(world)]
         port = _free_port()
