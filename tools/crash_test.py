@@ -15,18 +15,16 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from compare_runs import compare
-from small_run import digits_run, free_port, rank_environment, write_digits
+from small_run import digits_run, forks, free_port, rank_environment, write_digits
 
 from megatron_apt import scripts
 
-HERE = Path(__file__).resolve()
 RANKS = 2
 STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
 
@@ -34,12 +32,24 @@ STOP_WITHIN = 60.0  # seconds in which the rank that was not killed must end
 # --- the run that is killed
 
 
-def worker(root: Path, output: Path, iterations: int, die_at: int, die_rank: int) -> None:
-    """One rank. With die_at >= 0 it kills itself between the G and the D phase of that
-    iteration, if it is die_rank.
+def worker(
+    log: Path,
+    environment: dict[str, str],
+    root: Path,
+    output: Path,
+    iterations: int,
+    die_at: int,
+    die_rank: int,
+) -> None:
+    """One rank, which prints into `log`. With die_at >= 0 it kills itself between the G and
+    the D phase of that iteration, if it is die_rank.
     """
     import torch
 
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2):
+        os.dup2(said, number)
+    os.environ.update(environment)
     torch.set_num_threads(1)
     from megatron_apt.parallel import startup
     from megatron_apt.schedule.execute import Executor
@@ -70,34 +80,21 @@ class Run:
     """Both ranks of one start."""
 
     def __init__(self, root: Path, output: Path, iterations: int, die_at: int = -1, die_rank: int = -1):
-        port = free_port()
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            str(HERE),
-            "--worker",
-            str(root),
-            str(output),
-            str(iterations),
-            str(die_at),
-            str(die_rank),
-        ]
         output.parent.mkdir(parents=True, exist_ok=True)
         self.logs = [output.parent / f"{output.name}-rank{rank}.txt" for rank in range(RANKS)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            with log.open("w", encoding="utf-8") as stream:
-                environment = os.environ | rank_environment(rank, RANKS, port)
-                self.processes.append(
-                    subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-                )
+        port, work = free_port(), (root, output, iterations, die_at, die_rank)
+        self.processes = [
+            forks().Process(target=worker, args=(log, rank_environment(rank, RANKS, port), *work))
+            for rank, log in enumerate(self.logs)
+        ]
+        for process in self.processes:
+            process.start()
 
     def running(self) -> bool:
-        return all(process.poll() is None for process in self.processes)
+        return all(process.is_alive() for process in self.processes)
 
     def ended(self) -> bool:
-        return all(process.poll() is not None for process in self.processes)
+        return not any(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float) -> bool:
         """Whether both have ended within this time."""
@@ -109,10 +106,10 @@ class Run:
     def kill_all(self) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.join()
 
     def succeeded(self) -> bool:
-        return all(process.returncode == 0 for process in self.processes)
+        return all(process.exitcode == 0 for process in self.processes)
 
     def output(self) -> str:
         return "\n".join(
@@ -150,11 +147,11 @@ def disturb(root: Path, output: Path, iterations: int, kind: str, rng: random.Ra
                 break
             time.sleep(0.001)
         if run.running():
-            run.processes[victim].send_signal(signal.SIGKILL)
+            run.processes[victim].kill()
     until = time.monotonic() + 120
     while run.running() and time.monotonic() < until:
         time.sleep(0.02)
-    killed = [process.poll() == -signal.SIGKILL for process in run.processes]
+    killed = [process.exitcode == -signal.SIGKILL for process in run.processes]
     stopped = run.wait(STOP_WITHIN)
     said = run.output()
     run.kill_all()
@@ -169,9 +166,6 @@ def disturb(root: Path, output: Path, iterations: int, kind: str, rng: random.Ra
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--worker"]:
-        worker(Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:7]))
-        return
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -76,9 +76,16 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
+def forks() -> Any:
+    """Starts processes from one that has imported what training needs, and has never computed."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_apt.training.train", "megatron.core.parallel_state"])
+    return context
+
+
 def on_ranks(function: Callable, world: int, parallel: ParallelConfig, *args) -> list:
     """function(mesh, *args) on `world` new processes; their results by rank."""
-    context = mp.get_context("spawn")
+    context = forks()
     results, port = context.Queue(), free_port()
     processes = [
         context.Process(target=_rank, args=(r, world, port, results, function, parallel, args))

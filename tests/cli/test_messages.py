@@ -183,16 +183,23 @@ def test_errors_of_the_system_are_one_message(kind, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("command", [["--help"], ["schedule", "--ranks", "2", "--microbatches", "2"]])
-def test_a_reader_that_has_left_ends_a_command_quietly(command):
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ([], ["--help"]),
+        (["-u"], ["--help"]),
+        ([], ["schedule", "--ranks", "2", "--microbatches", "2"]),
+        pytest.param(["-u"], ["schedule", "--ranks", "2", "--microbatches", "2"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_reader_that_has_left_ends_a_command_quietly(options, command):
     """`| head`, however the output is buffered, and whether rich or print has written it."""
-    for options in ([], ["-u"]):
-        reader, writer = os.pipe()
-        os.close(reader)
-        program = [sys.executable, *options, "-m", "megatron_apt", *command]
-        done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True)
-        os.close(writer)
-        assert (done.returncode, done.stderr) == (141, "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, *options, "-m", "megatron_apt", *command]
+    done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

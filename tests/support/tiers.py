@@ -1,5 +1,5 @@
-"""Tests of several processes that are left to `make test-all`: further cases of kinds of which
-`make test` has one. Each entry is the end of a test's name.
+"""Tests that are left to `make test-all`: further cases of kinds of which `make test` has
+one. Each entry is the end of a test's name.
 """
 
 LATER = (
@@ -68,6 +68,24 @@ LATER = (
     "test_parity_matrix.py::test_reused_fakes_in_a_pipeline[pp2-tp1-cp1-dp1-1]",
     "test_parity_matrix.py::test_low_precision_in_a_pipeline[pp2-tp1-cp1-dp1-float32]",
     "test_pipeline.py::test_weight_gradients_come_when_the_schedule_says[1f1b]",
+    # Kernels: sizes and element types of which the interpreter makes seconds
+    "test_kernels_attention.py::test_a_video_of_46800_tokens[dtype1]",
+    "test_kernels_attention.py::test_attention[lengths3-1-1-64-dtype1]",
+    "test_kernels_attention.py::test_attention[lengths4-1-3-24-dtype0]",
+    "test_kernels_attention.py::test_attention[lengths6-3-3-24-dtype1]",
+    "test_kernels_attention.py::test_pooling[lengths3-1-64-130-dtype0]",
+    "test_kernels_attention.py::test_projected_pooling[lengths3-1-64-130-dtype0]",
+    "test_kernels_pointwise.py::test_gated_residual[lengths3-96-dtype0]",
+    "test_kernels_pointwise.py::test_modulated_norm[lengths3-96-layer-dtype0]",
+    "test_kernels_pointwise.py::test_modulated_norm[lengths3-96-rms-dtype1]",
+    "test_kernels_rope.py::test_a_model_with_kernels_equals_one_with_references[uniform]",
+    "test_kernels_rope.py::test_packed_samples[apart-1-3-dtype1]",
+    "test_kernels_rope.py::test_packed_samples[by_rank-2-4-dtype0]",
+    "test_kernels_rope.py::test_packed_samples[by_rank-3-3-dtype1]",
+    "test_kernels_rope.py::test_packed_samples[keys_values-1-2-dtype0]",
+    "test_kernels_rope.py::test_samples_of_one_length[1-63-1000-1-40-dtype1]",
+    "test_kernels_rope.py::test_samples_of_one_length[2-5-63-3-24-dtype0]",
+    "test_schedule.py::test_the_bubble_of_the_interleaved_schedule[16-32-cost3-0.006]",
     # Training
     *(
         f"test_train.py::test_ablations_on_two_ranks_equal_one[{case}]"

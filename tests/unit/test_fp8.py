@@ -65,6 +65,7 @@ def test_without_a_gpu_there_is_one_message(mesh):
         build(fp8_run("delayed"), mesh)
 
 
+@pytest.mark.dist
 def test_rows_come_in_multiples(ranks):
     for shapes in (((1, 2, 2),) * 3, ((1, 2, 2), (1, 3, 5))):
         for rows in ranks(2).run(padded_rows, ParallelConfig(tp=2, row_multiple=16), shapes):
@@ -174,6 +175,7 @@ def test_a_networks_step_leaves_the_others_scales(mesh):
     assert untouched._fp8_workspaces
 
 
+@pytest.mark.dist
 def test_all_ranks_of_a_stage_agree_on_a_scale(ranks):
     for scales in ranks(2).run(scale_after_unequal_maxima, ParallelConfig()):
         assert scales == pytest.approx([224.0 / 3, 1.0, 1.0], rel=1e-6)
