@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parallel = item.get_closest_marker("dist") is not None
         item.add_marker(pytest.mark.xdist_group("several processes" if parallel else item.path.name))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage looks through it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

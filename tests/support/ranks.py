@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import pickle
 import queue
 import socket
 import traceback
@@ -43,26 +44,31 @@ def _serve(rank: int, world: int, port: int, tasks, results) -> None:
     import megatron_apt  # noqa: F401
     from megatron_apt.parallel import startup
 
+    caches = _caches()
+    gc.freeze()  # what was imported is looked through no more
     while (task := _next(tasks)) is not None:
         function, parallel, port, args = task
         try:
             if port:
-                _forget()
+                _forget(caches)
                 startup.stop()
                 os.environ["MASTER_PORT"] = str(port)
-            results.put((rank, function(startup.start(parallel), *args), None))
+            # As bytes: a queue would pass every tensor as a file of its own
+            results.put((rank, pickle.dumps(function(startup.start(parallel), *args)), None))
         except BaseException:
             results.put((rank, None, traceback.format_exc()))
 
 
-def _forget() -> None:
+def _caches() -> list:
+    return [one for one in gc.get_objects() if isinstance(one, functools._lru_cache_wrapper)]
+
+
+def _forget(caches: list) -> None:
     """Lets go of every mesh. A gloo group that somebody still holds keeps a thread that
     wakes a hundred times a second; with some hundred of them tests take twice as long.
     """
-    gc.collect()
-    for cache in gc.get_objects():
-        if isinstance(cache, functools._lru_cache_wrapper):
-            cache.cache_clear()
+    for cache in (*caches, *_caches()):
+        cache.cache_clear()
     gc.collect()
 
 
@@ -99,7 +105,7 @@ class Ranks:
         answers, errors = {}, []
         for _ in range(self.world):
             rank, value, error = self.results.get(timeout=timeout)
-            answers[rank] = value
+            answers[rank] = None if error else pickle.loads(value)
             if error:
                 errors.append(f"rank {rank}:\n{error}")
                 break  # the others may wait for this one in a collective
