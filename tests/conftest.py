@@ -39,6 +39,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain at the end about what they find alive
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _commands_leave_the_mesh():
     """A command that is called in this process does not end the mesh that tests share."""

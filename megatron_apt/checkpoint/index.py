@@ -132,9 +132,15 @@ def read(folder: Path) -> Index:
     return dict(sorted(found.items()))
 
 
-def same(ours: Index, theirs: Index) -> bool:
-    """Whether both have the same tensors in the same records."""
-    return _places(ours) == _places(theirs)
+def agree(folder: Path, ours: Index) -> bool:
+    """Whether torch_dist's own index of a commit has the same tensors in the same records.
+
+    Raises:
+        CheckpointError: as read_torch.
+    """
+    if _torch_file(folder) == torch_bytes(ours):  # as this version of torch writes it: not worth reading
+        return True
+    return _places(ours) == _places(read_torch(folder))
 
 
 def _places(index: Index) -> dict:
@@ -256,12 +262,16 @@ def read_torch(folder: Path) -> Index:
         CheckpointError: missing, damaged, or naming anything but what such an index is
             made of.
     """
-    file = folder / TORCH_INDEX
-    data = schema.read_bytes(file, remedy=DAMAGED, error=CheckpointError, most=MOST_TORCH_BYTES)
     try:
-        return _of_torch(inert.read(data, _ALLOWED, "index"))
+        return _of_torch(inert.read(_torch_file(folder), _ALLOWED, "index"))
     except Unreadable as error:
-        raise CheckpointError(f"{file}: {error}; {DAMAGED}") from None
+        raise CheckpointError(f"{folder / TORCH_INDEX}: {error}; {DAMAGED}") from None
+
+
+def _torch_file(folder: Path) -> bytes:
+    return schema.read_bytes(
+        folder / TORCH_INDEX, remedy=DAMAGED, error=CheckpointError, most=MOST_TORCH_BYTES
+    )
 
 
 def _of_torch(root: object) -> Index:

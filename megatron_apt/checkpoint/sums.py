@@ -153,7 +153,7 @@ def _index_damages(folder: Path) -> list[str]:
     ours = index.read(folder)
     if (folder / "common.pt").exists() and (damage := _common_damage(folder)):
         return [f"{folder / 'common.pt'}: {damage}; load it with no other program"]
-    if (folder / index.INDEX).exists() and not index.same(ours, index.read_torch(folder)):
+    if (folder / index.INDEX).exists() and not index.agree(folder, ours):
         return [
             f"{folder / index.TORCH_INDEX}: lists other tensors than {index.INDEX}; one of them was changed"
         ]

@@ -122,8 +122,8 @@ def test_captions_shorter_than_a_pipelines_are_noticed():
 
 
 @pytest.mark.dist
-def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
-    """The command of the README, on two tensor-parallel processes and on one."""
+def test_torchrun_prints_what_one_process_prints(mesh, tmp_path, datasets, capsys):
+    """The command of the README on two tensor-parallel processes, and one process in this."""
     file = tmp_path / "recipe.py"
     here = str(Path(__file__).parents[1])
     file.write_text(
@@ -132,20 +132,22 @@ def test_torchrun_prints_what_one_process_prints(tmp_path, datasets):
         f"def run():\n    data, out = Path({str(datasets)!r}), {str(tmp_path / 'out')!r}\n"
         "    return config(data, out, iterations=3, log_every=1, optimizer=OptimizerConfig(lr=1e-5))\n"
     )
-    printed = []
-    for launcher, options in (
-        ([], []),
-        (["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"], ["--parallel.tp", "2"]),
-    ):
-        output = ["--output", str(tmp_path / f"run{len(printed)}")]
-        command = [sys.executable, "-m", *launcher, "megatron_apt", "train", f"{file}:run", *options, *output]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
-        printed.append(
-            [line.rsplit("  ", 1)[0] for line in result.stdout.splitlines() if line.startswith("apt ")]
-        )
-    assert len(printed[0]) == 3
-    assert printed[0] == printed[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["train", f"{file}:run", "--output"]
+    done = subprocess.run(
+        [*launcher, "-m", "megatron_apt", *train, str(tmp_path / "two"), "--parallel.tp", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    main([*train, str(tmp_path / "one")])
+    one, two = (
+        [line.rsplit("  ", 1)[0] for line in said.splitlines() if line.startswith("apt ")]
+        for said in (capsys.readouterr().out, done.stdout)
+    )
+    assert len(one) == 3
+    assert one == two
 
 
 def test_start_up_refuses_a_mesh_that_does_not_fit(mesh):

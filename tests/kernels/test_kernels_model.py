@@ -16,7 +16,7 @@ TOLERANCE = 2e-4
 
 
 @pytest.mark.parametrize(
-    ("shapes", "texts"), [(IMAGES[:2], (3,) * 2), (MIXED, (3, 1, 6, 4))], ids=["uniform", "packed"]
+    ("shapes", "texts"), [(IMAGES, (3,) * 4), (MIXED, (3, 1, 6, 4))], ids=["uniform", "packed"]
 )
 def test_apt_with_kernels_equals_apt_with_references(mesh, shapes, texts):
     config = run_config(

@@ -84,6 +84,7 @@ def test_what_the_process_cannot_outlive(tmp_path, monkeypatch, name, kind):
     """The watch from outside; the process is given a boundary of this kind by a module of its own."""
     (tmp_path / "sitecustomize.py").write_text(_HARM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("fuzzing.worker._KILL_MIB", 1400)
     worker = Worker(tmp_path, seed=0, limit=2.0 if kind == "hang" else 30.0)
     try:
         result = worker.run(name, 0)
@@ -104,7 +105,7 @@ def harm(name):
         if name == "dies":
             os.abort()
         if name == "eats":
-            held = [b"x" * (512 << 20) for _ in range(9)]
+            held = [b"x" * (512 << 20) for _ in range(3)]
         return Outcome("fine")
     return run
 
