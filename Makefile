@@ -44,7 +44,8 @@ demo: $(STAMP)
 	$(BIN)/megatron-apt demo $(if $(STAGE),--stage $(STAGE)) $(if $(QUICK),--quick --root runs/demo-quick)
 
 # Two workers, one of which runs what needs several processes, one test after the other (tests/conftest.py).
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# They start some hundred interpreters, so compiled modules are kept even where a machine is told not to.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: $(STAMP)
 	$(PYTEST) -m "not gpu and not slow" $(PYTEST_ARGS)

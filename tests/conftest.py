@@ -1,3 +1,4 @@
+import atexit
 import gc
 import os
 from pathlib import Path
@@ -37,10 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage looks through it again."""
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries complain at the end about what they find alive
+    atexit.register(gc.unfreeze)  # libraries complain at the end about what they find alive
 
 
 @pytest.fixture(scope="session", autouse=True)
