@@ -224,9 +224,9 @@ MESHES = {
 
 @pytest.fixture(scope="module")
 def straight(mesh, datasets, tmp_path_factory):
-    """Ten iterations on one rank, with accumulation and a remainder."""
+    """Six iterations on one rank, with accumulation and a remainder."""
     run_config = config(
-        datasets, tmp_path_factory.mktemp("straight"), iterations=10, global_batch=7, micro_batch=4, **F64
+        datasets, tmp_path_factory.mktemp("straight"), iterations=6, global_batch=7, micro_batch=4, **F64
     )
     train(run_config, mesh)
     return run_config
@@ -240,10 +240,10 @@ MORE = [pytest.param(a, b, marks=pytest.mark.slow) for a in FIRST for b in SECON
 @pytest.mark.dist
 @pytest.mark.parametrize(("before", "after"), [PAIR, *MORE])
 def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before, after):
-    """Ten iterations, five on each mesh, equal ten on one rank: log, weights, average, both optimisers."""
+    """Six iterations, three on each mesh, equal six on one rank: log, weights, average, both optimisers."""
     base = straight
     broken = replace(base, output=str(tmp_path / "broken"))
-    for (world, parallel), iterations in ((MESHES[before], 5), (MESHES[after], 10)):
+    for (world, parallel), iterations in ((MESHES[before], 3), (MESHES[after], 6)):
         ranks(world).run(train_on, parallel, replace(broken, iterations=iterations, parallel=parallel))
     for ours, want in zip(rows(broken.output), rows(base.output), strict=True):
         # Its pairs are neighbours within a microbatch
@@ -264,15 +264,15 @@ def test_any_mesh_continues_what_another_began(ranks, straight, tmp_path, before
         pytest.param(ParallelConfig(tp=2), id="tp2", marks=pytest.mark.slow),
     ],
 )
-def test_ten_steps_interrupted_equal_ten_steps_bit_for_bit_on_the_same_mesh(
+def test_six_steps_interrupted_equal_six_steps_bit_for_bit_on_the_same_mesh(
     ranks, datasets, tmp_path, parallel
 ):
     straight = config(
-        datasets, tmp_path / "straight", iterations=10, global_batch=7, micro_batch=4, parallel=parallel
+        datasets, tmp_path / "straight", iterations=6, global_batch=7, micro_batch=4, parallel=parallel
     )
     ranks(2).run(train_on, parallel, straight)
     broken = replace(straight, output=str(tmp_path / "broken"))
-    for iterations in (4, 10):
+    for iterations in (2, 6):
         ranks(2).run(train_on, parallel, replace(broken, iterations=iterations))
     assert rows(broken.output) == rows(straight.output)
     a, b = (dict(store.read_tensors(store.latest(r.output))) for r in (broken, straight))
