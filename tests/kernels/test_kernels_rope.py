@@ -135,7 +135,7 @@ def test_the_order_of_sums_is_fixed():
 
 @pytest.mark.parametrize(
     "shapes, recompute",
-    [(IMAGES, "none"), (IMAGES, "full"), (MIXED, "none")],
+    [(IMAGES, "none"), (IMAGES, "full"), (MIXED, "full")],
     ids=["uniform", "recomputed", "packed"],
 )
 def test_a_model_with_kernels_equals_one_with_references(mesh, shapes, recompute, monkeypatch):

@@ -15,7 +15,13 @@ import torch
 import torch.multiprocessing as mp
 
 # Imported once, in a process that all ranks are forked from: an import takes each of them seconds
-_IMPORTED = ("megatron_apt.training.train", "megatron_apt.models.spec", "megatron.core.parallel_state")
+_IMPORTED = (
+    "megatron_apt.training.train",
+    "megatron_apt.models.spec",
+    "megatron.core.parallel_state",
+    "diffusers.models.transformers.transformer_wan",
+    "pytest",
+)
 
 
 def forks():
