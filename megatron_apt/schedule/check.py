@@ -12,6 +12,8 @@ here.
 from collections import Counter
 
 from megatron_apt.schedule.graph import Graph
+from megatron_apt.schedule.mail import batched
+from megatron_apt.schedule.nccl import Locked, check_streams
 from megatron_apt.schedule.program import Program, messages, reductions
 from megatron_apt.schedule.simulate import Order, peak, simulate
 
@@ -63,7 +65,8 @@ def check(graph: Graph, order: Order, cap: float = float("inf")) -> None:
 def check_program(program: Program, cap: float = float("inf")) -> None:
     """`check` of what it computes; each message sent once after it is made and received
     once before it is used; each reduction between the last weight gradient and its STEP;
-    and no deadlock even if every send and every receive waits for the other.
+    and no deadlock even if every send and every receive waits for the other, nor by the
+    order in which NCCL runs the batches that `Executor.run` starts (nccl.py).
 
     Raises:
         BadSchedule: naming the first action that is wrong.
@@ -112,6 +115,10 @@ def check_program(program: Program, cap: float = float("inf")) -> None:
             if graph.rank[task] == rank and ("SEND", task, receiver) not in moved:
                 raise BadSchedule(f"rank {rank} never sends {graph.tasks[task]} to rank {receiver}")
     _check_rendezvous(program)
+    try:
+        check_streams(graph, program.lists, batched)
+    except Locked as error:
+        raise BadSchedule(str(error)) from error
 
 
 def _check_rendezvous(program: Program) -> None:

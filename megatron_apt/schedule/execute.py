@@ -96,15 +96,10 @@ class Executor:
         """
         run = _Run(self, program, batches)
         rank = self.mesh.pp.rank
-        actions = program.lists[rank]
-        at = 0
-        while at < len(actions):
-            action, posted = actions[at], 1
+        for at, action in enumerate(program.lists[rank]):
             try:
                 if action.kind in ("SEND", "RECV"):
-                    while at + posted < len(actions) and actions[at + posted].kind in ("SEND", "RECV"):
-                        posted += 1
-                    run.mail.post(actions[at : at + posted])
+                    run.mail.post(action)
                 elif action.kind == "REDUCE":
                     self._networks[action.task.role].start_reduction()
                 elif action.kind == "STEP":
@@ -116,7 +111,6 @@ class Executor:
                     f"in action {action} on rank {self.mesh.world.rank}, stage rank {rank} of the pipeline"
                 )
                 raise
-            at += posted
         run.mail.finish()
         return run.metrics
 

@@ -1,9 +1,14 @@
-"""Messages between the ranks of a pipeline: started together where they stand together in
-the list, waited for where they are used.
+"""Messages between the ranks of a pipeline: started where they stand in the list, waited for where
+they are used.
+
+A message is one flat tensor, and it is one batch of its own. NCCL runs the batches of a group one
+after the other on one stream, and of a batch with several tensors for one peer one in each round, so
+with more than that ranks can lock (see nccl.py, which proves each program for `batched`).
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -38,66 +43,78 @@ class Mail:
     def __init__(self, mesh: Mesh, expected: Callable[[Task], list[Expected]]):
         self._mesh, self._expected = mesh, expected
         self._written: dict[tuple[Task, int], list[Tensor]] = {}  # to be sent
-        self._sending: deque[tuple[list, list[Tensor]]] = deque()  # tensors stay until they are gone
-        self._coming: dict[Task, tuple[list, list[tuple[Expected, Tensor]]]] = {}
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()  # a message stays until it is gone
+        self._coming: dict[Task, tuple[dist.Work, list[Expected], Tensor]] = {}
 
     def write(self, task: Task, rank: int, tensors: Sequence[Tensor]) -> None:
         """Adds tensors to the message with a task's result for a rank."""
         self._written.setdefault((task, rank), []).extend(tensors)
 
-    def post(self, actions: Sequence[Action]) -> None:
-        """Starts neighbouring sends and receives together; lets go of what is sent.
+    def post(self, action: Action) -> None:
+        """Starts a send or a receive; lets go of what is sent."""
+        if action.kind == "SEND":
+            if tensors := self._written.pop((action.task, action.peer)):
+                flat = joined(tensors)
+                self._sending.append((self._start(dist.isend, flat, action.peer), flat))
+                self._let_go()
+        elif expected := self._expected(action.task):
+            size = sum(prod(one.shape) for one in expected)
+            flat = torch.empty(size, dtype=_common([one.dtype for one in expected]), device=self._mesh.device)
+            self._coming[action.task] = self._start(dist.irecv, flat, action.peer), expected, flat
 
-        With NCCL a `take` then waits for all of them. Ranks cannot lock by that: the
-        checker has each one wait for its counterpart alone and in turn.
-        """
-        operations, of_action = [], []
-        for action in actions:
-            peer = dist.get_global_rank(self._mesh.pp.group, action.peer)
-            if action.kind == "SEND":
-                tensors, operation = (
-                    [
-                        tensor.detach().contiguous()
-                        for tensor in self._written.pop((action.task, action.peer))
-                    ],
-                    dist.isend,
-                )
-                expected = []
-            else:
-                expected, operation = self._expected(action.task), dist.irecv
-                tensors = [
-                    torch.empty(one.shape, dtype=one.dtype, device=self._mesh.device) for one in expected
-                ]
-            of_action.append((action, tensors, expected, len(operations)))
-            operations += [dist.P2POp(operation, tensor, peer, self._mesh.pp.group) for tensor in tensors]
-        works = dist.batch_isend_irecv(operations)
-        for action, tensors, expected, first in of_action:
-            # NCCL returns one work for the whole batch, gloo one for each tensor.
-            own = works[first : first + len(tensors)] if len(works) == len(operations) else works
-            if action.kind == "SEND":
-                self._sending.append((own, tensors))
-            else:
-                self._coming[action.task] = own, list(zip(expected, tensors, strict=True))
-        # Gloo does not say whether a send is complete, so the oldest is waited for. That
-        # cannot lock ranks: the schedule runs even if all sends wait.
-        while len(self._sending) > _UNDER_WAY:
-            self._wait_for_oldest()
+    def _start(self, operation: Callable, flat: Tensor, peer: int) -> dist.Work:
+        # As a batch, because NCCL makes another communicator for each pair of ranks otherwise
+        peer = dist.get_global_rank(self._mesh.pp.group, peer)
+        (work,) = dist.batch_isend_irecv([dist.P2POp(operation, flat, peer, self._mesh.pp.group)])
+        return work
 
     def take(self, task: Task) -> list[tuple[Expected, Tensor]]:
         """Waits for the message with a task's result; empty if it has been taken already
         or none was needed.
         """
-        works, found = self._coming.pop(task, ((), []))
-        for work in works:
-            work.wait()
-        return found
+        if task not in self._coming:
+            return []
+        work, expected, flat = self._coming.pop(task)
+        work.wait()
+        parts = flat.split([prod(one.shape) for one in expected])
+        return [(one, part.view(one.shape)) for one, part in zip(expected, parts, strict=True)]
 
     def finish(self) -> None:
         """Waits for the last sends."""
         while self._sending:
-            self._wait_for_oldest()
+            self._sending.popleft()[0].wait()
 
-    def _wait_for_oldest(self) -> None:
-        works, _ = self._sending.popleft()
-        for work in works:
-            work.wait()
+    def _let_go(self) -> None:
+        """Of messages that are gone. Gloo does not say whether one is, so there the oldest is
+        waited for, which cannot lock ranks: the schedule runs even if all sends wait. On
+        CUDA the stream would wait, not the host, so nothing is waited for.
+        """
+        if self._mesh.device.type == "cuda":
+            while self._sending and self._sending[0][0].is_completed():
+                self._sending.popleft()
+        while self._mesh.device.type != "cuda" and len(self._sending) > _UNDER_WAY:
+            self._sending.popleft()[0].wait()
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of these, in their order; their own memory where there is but one."""
+    _common([tensor.dtype for tensor in tensors])
+    flat = [tensor.detach().contiguous().view(-1) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _common(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """Of a message, which is one tensor.
+
+    Raises:
+        TypeError: several.
+    """
+    first, *others = dict.fromkeys(dtypes)
+    if others:
+        raise TypeError(f"a message is of one dtype, this one has tensors of {first} and {others[0]}")
+    return first
+
+
+def batched(actions: Sequence[Action]) -> list[list[Action]]:
+    """How `Executor.run` posts the sends and receives of a list, for the checker: each alone."""
+    return [[action] for action in actions if action.kind in ("SEND", "RECV")]

@@ -57,11 +57,10 @@ def traced(mesh, run, schedule):
             )
         )
 
-    def traced_post(self, actions):
-        for action in actions:
-            if action.kind == "SEND" and action.task.kind == "F":
-                sent.append(weakref.ref(self._written[action.task, action.peer][0]))
-        post(self, actions)
+    def traced_post(self, action):
+        post(self, action)
+        if action.kind == "SEND" and action.task.kind == "F":
+            sent.append(weakref.ref(self._sending[-1][1]))
         kept.append(len(self._sending))
 
     execute._Run.compute, Mail.post = traced_compute, traced_post

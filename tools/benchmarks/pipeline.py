@@ -35,7 +35,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,9 +138,9 @@ class Notes:
             compute(run, action, at)
             self.add(action.task, began)
 
-        def timed_post(mail: Mail, actions: Sequence[Action]) -> None:
+        def timed_post(mail: Mail, action: Action) -> None:
             began = time.perf_counter()
-            post(mail, actions)
+            post(mail, action)
             if self.ended:
                 last = next(reversed(self.ended))
                 self.ended[last] = time.perf_counter()
