@@ -37,25 +37,6 @@ _APPENDED = {
     # Its fuser is torch.compile, which would start a C++ compiler for every fused
     # function, and takes two seconds to import.
     "megatron.core.jit": "\ndisable_jit_fuser()\n",
-    # Makes some forty groups, which a gloo group pays with threads that wake a hundred
-    # times a second. Those that the mesh has axes for are made; others of the same ranks,
-    # of which none is used beside them, are the same group.
-    "megatron.core.parallel_state": """
-_create_group, _groups = create_group, {}
-_AXES = ("TENSOR_MODEL", "CONTEXT", "PIPELINE_MODEL", "DATA")
-def create_group(ranks=None, timeout=None, backend=None, *args, group_desc=None, **kwargs):
-    axis = group_desc if len(ranks) > 1 and str(group_desc).startswith(_AXES) else None
-    same = tuple(ranks), timeout, backend
-    if (same, axis) not in _groups:
-        made = _create_group(ranks, timeout, backend, *args, group_desc=group_desc, **kwargs)
-        _groups[same, axis] = made
-        _groups.setdefault((same, None), made)
-    return _groups[same, axis]
-_destroy_model_parallel = destroy_model_parallel
-def destroy_model_parallel():
-    _groups.clear()
-    _destroy_model_parallel()
-""",
     # The two helpers read CUDA generators directly.
     "megatron.core.tensor_parallel.random": """
 def _get_cuda_rng_state(device="cpu", clone=False, graph_safe=False):

@@ -4,11 +4,13 @@ import datetime
 import math
 import os
 import socket
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 
 from megatron_apt.config import ParallelConfig
+from megatron_apt.parallel.groups import members_only
 from megatron_apt.parallel.launcher import check_host_and_port, meeting_point, placement
 from megatron_apt.parallel.mesh import Axis, Mesh
 
@@ -43,14 +45,7 @@ def start(config: ParallelConfig) -> Mesh:
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=config.tp,
-            pipeline_model_parallel_size=config.pp,
-            context_parallel_size=config.cp,
-            hierarchical_context_parallel_sizes=_levels(config),
-            distributed_timeout_minutes=math.ceil(config.timeout_minutes),
-            create_gloo_process_groups=cuda,  # without CUDA every group is gloo already
-        )
+        lay(parallel_state, config)
     mesh = _mesh(
         parallel_state,
         config,
@@ -63,6 +58,19 @@ def start(config: ParallelConfig) -> Mesh:
             f"{(config.tp, config.cp, config.pp)}"
         )
     return mesh
+
+
+def lay(parallel_state: ModuleType, config: ParallelConfig) -> None:
+    """Makes the groups of a mesh, over a process group that everyone has joined."""
+    with members_only(parallel_state, config.pp):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tp,
+            pipeline_model_parallel_size=config.pp,
+            context_parallel_size=config.cp,
+            hierarchical_context_parallel_sizes=_levels(config),
+            distributed_timeout_minutes=math.ceil(config.timeout_minutes),
+            create_gloo_process_groups=False,  # beside NCCL's, which nothing here uses
+        )
 
 
 def _levels(config: ParallelConfig) -> list[int] | None:
