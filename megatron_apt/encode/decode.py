@@ -228,17 +228,19 @@ def _decode_group(
                 found[i] = picture
     images = [i for i, plan in enumerate(plans) if isinstance(plan, _Plan) and plan.route == "image"]
     if images:
-        _decode_dali_pictures(clips, images, found, device)
+        _decode_dali_pictures(clips, images, found, device, notes)
     _decode_dali_videos(clips, plans, found, device, notes)
     return _fit(clips, found)
 
 
-def _decode_dali_pictures(clips, images: list[int], found: list, device: str) -> None:
-    """Fills in the clips of route "image"."""
+def _decode_dali_pictures(clips, images: list[int], found: list, device: str, notes: Notes) -> None:
+    """Fills in the clips of route "image"; what DALI refuses, Pillow tries, and says why."""
     files = [np.fromfile(clips[i].path, np.uint8) for i in images]
     for i, pixels in zip(images, backend.pictures(files, device), strict=True):
-        refused = RejectedInput(clips[i].path, "payload", "does not decode", pictures.DAMAGED)
-        found[i] = refused if pixels is None else _Picture(pixels, pixels.shape[:2])
+        if pixels is None:
+            found[i] = _or_rejected(_pillow_picture, clips[i], found[i], device, notes)
+        else:
+            found[i] = _Picture(pixels, pixels.shape[:2])
 
 
 def _or_rejected(decode, clip: Clip, plan: _Plan, device: str, notes: Notes) -> _Picture | RejectedInput:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from megatron_apt.demo.digits import digit_clip, load_digit_pictures, write_digit_clips, write_grey_vp9
+from megatron_apt.encode import decode
 from megatron_apt.encode.decode import Clip, decode_clip, decode_clips
 from megatron_apt.encode.frames import decode_with_pyav
 from megatron_apt.encode.rejected import RejectedInput
@@ -262,3 +263,19 @@ def test_gpu_decoding_needs_a_gpu(videos):
     else:
         with pytest.raises(ValueError, match="use device='cpu'"):
             decode_clip(Clip(videos["h264.mp4"], 64, 96, 5), "gpu")
+
+
+def test_what_dali_refuses_is_tried_by_others_before_it_is_rejected(videos, tmp_path, monkeypatch):
+    """As NVDEC and nvJPEG refuse what they have no hardware for; here they refuse everything."""
+    picture = tmp_path / "a.png"
+    Image.fromarray(numbered_frames(1)[0]).save(picture)
+    sound = [Clip(picture, 64, 96), Clip(videos["vp9.webm"], 64, 96, 5)]
+    want = decode_clips(sound)
+    for name in ("pictures", "videos"):
+        monkeypatch.setattr(decode.backend, name, lambda jobs, device: [None] * len(jobs))
+    for ours, theirs in zip(decode_clips(sound), want, strict=True):
+        assert (ours - theirs).abs().max() < 5 / 127.5
+    broken = tmp_path / "b.png"
+    broken.write_bytes(picture.read_bytes()[:-400])
+    (rejected,) = decode_clips([Clip(broken, 64, 96)])
+    assert isinstance(rejected, RejectedInput) and "b.png" in str(rejected)
