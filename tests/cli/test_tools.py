@@ -1,6 +1,7 @@
 """The command-line tools and the figures they print, against what really happens."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from support.problems import build, microbatch, model_config, run_config
 from support.runs import config
 
 TOOLS = Path(__file__).parents[2] / "tools"
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="measures there what it is meant for")
 
 
 def tool(*arguments, timeout=900) -> subprocess.CompletedProcess:
@@ -267,3 +269,66 @@ def test_the_peak_of_encoding_is_measured_beside_its_bound(tmp_path):
     assert done.returncode == 1 and "above 0.01 GiB" in done.stdout, done.stdout + done.stderr
     written = json.loads(result.read_text())
     assert written["bound_gib"] == 0.01 and 2**26 < written["peak_bytes"]["picture_rgba"] < 2**31
+
+
+# --- what is meant for a GPU, on a CPU and at toy size
+
+
+def assert_measured(folder: Path) -> None:
+    figures = json.loads((folder / "model.json").read_text())["figures"]
+    assert figures.keys() == {
+        "block bf16",
+        "model bf16",
+        "block bf16 without own kernels",
+        "block bf16 diffusers",
+    }
+    assert all(found["both_s"] > 0 and "error" not in found for found in figures.values())
+    blocks = json.loads((folder / "calibration.json").read_text())["blocks"]
+    assert all(min(times.values()) > 0 and times.keys() == set("FIW") for times in blocks.values())
+
+
+@cpu_only
+def test_the_benchmark_of_the_model_runs_to_its_end(script, mesh, tmp_path, capsys):
+    files = ("--json", tmp_path / "model.json", "--calibration", tmp_path / "calibration.json")
+    code, said = script("benchmarks/gpu_model", "--device", "cpu", "--toy", *files)
+    assert not code, said
+    assert_measured(tmp_path)
+    main(
+        [
+            "schedule",
+            "--ranks",
+            "2",
+            "--microbatches",
+            "2",
+            "--calibration",
+            f"{tmp_path}/calibration.json:bf16",
+        ]
+    )
+    assert "interleaved" in capsys.readouterr().out
+
+
+@cpu_only
+@pytest.mark.slow
+def test_everything_for_a_gpu_runs_on_a_cpu(tmp_path):
+    command = ["bash", TOOLS / "benchmarks" / "gpu.sh", "--device", "cpu", "--toy", tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_measured(tmp_path)
+    assert "nothing spills" in (tmp_path / "report.md").read_text()
+    assert len(json.loads((tmp_path / "kernels.json").read_text())) > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "tpu"), "--device 'tpu': use cuda or cpu"),
+        (("--device", "cpu"), "--device cpu takes hours without --toy"),
+        (("--tiny",), "--tiny is unknown"),
+    ],
+)
+def test_mistakes_of_the_gpu_script_are_named(options, message):
+    command = ["bash", TOOLS / "benchmarks" / "gpu.sh", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stdout

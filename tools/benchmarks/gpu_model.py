@@ -2,6 +2,8 @@
 GPU, in BF16 and FP8, beside diffusers' block with SDPA.
 
     python tools/benchmarks/gpu_model.py --json FILE [--calibration FILE] [--seconds S]
+    python tools/benchmarks/gpu_model.py --device cpu --toy     the same code on a small model, which
+                                                                tells nothing but that it runs
 
 MFU counts matrix products and attention of a forward pass once and of a backward pass
 twice, over the chip's dense BF16 peak, for FP8 too. The calibration file holds a block's
@@ -15,10 +17,12 @@ import gc
 import itertools
 import json
 import math
+import resource
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +44,23 @@ from megatron_apt.parallel import deferred
 from megatron_apt.parallel.mesh import Axis, Mesh
 from megatron_apt.parallel.startup import start
 
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one sample."""
+
+    grid: tuple[int, int, int]
+    text: int
+
+    @property
+    def visual(self) -> int:
+        return math.prod(self.grid)
+
+
 # 49 frames of 720 x 1280 through a codec of 4 x 8 x 8 and patches of 1 x 2 x 2: 46,800
 # tokens
-GRID = (13, 45, 80)
-TEXT = 256
+VIDEO = Tokens((13, 45, 80), 256)
+TOY = Tokens((2, 3, 5), 7)
 # Dense BF16
 PEAKS = {
     "H100": 989e12,
@@ -56,23 +73,46 @@ PEAKS = {
 }
 
 
-def seconds(function: Callable[[], object], repeats: int = 5, warm: int = 2) -> float:
-    """Median time of a call on the GPU."""
-    times = []
-    for _ in range(warm + repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
+class Clock:
+    """Moments of a device's work, not of the host that queues it."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, marks: Sequence[Any]) -> list[float]:
+        """Seconds from each to the next."""
+        if not self.cuda:
+            return [b - a for a, b in itertools.pairwise(marks)]
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3)
-    return sorted(times[warm:])[repeats // 2]
+        return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks)]
 
+    def seconds(self, function: Callable[[], object], repeats: int = 5, warm: int = 2) -> float:
+        """Median time of a call."""
+        times = []
+        for _ in range(warm + repeats):
+            begin = self.mark()
+            function()
+            times += self.between((begin, self.mark()))
+        return sorted(times[warm:])[repeats // 2]
 
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    def free(self) -> None:
+        """Gives back what is held, and begins a new peak."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @torch.no_grad()
@@ -93,14 +133,16 @@ def buffers(network: torch.nn.Module) -> None:
 class BlockProblem:
     """Block 1 of three, which FP8 takes, and its inputs."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh):
+    def __init__(self, model: ModelConfig, tokens: Tokens, mesh: Mesh):
+        self.clock = Clock(mesh.device)
         self.model = replace(model, depth=3, recompute="none")
         self.network = build(self.model, mesh, output=False, cut=Cut())
         buffers(self.network)
-        layout = build_layout((GRID,), (TEXT,), mesh)
+        layout = build_layout((tokens.grid,), (tokens.text,), mesh)
         make = lambda *shape: torch.randn(*shape, device=mesh.device, dtype=torch.bfloat16)  # noqa: E731
         d = model.width
-        self.inputs = [make(1, len(layout.positions), d), make(1, TEXT, d), make(1, d), make(1, 6 * d)]
+        visual, text = layout.visual.fold(make(tokens.visual, d)), layout.text.fold(make(tokens.text, d))
+        self.inputs = [visual, text, make(1, d), make(1, 6 * d)]
         self.rest = (layout, rotary_table(layout, model.rotary_pairs, model.rope_theta, torch.bfloat16))
         self.gradients = [torch.randn_like(t) for t in self.inputs[:2]]
 
@@ -125,19 +167,17 @@ class BlockProblem:
         def forward() -> None:
             made[:] = self.forward()
 
-        def parts() -> tuple[float, float, float]:
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-            marks[0].record()
+        def parts() -> list[float]:
+            marks = [self.clock.mark()]
             with deferred.deferring(store):
                 forward()
-                marks[1].record()
+                marks.append(self.clock.mark())
                 torch.autograd.backward(made, self.gradients)
-            marks[2].record()
+            marks.append(self.clock.mark())
             store.run()
-            marks[3].record()
-            torch.cuda.synchronize()
+            marks.append(self.clock.mark())
             self.clear()
-            return tuple(a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(marks))
+            return self.clock.between(marks)
 
         runs = [parts() for _ in range(7)][2:]
         return dict(
@@ -148,44 +188,41 @@ class BlockProblem:
 Figures = Iterator[dict[str, float]]  # a few at a time, so that what fails later costs none of them
 
 
-def measure_block(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
-    flops = model.block_flops(GRID[0] * GRID[1] * GRID[2], TEXT)
-    problem = BlockProblem(model, mesh)
+def measure_block(model: ModelConfig, tokens: Tokens, mesh: Mesh, peak: float) -> Figures:
+    flops, clock = model.block_flops(tokens.visual, tokens.text), Clock(mesh.device)
+    problem = BlockProblem(model, tokens, mesh)
     with torch.no_grad():
-        forward = seconds(problem.forward)
+        forward = clock.seconds(problem.forward)
     yield {"forward_s": forward, "forward_mfu": flops / forward / peak, "tflop": flops / 1e12}
-    torch.cuda.reset_peak_memory_stats()
-    both = seconds(problem.both)
-    yield {
-        "both_s": both,
-        "train_mfu": 3 * flops / both / peak,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    clock.free()
+    both = clock.seconds(problem.both)
+    yield {"both_s": both, "train_mfu": 3 * flops / both / peak, "peak_gib": clock.peak_gib()}
     # Transformer Engine puts weight gradients off only in layers that were built for a pipeline.
-    staged = BlockProblem(model, replace(mesh, pp=Axis(2, 0, mesh.pp.group)))
+    staged = BlockProblem(model, tokens, replace(mesh, pp=Axis(2, 0, mesh.pp.group)))
     for t in staged.inputs:
         t.requires_grad_(True)
     yield staged.split()
 
 
-def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> Figures:
+def measure_diffusers(model: ModelConfig, tokens: Tokens, device: torch.device, peak: float) -> Figures:
     """diffusers' SD3 block, which has the same matrix products (no rotation), as its
-    users run it: SDPA, and torch.compile.
+    users run it: SDPA, and on a GPU torch.compile.
     """
     from diffusers.models.attention import JointTransformerBlock
 
-    flops = model.block_flops(GRID[0] * GRID[1] * GRID[2], TEXT)
+    flops, clock = model.block_flops(tokens.visual, tokens.text), Clock(device)
     block = JointTransformerBlock(model.width, model.heads, model.head_size, qk_norm="rms_norm").to(
         device, torch.bfloat16
     )
     make = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)  # noqa: E731
     x, text, c = (
-        make(1, GRID[0] * GRID[1] * GRID[2], model.width),
-        make(1, TEXT, model.width),
+        make(1, tokens.visual, model.width),
+        make(1, tokens.text, model.width),
         make(1, model.width),
     )
     gradients = [torch.randn_like(t) for t in (text, x)]
-    for name, call in (("", block), ("compiled_", torch.compile(block))):
+    calls = {"": block} | ({"compiled_": torch.compile(block)} if clock.cuda else {})
+    for name, call in calls.items():
         run = lambda call=call: call(hidden_states=x, encoder_hidden_states=text, temb=c)  # noqa: E731
 
         def both(run=run) -> None:
@@ -196,32 +233,35 @@ def measure_diffusers(model: ModelConfig, device: torch.device, peak: float) -> 
         for t in (x, text):
             t.requires_grad_(False)
         with torch.no_grad():
-            yield {f"{name}forward_s": seconds(run)}
+            yield {f"{name}forward_s": clock.seconds(run)}
         for t in (x, text):
             t.requires_grad_(True)
-        trained = seconds(both)
+        trained = clock.seconds(both)
         yield {f"{name}both_s": trained, f"{name}train_mfu": 3 * flops / trained / peak}
 
 
-def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
+def measure_model(model: ModelConfig, tokens: Tokens, mesh: Mesh, peak: float) -> Figures:
     """The whole network on one sample: one step of the generator (no gradient), and a
     forward and backward pass with recomputation.
     """
-    network = build(model, mesh)
-    layout: Layout = build_layout((GRID,), (TEXT,), mesh)
+    network, clock = build(model, mesh), Clock(mesh.device)
+    layout: Layout = build_layout((tokens.grid,), (tokens.text,), mesh)
     x = torch.randn(len(layout.positions), model.patch_width, device=mesh.device, dtype=torch.bfloat16)
-    text = torch.randn(TEXT, model.text_width, device=mesh.device, dtype=torch.bfloat16)
-    condition, t = Condition(text, (TEXT,), text.mean(0, keepdim=True)), torch.ones(1, device=mesh.device)
-    flops = model.depth * model.block_flops(len(x), TEXT)
+    text = torch.randn(tokens.text, model.text_width, device=mesh.device, dtype=torch.bfloat16)
+    condition, t = (
+        Condition(text, (tokens.text,), text.mean(0, keepdim=True)),
+        torch.ones(1, device=mesh.device),
+    )
+    flops = model.depth * model.block_flops(len(x), tokens.text)
     with torch.no_grad():
-        forward = seconds(lambda: network(x, t, condition, layout), repeats=2, warm=1)
+        forward = clock.seconds(lambda: network(x, t, condition, layout), repeats=2, warm=1)
     yield {
         "weights": sum(p.numel() for p in network.parameters()),
         "forward_s": forward,
         "forward_mfu": flops / forward / peak,
-        "forward_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "forward_peak_gib": clock.peak_gib(),
     }
-    free()
+    clock.free()
     buffers(network)
 
     def both() -> None:
@@ -229,13 +269,9 @@ def measure_model(model: ModelConfig, mesh: Mesh, peak: float) -> Figures:
         for p in network.parameters():
             p.grad = None
 
-    trained = seconds(both, repeats=1, warm=1)
+    trained = clock.seconds(both, repeats=1, warm=1)
     # What is computed again does not count.
-    yield {
-        "both_s": trained,
-        "train_mfu": 3 * flops / trained / peak,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-    }
+    yield {"both_s": trained, "train_mfu": 3 * flops / trained / peak, "peak_gib": clock.peak_gib()}
 
 
 def fp8_recipes(device: torch.device) -> list[Recipe]:
@@ -287,19 +323,30 @@ def main() -> int:
         default=math.inf,
         help="after these, begin no other measurement",
     )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--toy", action="store_true", help="a small model and a short clip")
     options, begin = parser.parse_args(), time.monotonic()
-    if not torch.cuda.is_available():
-        print("No CUDA GPU here: nothing is measured.")
-        return 0
+    if torch.cuda.is_available() != (options.device == "cuda"):
+        print(
+            "No CUDA GPU here: nothing is measured."
+            if options.device == "cuda"
+            else "--device cpu: this machine has a GPU; hide it with CUDA_VISIBLE_DEVICES="
+        )
+        return 0 if options.device == "cuda" else 2
     mesh = start(ParallelConfig(row_multiple=16))
-    name = torch.cuda.get_device_name(mesh.device)
+    name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "CPU"
     peak = next((value for key, value in PEAKS.items() if key in name), 989e12)
-    model, tokens = replace(seaweed_8b(), depth=options.depth), GRID[0] * GRID[1] * GRID[2]
+    model, tokens = (
+        (replace(seaweed_8b(), depth=4, width=128, heads=4, text_width=32), TOY)
+        if options.toy
+        else (replace(seaweed_8b(), depth=options.depth), VIDEO)
+    )
     eights = {f"fp8 {recipe}": replace(model, fp8=Fp8Config(recipe)) for recipe in fp8_recipes(mesh.device)}
+    clock = Clock(mesh.device)
     found: dict[str, dict] = {}
 
     def write() -> None:
-        shape = {"device": name, "visual_tokens": tokens, "text_tokens": TEXT}
+        shape = {"device": name, "visual_tokens": tokens.visual, "text_tokens": tokens.text}
         if options.json:
             result = shape | {"torch": torch.__version__, "peak_flops": peak, "figures": found}
             Path(options.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -317,7 +364,7 @@ def main() -> int:
         if time.monotonic() - begin > options.seconds:
             found[key]["skipped"] = "out of time"
         else:
-            free()
+            clock.free()
             try:
                 for figures in measure():
                     found[key] |= figures
@@ -328,11 +375,11 @@ def main() -> int:
         write()
 
     print(
-        f"{name}, torch {torch.__version__}, {tokens:,} visual and {TEXT} text tokens, peak taken as "
-        f"{peak / 1e12:.0f} TFLOP/s\n\n{HEAD}"
+        f"{name}, torch {torch.__version__}, {tokens.visual:,} visual and {tokens.text} text tokens, peak "
+        f"taken as {peak / 1e12:.0f} TFLOP/s\n\n{HEAD}"
     )
-    block = lambda variant: lambda: measure_block(variant, mesh, peak)  # noqa: E731
-    whole = lambda variant: lambda: measure_model(variant, mesh, peak)  # noqa: E731
+    block = lambda variant: lambda: measure_block(variant, tokens, mesh, peak)  # noqa: E731
+    whole = lambda variant: lambda: measure_model(variant, tokens, mesh, peak)  # noqa: E731
     attempt("block bf16", block(model))
     if not options.no_model:
         attempt("model bf16", whole(model))
@@ -344,7 +391,7 @@ def main() -> int:
     if able and not options.no_model:
         best = min(able, key=lambda key: found[f"block {key}"]["both_s"])
         attempt(f"model {best}", whole(eights[best]))
-    attempt("block bf16 diffusers", lambda: measure_diffusers(model, mesh.device, peak))
+    attempt("block bf16 diffusers", lambda: measure_diffusers(model, tokens, mesh.device, peak))
     alone = model.depth * found["block bf16"].get("forward_s", math.nan)
     print(
         f"\nA step of the generator is one forward pass of the model. Its {model.depth} blocks by "
