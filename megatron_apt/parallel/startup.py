@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import socket
+import warnings
 from types import ModuleType
 
 import torch
@@ -27,6 +28,7 @@ def start(config: ParallelConfig) -> Mesh:
     cuda = torch.cuda.is_available()
     rank, world, local_rank = placement()
     if cuda:
+        choose_connections(config)
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     model_parallel = config.tp * config.cp * config.pp
     if world % model_parallel:
@@ -58,6 +60,27 @@ def start(config: ParallelConfig) -> Mesh:
             f"{(config.tp, config.cp, config.pp)}"
         )
     return mesh
+
+
+def choose_connections(config: ParallelConfig) -> None:
+    """Sets CUDA_DEVICE_MAX_CONNECTIONS, which is read when the device is first used.
+
+    With 1, kernels of all streams start in the order in which they were launched. Tensor
+    parallelism wants that: a collective launched before the product that it is to run
+    beside gets its few multiprocessors first (Megatron-Core's tensor_parallel/layers.py
+    relies on it). In a pipeline it is harmful: a message would wait behind every product
+    launched before it on the other stream. There it is left as it is, and 1 is warned of.
+    """
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if config.pp > 1:
+        if os.environ.get(name) == "1":
+            warnings.warn(
+                f"{name}=1: with parallel.pp={config.pp} messages wait behind the products launched before "
+                "them; unset it",
+                stacklevel=2,
+            )
+    elif config.tp > 1:
+        os.environ.setdefault(name, "1")
 
 
 def lay(parallel_state: ModuleType, config: ParallelConfig) -> None:

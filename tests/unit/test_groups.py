@@ -1,11 +1,13 @@
 """Process groups at the size of a cluster, counted on ranks that are not there."""
 
+import os
 from collections import Counter
 
 import pytest
 import torch.distributed as dist
 
 from megatron_apt.config import ParallelConfig
+from megatron_apt.parallel import startup
 from support.ranks import forks
 
 MESHES = {
@@ -23,8 +25,6 @@ def count(parallel, world, every, answers) -> None:
     try:
         from megatron.core import parallel_state
         from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        from megatron_apt.parallel import startup
 
         new_group, found, backends = dist.new_group, {}, Counter()
         for rank in range(0, world, every):
@@ -78,3 +78,29 @@ def test_a_rank_of_1024_makes_few_groups_and_only_its_own(name, every):
         stage = 1024 // parallel.pp if parallel.pp > 1 else 0  # made where a stage is not the world
         line = parallel.tp + parallel.cp + parallel.pp + dp * parallel.cp
         assert len(peers) <= max(stage, line) + parallel.pp
+
+
+@pytest.mark.parametrize(
+    ("parallel", "given", "then"),
+    [
+        (ParallelConfig(tp=2), None, "1"),
+        (ParallelConfig(tp=2), "8", "8"),
+        (ParallelConfig(), None, None),
+        (ParallelConfig(tp=2, pp=2), None, None),
+        (ParallelConfig(tp=2, pp=2), "8", "8"),
+    ],
+)
+def test_the_order_of_kernels_is_chosen_by_the_mesh(monkeypatch, parallel, given, then):
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    startup.choose_connections(parallel)
+    assert os.environ.get(name) == then
+    monkeypatch.delenv(name, raising=False)
+
+
+def test_a_pipeline_whose_messages_would_wait_is_warned_of(monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.warns(UserWarning, match=r"parallel\.pp=2 messages wait behind .*unset it"):
+        startup.choose_connections(ParallelConfig(pp=2))
