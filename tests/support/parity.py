@@ -249,7 +249,8 @@ def compare_rounded(ours: dict, reference: dict, exact: dict, rtol: float, facto
             f"whole gradient of {role} is off by {torch.stack(errors).norm() / whole_norm:.2e}"
         )
     for name, value in reference["values"][0].items():
-        assert ours["values"][0][name] == pytest.approx(value, rel=rtol, abs=rtol), name
+        if "accuracy" not in name:  # a count of signs: rounding may turn that of a logit near zero
+            assert ours["values"][0][name] == pytest.approx(value, rel=rtol, abs=rtol), name
 
 
 # bf16 (with fp32 masters) rounds by up to 2^-9 = 0.2 %, and a gradient is the sum of many
