@@ -105,25 +105,42 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def boundaries(text: str) -> list[str]:
+    """Of --boundary."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in BOUNDARIES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use some of {', '.join(BOUNDARIES)}")
+    return names
+
+
+def one_input(text: str) -> tuple[str, int]:
+    """Of --only."""
+    name, _, number = text.partition(":")
+    if name not in BOUNDARIES or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no input; give BOUNDARY:NUMBER, for example videos:17")
+    return name, int(number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--boundary", default="", help=f"some of {', '.join(BOUNDARIES)}")
-    parser.add_argument("--only", default="", help="BOUNDARY:NUMBER, one input")
+    parser.add_argument(
+        "--boundary", type=boundaries, default=list(BOUNDARIES), help=f"some of {', '.join(BOUNDARIES)}"
+    )
+    parser.add_argument("--only", type=one_input, help="BOUNDARY:NUMBER, one input")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds for one input")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--toy", action="store_true", help=f"{TOY} inputs")
     parser.add_argument("--json", default="")
     parser.add_argument("--keep", type=Path, help="folder for the inputs of faults")
     options = parser.parse_args()
-    names, first = options.boundary.split(",") if options.boundary else list(BOUNDARIES), 0
-    counts = shares(TOY if options.toy else options.inputs, names) if not options.only else {}
+    counts, first = shares(TOY if options.toy else options.inputs, options.boundary), 0
     if options.only:
-        name, _, number = options.only.partition(":")
-        counts, first = {name: 1}, int(number)
+        name, first = options.only
+        counts = {name: 1}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         results = campaign(
             counts,

@@ -14,6 +14,7 @@ from megatron_apt.models.config import ModelConfig
 
 FORMAT = 2
 STATE = "state.json"
+MOST_STATE = 8 << 20  # bytes: ours have some thousand, and a name for each folder of data
 DAMAGED = "the checkpoint is damaged, use an older one"
 _COMMIT = re.compile(r"iteration-(\d{8,15})")
 
@@ -67,7 +68,7 @@ def read_state(folder: Path) -> State:
             field.
     """
     file = folder / STATE
-    found = schema.read_json(file, dict[str, Any], remedy=DAMAGED, error=CheckpointError)
+    found = schema.read_json(file, dict[str, Any], remedy=DAMAGED, error=CheckpointError, most=MOST_STATE)
     if schema.convert(found, _Format, str(file), remedy=DAMAGED, error=CheckpointError)["format"] != FORMAT:
         raise CheckpointError(f"{file}: is not of format {FORMAT}, which this version reads")
     # Where 3.0 has become 3
@@ -87,7 +88,8 @@ def read_values(folder: Path) -> dict[str, float]:
     Raises:
         CheckpointError: there are none that can be read.
     """
-    return schema.read_json(folder / STATE, _Values, remedy=DAMAGED, error=CheckpointError)["values"]
+    found = schema.read_json(folder / STATE, _Values, remedy=DAMAGED, error=CheckpointError, most=MOST_STATE)
+    return found["values"]
 
 
 def configuration_of(stored: dict[str, Any], where: str = "configuration", at: str = "") -> RunConfig:

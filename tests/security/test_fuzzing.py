@@ -127,3 +127,14 @@ sys.modules["fuzzing"] = package
 
 def test_every_boundary_has_its_share():
     assert len(BOUNDARIES) == 12 and all(one.share >= 4 for one in BOUNDARIES.values())
+
+
+@pytest.mark.parametrize("options", [["--only", "videos"], ["--only", "nix:3"], ["--boundary", "videos,nix"]])
+def test_inputs_that_are_not_there_are_named(options, monkeypatch, capsys):
+    import fuzz
+
+    monkeypatch.setattr("sys.argv", ["fuzz.py", *options])
+    with pytest.raises(SystemExit):
+        fuzz.main()
+    said = capsys.readouterr().err
+    assert "'nix' is unknown; use some of" in said or "is no input; give BOUNDARY:NUMBER" in said
