@@ -7,6 +7,8 @@ STEP by what W has summed up. Equal final weights mean equal gradients.
 import random
 from collections import Counter
 
+from hypothesis import strategies as st
+
 from megatron_apt.config import RunConfig
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.base import Branch, Phase, Segment, roles_of
@@ -175,4 +177,15 @@ METHODS_UNDER_TEST = {
         RunConfig(method="apt", apt=AptConfig(loss="relativistic", ar2_lambda=1.0)), None
     ).phases,
     "unmatched": build_method(RunConfig(method="apt", apt=AptConfig(unmatched_conditions=True)), None).phases,
+}
+
+# Of a pipeline, for hypothesis: what a window is made of, and the phases
+ANY_WINDOW = {
+    "ranks": st.integers(1, 5),
+    "microbatches": st.integers(1, 6),
+    "iterations": st.integers(1, 2),
+    "chunks": st.sampled_from([1, 2]),
+    "message": st.sampled_from([0.0, 0.3]),
+    "phases": st.sampled_from([APT, *METHODS_UNDER_TEST.values()]),
+    "cost": st.builds(Cost, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.1, 2)),
 }

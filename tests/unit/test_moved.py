@@ -11,32 +11,18 @@ from megatron_apt import moved
 from megatron_apt.recipe_files import load_recipe
 
 # As examples imported them in the first commits of this year; copies of them are in users' folders
-OLD_RECIPE = """
-from dataclasses import replace
-
+OLD_IMPORTS = """
 from megatron_apt.config import AptConfig, ConsistencyConfig, DataConfig, FlowConfig, RunConfig
 from megatron_apt.models.config import FluxConfig, ModelConfig, Sd3Config, WanConfig
 from megatron_apt.models.config import flux_dev, hunyuan_video, sd35_medium, seaweed_8b, tiny, wan_1_3b
-
-
-def run():
-    return RunConfig(
-        method="consistency",
-        output="runs/old",
-        model=wan_1_3b(),
-        data=DataConfig(shards=("data",), text_length=512),
-        consistency=ConsistencyConfig(steps=32, shift=5.0, guidance_scale=5.0),
-        apt=AptConfig(ar1_sigma=0.02),
-        flow=FlowConfig(),
-    )
 """
-NEW_RECIPE = """
+NEW_IMPORTS = """
 from megatron_apt.config import DataConfig, RunConfig
 from megatron_apt.families.wan.config import wan_1_3b
 from megatron_apt.methods.apt.config import AptConfig
 from megatron_apt.methods.consistency.config import ConsistencyConfig
-
-
+"""
+RECIPE = """
 def run():
     return RunConfig(
         method="consistency",
@@ -99,7 +85,7 @@ def test_codecs_of_families_are_read_by_their_old_name():
 
 
 def test_an_old_recipe_is_what_it_was(tmp_path):
-    for name, text in (("old", OLD_RECIPE), ("new", NEW_RECIPE)):
+    for name, text in (("old", OLD_IMPORTS + RECIPE), ("new", NEW_IMPORTS + RECIPE)):
         (tmp_path / f"{name}.py").write_text(text)
     with pytest.warns(FutureWarning, match=r"is megatron_apt\.families\.wan\.config\.wan_1_3b now"):
         old = load_recipe(f"{tmp_path}/old.py:run")

@@ -9,12 +9,12 @@ from megatron_apt.methods.base import Phase
 from megatron_apt.schedule.actions import Action, Task
 from megatron_apt.schedule.build import gpipe, phases_apart, search
 from megatron_apt.schedule.check import check_program
-from megatron_apt.schedule.graph import Cost, Graph
+from megatron_apt.schedule.graph import Graph
 from megatron_apt.schedule.mail import batched, joined
 from megatron_apt.schedule.nccl import Locked, check_streams
 from megatron_apt.schedule.policies import start
 from megatron_apt.schedule.program import Program, lower
-from support.symbolic import APT, METHODS_UNDER_TEST, window
+from support.symbolic import ANY_WINDOW, APT, METHODS_UNDER_TEST, window
 
 
 def merged(actions):
@@ -57,23 +57,9 @@ def test_batches_of_neighbours_of_several_tensors_lock_and_single_flat_messages_
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    kind=st.sampled_from(["1f1b", "zero_bubble", "interleaved", "gpipe"]),
-    ranks=st.integers(1, 5),
-    microbatches=st.integers(1, 7),
-    iterations=st.integers(1, 2),
-    chunks=st.sampled_from([1, 2]),
-    message=st.sampled_from([0.0, 0.3]),
-    method=st.sampled_from(["apt", *METHODS_UNDER_TEST]),
-    cost=st.builds(Cost, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.1, 2)),
-)
-def test_every_program_runs_under_nccls_rules(
-    kind, ranks, microbatches, iterations, chunks, message, method, cost
-):
-    phases = APT if method == "apt" else METHODS_UNDER_TEST[method]
-    made = program(
-        kind, ranks, microbatches, phases, iterations=iterations, chunks=chunks, message=message, cost=cost
-    )
+@given(kind=st.sampled_from(["1f1b", "zero_bubble", "interleaved", "gpipe"]), **ANY_WINDOW)
+def test_every_program_runs_under_nccls_rules(kind, ranks, microbatches, phases, **options):
+    made = program(kind, ranks, microbatches, phases, **options)
     check_streams(made.graph, made.lists, batched)
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_apt.schedule.actions import Action
 from megatron_apt.schedule.build import gpipe, phases_apart, search
@@ -16,6 +15,7 @@ from megatron_apt.schedule.policies import start
 from megatron_apt.schedule.prepare import one_rank
 from megatron_apt.schedule.program import Program, lower, messages, read
 from support.symbolic import (
+    ANY_WINDOW,
     APT,
     METHODS_UNDER_TEST,
     Weights,
@@ -33,26 +33,13 @@ def program(ranks=3, microbatches=3, phases=APT, cap=30, **options) -> Program:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    ranks=st.integers(1, 4),
-    microbatches=st.integers(1, 5),
-    iterations=st.integers(1, 2),
-    chunks=st.sampled_from([1, 2]),
-    message=st.sampled_from([0.0, 0.3]),
-    method=st.sampled_from(["apt", *METHODS_UNDER_TEST]),
-    cost=st.builds(Cost, st.floats(0.5, 2), st.floats(0.5, 3), st.floats(0.1, 2)),
-)
-def test_every_program_runs_even_where_sends_wait_for_receives(
-    ranks, microbatches, iterations, chunks, message, method, cost
-):
-    phases = APT if method == "apt" else METHODS_UNDER_TEST[method]
-    made = program(
-        ranks, microbatches, phases, iterations=iterations, chunks=chunks, message=message, cost=cost
-    )
+@given(**ANY_WINDOW)
+def test_every_program_runs_even_where_sends_wait_for_receives(ranks, microbatches, phases, **options):
+    made = program(ranks, microbatches, phases, **options)
     check_program(made)
     for rank, actions in enumerate(made.lists):
         assert [Action.parse(str(action)) for action in actions] == actions
-        assert sum(action.kind == "REDUCE" for action in actions) == iterations * len(phases)
+        assert sum(action.kind == "REDUCE" for action in actions) == options["iterations"] * len(phases)
         assert all(action.peer != rank for action in actions)
 
 
