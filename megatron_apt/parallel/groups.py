@@ -1,7 +1,7 @@
 """Process groups of a mesh: those that are used, each made by its members alone.
 
 Megatron-Core lets every rank of the world take part in making every group there is, used or not: 4,000
-to 7,000 calls on 1,024 ranks, each of which waits for all of them. Here a rank makes its own, ten or so.
+to 7,000 calls on 1,024 ranks, each of which waits for all of them. Here a rank makes its own, seven at most.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ ITERATIONS = 3
 # Six samples in microbatches of four: a remainder is dealt out on every data-parallel
 # size, and on four ranks some microbatches are single samples.
 MICRO = 4
+SAMPLES = 6
 DATA = {
     "images": (((4, 1, 8, 8),) * 6, (3,) * 6),
     "videos": (((4, 2, 4, 8),) * 6, (5,) * 6),
@@ -90,7 +91,11 @@ def problem(method: str = "apt", dtype: str = "float64", recompute: str = "none"
     )
     model = model_config(dtype=dtype, recompute=recompute, depth=2)
     return replace(
-        run_config(method, model, apt), optimizer=optimizer, global_batch=6, micro_batch=MICRO, **changes
+        run_config(method, model, apt),
+        optimizer=optimizer,
+        global_batch=SAMPLES,
+        micro_batch=MICRO,
+        **changes,
     )
 
 
@@ -166,7 +171,7 @@ def _samples(mesh: Mesh, config: RunConfig, data: str, iteration: int, first: in
         texts,
         seed=iteration,
         iteration=iteration,
-        global_batch=6,
+        global_batch=SAMPLES,
         rows=range(first, first + size),
     )
 
@@ -249,8 +254,9 @@ def compare_rounded(ours: dict, reference: dict, exact: dict, rtol: float, facto
             f"whole gradient of {role} is off by {torch.stack(errors).norm() / whole_norm:.2e}"
         )
     for name, value in reference["values"][0].items():
-        if "accuracy" not in name:  # a count of signs: rounding may turn that of a logit near zero
-            assert ours["values"][0][name] == pytest.approx(value, rel=rtol, abs=rtol), name
+        # An accuracy counts signs of logits, of which rounding may turn one that is nearly zero
+        allowed = 1 / SAMPLES if "accuracy" in name else rtol
+        assert ours["values"][0][name] == pytest.approx(value, rel=rtol, abs=allowed), name
 
 
 # bf16 (with fp32 masters) rounds by up to 2^-9 = 0.2 %, and a gradient is the sum of many
